@@ -1,0 +1,89 @@
+// Argument checks of an op. Each check is skipped once one has failed, so an entry point reads as a plain list of what
+// the op takes, and the first thing that is wrong is what the caller is told.
+#pragma once
+
+#include <cstring>
+#include <initializer_list>
+
+#include "core/device.h"
+#include "core/error.h"
+
+namespace dsv4 {
+
+using DtypeSet = uint32_t;
+
+template <typename... Dtypes>
+constexpr DtypeSet one_of(Dtypes... dtypes) {
+  return ((DtypeSet{1} << dtypes) | ...);
+}
+
+constexpr int64_t kAny = -1;  // an extent that the tensor itself decides
+
+enum class Layout {
+  kContiguous,   // C order without gaps
+  kStridedRows,  // the innermost dimension is contiguous, rows may lie apart
+};
+
+inline bool present(const dsv4_tensor& tensor) { return tensor.dtype != DSV4_ABSENT; }
+
+class Check {
+ public:
+  explicit Check(const char* op) : op_(op) {}
+
+  // A copy of the caller's struct, so that a caller built against an older header (a shorter struct) gets zeros, that
+  // is: absent, for the fields it does not know.
+  template <typename Args>
+  Args read(const Args* given) {
+    Args args = {};
+    size_t bytes = 0;
+    if (given) std::memcpy(&bytes, given, sizeof(bytes));
+    if (bytes < sizeof(size_t) || bytes > sizeof(Args)) {
+      bad_struct(given, bytes, sizeof(Args));
+      return args;
+    }
+    std::memcpy(&args, given, bytes);
+    return args;
+  }
+
+  // The tensor must be given, with one of these dtypes and this shape, on the device of the tensors checked before.
+  void tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes, std::initializer_list<int64_t> shape,
+              Layout layout = Layout::kContiguous);
+
+  void optional_tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes, std::initializer_list<int64_t> shape,
+                       Layout layout = Layout::kContiguous) {
+    if (present(value)) tensor(name, value, dtypes, shape, layout);
+  }
+
+  // Rows start on a multiple of `bytes`, as vector loads of the kernel need.
+  void aligned_rows(const char* name, const dsv4_tensor& value, int64_t bytes);
+
+  void range(const char* name, int64_t value, int64_t low, int64_t high);
+  void multiple(const char* name, int64_t value, int64_t of);
+  void flag(const char* name, int32_t value) { range(name, value, 0, 1); }
+
+  // Anything else. `need` and `got` complete "expected <need>, got <got>".
+  void require(bool holds, const char* name, const char* need, long long got);
+
+  dsv4_status status() const { return status_; }
+
+  // Ends the checks: opens the device that the tensors live on.
+  dsv4_status open(dsv4_stream stream, LaunchTarget* target);
+
+ private:
+  __attribute__((cold)) void bad_struct(const void* given, size_t bytes, size_t expected);
+  __attribute__((cold)) void bad_dtype(const char* name, int32_t dtype, DtypeSet dtypes);
+  __attribute__((cold)) void bad_shape(const char* name, const dsv4_tensor& value, std::initializer_list<int64_t> shape);
+  __attribute__((cold)) void bad_layout(const char* name, const dsv4_tensor& value, Layout layout);
+
+  const char* op_;
+  dsv4_status status_ = DSV4_OK;
+  const char* first_tensor_ = nullptr;
+  int32_t device_ = DSV4_HOST;
+};
+
+// A read-only extent that is safe to take before the tensor was checked.
+inline int64_t extent(const dsv4_tensor& tensor, int dimension) {
+  return dimension < tensor.rank && dimension < DSV4_MAX_RANK ? tensor.shape[dimension] : 0;
+}
+
+}  // namespace dsv4

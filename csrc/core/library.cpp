@@ -1,0 +1,51 @@
+// The questions an engine asks the library itself: version, what it holds, whether a device can run it.
+#include "core/kernel.h"
+#include "core/images.h"
+#include "kernels.h"
+
+namespace dsv4 {
+namespace {
+
+dsv4_status device_or_current(const char* op, int32_t ordinal, LaunchTarget* target) {
+  if (ordinal < 0) {
+    int current = 0;
+    if (cudaError_t error = cudaGetDevice(&current)) return fail_cuda(error, op, "cudaGetDevice");
+    ordinal = current;
+  }
+  return target->open(op, ordinal, nullptr);
+}
+
+}  // namespace
+}  // namespace dsv4
+
+extern "C" const char* dsv4_version(void) { return DSV4_VERSION; }
+
+extern "C" dsv4_status dsv4_device_status(int32_t device) {
+  dsv4::LaunchTarget target;
+  return dsv4::device_or_current("device_status", device, &target);
+}
+
+extern "C" dsv4_status dsv4_preload(int32_t device) {
+  dsv4::LaunchTarget target;
+  if (dsv4_status status = dsv4::device_or_current("preload", device, &target)) return status;
+  dsv4::AllowLoadingInCapture allow;
+  const void* handle = nullptr;
+  for (dsv4::Kernel* kernel : dsv4::aot_kernels)
+    if (dsv4_status status = dsv4::load_kernel(*kernel, "preload", *target.device, &handle)) return status;
+  for (const dsv4::CudaFunction& function : dsv4::cuda_functions()) {
+    cudaFuncAttributes attributes;  // asking for them loads the kernel
+    if (cudaError_t error = cudaFuncGetAttributes(&attributes, function.host_function))
+      return dsv4::fail_cuda(error, "preload", function.symbol);
+  }
+  return DSV4_OK;
+}
+
+extern "C" size_t dsv4_image_count(void) { return dsv4::image_count; }
+
+extern "C" dsv4_status dsv4_image_at(size_t index, dsv4_image* image) {
+  if (index >= dsv4::image_count || !image)
+    return dsv4::fail(DSV4_ERROR_INVALID_ARGUMENT, "image_at", image ? "index" : "image",
+                      "expected an index below %zu and a place to write to, got %zu", dsv4::image_count, index);
+  *image = dsv4::images[index];
+  return DSV4_OK;
+}

@@ -1,0 +1,26 @@
+// The test window of testing.h: who watches launches, and the device that an emulation pretends to be.
+#pragma once
+
+#include <dsv4/testing.h>
+
+#include "core/device.h"
+
+namespace dsv4 {
+
+struct Observer {
+  dsv4_launch_observer call;
+  void* user;
+  Device device;  // used only if emulating
+  bool emulating;
+};
+
+// Null outside tests.
+const Observer* observer();
+
+// The device to pretend to run on, or null.
+inline const Device* emulated_device() {
+  const Observer* watching = observer();
+  return watching && watching->emulating ? &watching->device : nullptr;
+}
+
+}  // namespace dsv4

@@ -1,0 +1,74 @@
+/* Router ops: which experts each token goes to, and with which weight. */
+#ifndef DSV4_ROUTER_H
+#define DSV4_ROUTER_H
+
+#include <dsv4/dsv4.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DSV4_MAX_TOP_K 32
+
+/* Hash routing with uniform weights: the experts of a token are a row of a table, each with weight 1/k.
+ * A token id outside [0, vocab), and a token that padding_mask marks, get ids -1 and weights 0; so does the slot of a
+ * table entry that is negative or does not fit in int32. */
+typedef struct dsv4_hash_router_args {
+  size_t struct_size;       /* sizeof(dsv4_hash_router_args) */
+  dsv4_tensor token_ids;    /* [tokens] int32 or int64 */
+  dsv4_tensor hash_lut;     /* [vocab, k] int32 or int64, k <= 32 */
+  dsv4_tensor padding_mask; /* [tokens] bool, true = padding; may be absent */
+  dsv4_tensor out_weights;  /* [tokens, k] float32 */
+  dsv4_tensor out_ids;      /* [tokens, k] int32 */
+} dsv4_hash_router_args;
+
+DSV4_API dsv4_status dsv4_hash_router(const dsv4_hash_router_args* args, dsv4_stream stream);
+
+/* Hash routing as the DeepSeek-V4 models do it: experts from the table, weights from the gate's logits.
+ *     s = sqrt(softplus(logits[token, id])),  weight = scale * s / (sum of the row's s + epsilon)
+ * The division only if renormalize; a sum of 0 counts as 1. A NaN logit has weight 0. Table entries outside
+ * [0, experts) get id -1 and weight 0 and take no part in the sum. Token ids out of range and padding: as hash_router. */
+typedef struct dsv4_hash_router_scored_args {
+  size_t struct_size;       /* sizeof(dsv4_hash_router_scored_args) */
+  dsv4_tensor token_ids;    /* [tokens] int32 or int64 */
+  dsv4_tensor hash_lut;     /* [vocab, k] int32 or int64, k <= 32 */
+  dsv4_tensor logits;       /* [tokens, experts] float32 or bfloat16; rows may be strided */
+  dsv4_tensor padding_mask; /* [tokens] bool; may be absent */
+  dsv4_tensor out_weights;  /* [tokens, k] float32 */
+  dsv4_tensor out_ids;      /* [tokens, k] int32 */
+  int32_t renormalize;      /* 0 or 1 */
+  float scale;              /* the model's routed scaling factor */
+  float epsilon;            /* added to the sum; the models use 0, some engines 1e-20 */
+} dsv4_hash_router_scored_args;
+
+DSV4_API dsv4_status dsv4_hash_router_scored(const dsv4_hash_router_scored_args* args, dsv4_stream stream);
+
+/* Dense routing of a small batch in one launch: gate GEMM, activation, selection.
+ *     logits = hidden . weight^T in float32,  s = sqrt(softplus(logits))
+ *     ids = the k largest of s + bias in descending order, ties to the lower id, NaN lowest
+ *     weight = scale * s[id] / (sum of the chosen s + epsilon), the division only if renormalize; a sum of 0 counts as 1
+ * A NaN logit has weight 0. The workspace must be zeroed once before its first use; every call leaves it ready for the
+ * next one on the same stream. Calls that may run at the same time need a workspace each. */
+typedef struct dsv4_dense_router_decode_args {
+  size_t struct_size;      /* sizeof(dsv4_dense_router_decode_args) */
+  dsv4_tensor hidden;      /* [tokens, hidden_size] bfloat16, tokens <= 64, hidden_size a multiple of 64; rows may be strided */
+  dsv4_tensor weight;      /* [experts, hidden_size] bfloat16, experts <= 512; rows may be strided */
+  dsv4_tensor bias;        /* [experts] float32, used for selection only; may be absent */
+  dsv4_tensor workspace;   /* [>= dsv4_dense_router_decode_workspace_size] uint8, zeroed once */
+  dsv4_tensor out_weights; /* [tokens, k] float32 */
+  dsv4_tensor out_ids;     /* [tokens, k] int32 */
+  int32_t top_k;           /* 1 to 32, at most experts */
+  int32_t renormalize;     /* 0 or 1 */
+  float scale;
+  float epsilon;
+} dsv4_dense_router_decode_args;
+
+/* Bytes of workspace for a batch of that shape. */
+DSV4_API size_t dsv4_dense_router_decode_workspace_size(int64_t tokens, int64_t experts);
+
+DSV4_API dsv4_status dsv4_dense_router_decode(const dsv4_dense_router_decode_args* args, dsv4_stream stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
