@@ -1,0 +1,101 @@
+"""What a kernel's author declares, and what the ahead-of-time step makes of it.
+
+Importing this module imports no kernel language, so that the build can list kernels without a compiler.
+
+A kernel's arguments are a dict, name to type, in the order in which a launch passes them. Types are scalars ("int32",
+"int64", "float32") or pointers to global memory ("bf16*", "const int32*"), spelt as in C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+# Scalar types: bytes in the parameter list.
+SCALAR_SIZES: dict[str, int] = {"int32": 4, "int64": 8, "float32": 4}
+
+# Element types that a pointer may name.
+ELEMENT_TYPES = frozenset({"bf16", "fp16", "float32", "int32", "int64", "uint32", "uint8", "fp8e4m3", "bool"})
+
+
+def is_pointer(argument_type: str) -> bool:
+    return argument_type.endswith("*")
+
+
+def element_type(argument_type: str) -> str:
+    """ "const bf16*" -> "bf16"."""
+    return argument_type.removesuffix("*").removeprefix("const ").strip()
+
+
+def argument_size(argument_type: str) -> int:
+    """Bytes that a parameter of this type takes; ValueError for a type that is none."""
+    if is_pointer(argument_type):
+        if element_type(argument_type) not in ELEMENT_TYPES:
+            raise ValueError(f"unknown element type in {argument_type!r}; known: {sorted(ELEMENT_TYPES)}")
+        return 8
+    if argument_type not in SCALAR_SIZES:
+        raise ValueError(f"unknown argument type {argument_type!r}; known: {sorted(SCALAR_SIZES)} and pointers")
+    return SCALAR_SIZES[argument_type]
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """One specialisation of a `@triton.jit` function.
+
+    function: its parameters are `arguments`, then `constants`, by the same names.
+    name: unique in the package; the kernel's function in C++ (dsv4::aot::<name>).
+    constants: values of the tl.constexpr parameters.
+    aligned: arguments that the caller promises to be multiples of 16 (pointers: 16-byte aligned). What makes wide loads
+        possible; the C entry point must check it.
+    """
+
+    function: Any
+    name: str
+    arguments: dict[str, str]
+    constants: dict[str, object] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        unknown = set(self.aligned) - set(self.arguments)
+        if unknown:
+            raise ValueError(f"{self.name}: aligned names no argument: {sorted(unknown)}")
+
+
+@dataclass(frozen=True)
+class CuteKernel:
+    """One specialisation of a CuTe DSL kernel.
+
+    function: the `@cute.kernel` function; its parameters are `arguments`, then `constants`, by the same names.
+    name: unique in the package; the kernel's function in C++ (dsv4::aot::<name>).
+    constants: compile-time values.
+    threads: threads in a block.
+    dynamic_shared: bytes of dynamic shared memory that a launch must pass; static shared memory is not counted.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    arguments: dict[str, str]
+    constants: dict[str, object]
+    threads: int
+    dynamic_shared: int = 0
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A kernel's image for one architecture, and what a launch needs to know about it.
+
+    trailing_pointers: parameters that the compiler added after the declared ones; a launch passes null for each.
+    """
+
+    name: str
+    symbol: str
+    arch: str
+    cubin: bytes
+    ptx: str
+    arguments: dict[str, str]
+    threads: int
+    dynamic_shared: int
+    trailing_pointers: int = 0

@@ -1,0 +1,75 @@
+"""The table of every image in the library: those of the aot step, and those that nvcc put into the CUDA C++ objects.
+
+    python -m aot.images --aot DIR --out DIR OBJECT...
+
+Writes images.cpp (compiled into the library) and images.json (installed beside it; what `info` prints). Runs in the build
+after the CUDA sources are compiled and before the library is linked. A kernel that spills fails the build here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from aot.generate import NOTICE, write_if_changed
+from aot.sidecar import Sidecar, check_no_spill, cuobjdump, inspect
+
+
+def aot_sidecars(folder: Path) -> list[Sidecar]:
+    return [Sidecar.read(path) for path in sorted(folder.glob("sm_*/*.json")) if path.name != "stamps.json"]
+
+
+def object_sidecars(path: Path, nvcc_version: str) -> list[Sidecar]:
+    """The kernels in one object file; .../csrc/<family>/<op>.cu.o."""
+    op, family = path.name.partition(".")[0], path.parent.name
+    with tempfile.TemporaryDirectory() as folder:
+        cuobjdump("--extract-elf", "all", str(path), cwd=Path(folder))
+        sidecars = [
+            sidecar
+            for image in sorted(Path(folder).glob("*.cubin"))
+            for sidecar in inspect(image, op, family, "cuda", {"nvcc": nvcc_version})
+        ]
+    for sidecar in sidecars:
+        check_no_spill(sidecar)
+    return sidecars
+
+
+def cpp_table(sidecars: list[Sidecar]) -> str:
+    rows = "\n".join(
+        f'    {{"{s.op}", "{s.symbol}", "{s.language}", "{s.architecture}", "{s.sha256}"}},' for s in sidecars
+    )
+    return f"""{NOTICE}#include "core/images.h"
+
+namespace dsv4 {{
+
+const dsv4_image images[] = {{
+{rows}
+}};
+const size_t image_count = {len(sidecars)};
+
+}}  // namespace dsv4
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m aot.images", description=__doc__)
+    parser.add_argument("--aot", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--nvcc-version", required=True)
+    parser.add_argument("objects", type=Path, nargs="+")
+    options = parser.parse_args()
+    sidecars = aot_sidecars(options.aot)
+    for path in options.objects:
+        sidecars += object_sidecars(path, options.nvcc_version)
+    sidecars.sort(key=lambda s: (s.family, s.op, s.symbol, int(re.sub(r"\D", "", s.architecture))))
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_if_changed(options.out / "images.cpp", cpp_table(sidecars))
+    write_if_changed(options.out / "images.json", json.dumps([asdict(s) for s in sidecars], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

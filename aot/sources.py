@@ -1,0 +1,109 @@
+"""Which kernel modules there are, in which language, and what each depends on. Reads sources; imports none of them."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib  # type: ignore[no-redef]
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The package that a kernel's module imports, the language that makes it, the distribution that holds the compiler.
+LANGUAGES = {"triton": ("triton", "triton"), "cutlass": ("cute", "nvidia-cutlass-dsl")}
+
+
+@dataclass(frozen=True)
+class KernelModule:
+    """aot/<family>/<op>.py"""
+
+    path: Path
+    language: str
+
+    @property
+    def op(self) -> str:
+        return self.path.stem
+
+    @property
+    def family(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def import_name(self) -> str:
+        return f"aot.{self.family}.{self.op}"
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The dotted names that a source file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def kernel_modules(root: Path = ROOT) -> list[KernelModule]:
+    """Every file under aot/<family>/ that imports a kernel language, in a fixed order."""
+    found = []
+    for path in sorted((root / "aot").glob("*/*.py")):
+        packages = {name.partition(".")[0] for name in imported_modules(path)}
+        languages = [LANGUAGES[package][0] for package in sorted(packages & LANGUAGES.keys())]
+        if len(languages) > 1:
+            raise SystemExit(f"aot: {path.relative_to(root)} imports several kernel languages: {languages}")
+        if languages:
+            found.append(KernelModule(path, languages[0]))
+    return found
+
+
+def source_closure(path: Path, root: Path = ROOT) -> list[Path]:
+    """The file and every file of the aot package that it imports, directly or not."""
+    seen: set[Path] = set()
+    pending = [path]
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for name in imported_modules(current):
+            candidate = root.joinpath(*name.split(".")).with_suffix(".py")
+            if name.startswith("aot.") and candidate.is_file():
+                pending.append(candidate)
+    return sorted(seen)
+
+
+def fingerprint(module: KernelModule, arch: str, root: Path = ROOT) -> str:
+    """Changes when an image could: with any source that the module or its compiler driver is made of, the compilers, and
+    the architecture."""
+    digest = hashlib.sha256()
+    files = {*source_closure(module.path, root), *source_closure(root / "aot" / "worker.py", root)}
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    digest.update(f"{arch}\0{sorted(compiler_versions(module.language).items())}".encode())
+    return digest.hexdigest()
+
+
+def compiler_versions(language: str) -> dict[str, str]:
+    """The installed compiler of a language, after checking it against what pyproject.toml pins.
+
+    SystemExit if it is missing or of another version: images must depend on the sources and the pins alone.
+    """
+    distribution = next(d for name, d in LANGUAGES.values() if name == language)
+    build_requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    pin = next(r for r in map(Requirement, build_requirements) if r.name == distribution)
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit(f"aot: the {language} kernels need {pin}, which is not installed; pip install '{pin}'") from None
+    if version not in pin.specifier:
+        raise SystemExit(f"aot: the {language} kernels need {pin}, found {version}; pip install '{pin}'")
+    return {distribution: version}
