@@ -1,0 +1,79 @@
+#include <dsv4/router.h>
+
+#include <algorithm>
+
+#include "core/check.h"
+#include "kernels.h"
+
+namespace dsv4 {
+namespace {
+
+constexpr int64_t kMaxTokens = 64;
+constexpr int64_t kMaxExperts = 512;
+constexpr int64_t kExpertsPerBlock = 8;  // of aot/router/dense_router_decode.py
+constexpr int64_t kHiddenMultiple = 64;
+constexpr int64_t kLoadBytes = 16;
+constexpr size_t kArrivalBytes = 16;   // the counter, padded so that the logits behind it stay aligned
+constexpr int64_t kMaxHiddenSplits = 8;  // partial sums of a logit, each with a place in the workspace
+
+using DecodeKernel = decltype(&aot::dense_router_decode_tokens16);
+
+// The smallest of the kernel's specialisations that takes the batch.
+DecodeKernel kernel_for(int64_t tokens) {
+  if (tokens <= 16) return aot::dense_router_decode_tokens16;
+  if (tokens <= 32) return aot::dense_router_decode_tokens32;
+  return aot::dense_router_decode_tokens64;
+}
+
+// Into how many parts hidden_size is split, so that few experts still keep the whole chip reading: a block for each
+// multiprocessor. Depends on shapes and the device alone, for the sums' order must not change from call to call.
+uint32_t hidden_splits(const Device& device, int64_t hidden_size, uint32_t expert_blocks) {
+  const int64_t blocks_left = device.multiprocessors / expert_blocks;
+  return static_cast<uint32_t>(std::clamp<int64_t>(blocks_left, 1, std::min(kMaxHiddenSplits, hidden_size / kHiddenMultiple)));
+}
+
+}  // namespace
+}  // namespace dsv4
+
+extern "C" size_t dsv4_dense_router_decode_workspace_size(int64_t tokens, int64_t experts) {
+  if (tokens <= 0 || experts <= 0) return 0;
+  return dsv4::kArrivalBytes + sizeof(float) * static_cast<size_t>(tokens * experts * dsv4::kMaxHiddenSplits);
+}
+
+extern "C" dsv4_status dsv4_dense_router_decode(const dsv4_dense_router_decode_args* given, dsv4_stream stream) {
+  using namespace dsv4;
+  Check check("dense_router_decode");
+  const dsv4_dense_router_decode_args args = check.read(given);
+  const int64_t tokens = extent(args.hidden, 0);
+  const int64_t hidden_size = extent(args.hidden, 1);
+  const int64_t experts = extent(args.weight, 0);
+  check.tensor("hidden", args.hidden, one_of(DSV4_BFLOAT16), {kAny, kAny}, Layout::kStridedRows);
+  check.range("hidden rows (tokens)", tokens, 0, kMaxTokens);
+  check.range("hidden columns", hidden_size, kHiddenMultiple, INT32_MAX);
+  check.multiple("hidden columns", hidden_size, kHiddenMultiple);
+  check.aligned_rows("hidden", args.hidden, kLoadBytes);
+  check.tensor("weight", args.weight, one_of(DSV4_BFLOAT16), {kAny, hidden_size}, Layout::kStridedRows);
+  check.range("weight rows (experts)", experts, 1, kMaxExperts);
+  check.aligned_rows("weight", args.weight, kLoadBytes);
+  check.optional_tensor("bias", args.bias, one_of(DSV4_FLOAT32), {experts});
+  check.range("top_k", args.top_k, 1, std::min<int64_t>(DSV4_MAX_TOP_K, experts));
+  check.flag("renormalize", args.renormalize);
+  const int64_t workspace_bytes = static_cast<int64_t>(dsv4_dense_router_decode_workspace_size(tokens, experts));
+  check.tensor("workspace", args.workspace, one_of(DSV4_UINT8), {kAny});
+  check.range("workspace bytes", extent(args.workspace, 0), workspace_bytes, INT64_MAX);
+  check.aligned_rows("workspace", args.workspace, static_cast<int64_t>(kArrivalBytes));
+  check.tensor("out_weights", args.out_weights, one_of(DSV4_FLOAT32), {tokens, args.top_k});
+  check.tensor("out_ids", args.out_ids, one_of(DSV4_INT32), {tokens, args.top_k});
+  LaunchTarget target;
+  if (dsv4_status status = check.open(stream, &target)) return status;
+
+  if (tokens == 0) return DSV4_OK;
+  auto* const workspace = static_cast<unsigned char*>(args.workspace.data);
+  const uint32_t expert_blocks = blocks_for(experts, kExpertsPerBlock);
+  const dim3 grid(expert_blocks, hidden_splits(*target.device, hidden_size, expert_blocks));
+  return kernel_for(tokens)(target, grid, args.hidden.data, args.weight.data,
+                            args.bias.data, workspace + kArrivalBytes, workspace, args.out_weights.data,
+                            args.out_ids.data, args.hidden.stride[0], args.weight.stride[0],
+                            static_cast<int32_t>(tokens), static_cast<int32_t>(hidden_size),
+                            static_cast<int32_t>(experts), args.top_k, args.renormalize, args.scale, args.epsilon);
+}

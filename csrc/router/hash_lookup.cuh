@@ -1,0 +1,35 @@
+// What the hash routing ops share: the rule for which table row a token takes, and the checks of the arguments for it.
+#pragma once
+
+#include <dsv4/router.h>
+
+#include "core/check.h"
+
+namespace dsv4 {
+
+constexpr int32_t kNoExpert = -1;  // the id of a slot that routes nowhere
+
+// The table row of a token, or null for padding and for ids outside the table.
+template <typename TokenId, typename Entry>
+__device__ inline const Entry* lookup_row(const TokenId* token_ids, const Entry* table, const bool* padding_mask,
+                                          int64_t token, int64_t vocab, int top_k) {
+  const int64_t id = token_ids[token];
+  const bool padding = padding_mask && padding_mask[token];
+  return padding || id < 0 || id >= vocab ? nullptr : table + id * top_k;
+}
+
+// Args is the struct of a hash routing op; returns k.
+template <typename Args>
+int64_t check_hash_lookup(Check& check, const Args& args) {
+  const int64_t tokens = extent(args.token_ids, 0);
+  const int64_t top_k = extent(args.hash_lut, 1);
+  check.tensor("token_ids", args.token_ids, one_of(DSV4_INT32, DSV4_INT64), {kAny});
+  check.tensor("hash_lut", args.hash_lut, one_of(DSV4_INT32, DSV4_INT64), {kAny, kAny});
+  check.range("hash_lut columns (k)", top_k, 1, DSV4_MAX_TOP_K);
+  check.optional_tensor("padding_mask", args.padding_mask, one_of(DSV4_BOOL), {tokens});
+  check.tensor("out_weights", args.out_weights, one_of(DSV4_FLOAT32), {tokens, top_k});
+  check.tensor("out_ids", args.out_ids, one_of(DSV4_INT32), {tokens, top_k});
+  return top_k;
+}
+
+}  // namespace dsv4

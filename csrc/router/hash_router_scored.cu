@@ -1,0 +1,84 @@
+#include <cuda_bf16.h>
+
+#include "core/dtype.h"
+#include "core/launch.h"
+#include "device/activation.cuh"
+#include "router/hash_lookup.cuh"
+
+namespace dsv4 {
+
+constexpr int kThreads = 256;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// `group` neighbouring lanes (a power of two, at least k) serve one token, one slot each, and sum their scores by
+// shuffles: a fixed order, so the same input gives the same bits.
+template <typename TokenId, typename Entry, typename Logit>
+__global__ void hash_router_scored_kernel(const TokenId* __restrict__ token_ids, const Entry* __restrict__ table,
+                                          const bool* __restrict__ padding_mask, const Logit* __restrict__ logits,
+                                          float* __restrict__ weights, int32_t* __restrict__ ids, int64_t tokens,
+                                          int64_t vocab, int64_t experts, int64_t logits_stride, int top_k, int group,
+                                          bool renormalize, float scale, float epsilon) {
+  const int slot = threadIdx.x % group;
+  const int64_t token = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / group;
+  int32_t id = kNoExpert;
+  float score = 0.0f;
+  if (token < tokens && slot < top_k) {
+    const Entry* row = lookup_row(token_ids, table, padding_mask, token, vocab, top_k);
+    const int64_t expert = row ? static_cast<int64_t>(row[slot]) : kNoExpert;
+    if (expert >= 0 && expert < experts) {
+      id = static_cast<int32_t>(expert);
+      score = sqrt_softplus(static_cast<float>(logits[token * logits_stride + expert]));
+      if (isnan(score)) score = 0.0f;
+    }
+  }
+  float sum = score;
+  for (int distance = group / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kFullWarp, sum, distance);
+  if (token >= tokens || slot >= top_k) return;
+
+  const float denominator = sum + epsilon;
+  const float weight = renormalize && denominator != 0.0f ? score / denominator : score;
+  const int64_t out = token * top_k + slot;
+  ids[out] = id;
+  weights[out] = weight * scale;
+}
+
+namespace {
+
+template <typename Function>
+dsv4_status with_logit_type(int32_t dtype, Function&& function) {
+  return dtype == DSV4_BFLOAT16 ? function(__nv_bfloat16{}) : function(float{});
+}
+
+}  // namespace
+}  // namespace dsv4
+
+extern "C" dsv4_status dsv4_hash_router_scored(const dsv4_hash_router_scored_args* given, dsv4_stream stream) {
+  using namespace dsv4;
+  Check check("hash_router_scored");
+  const dsv4_hash_router_scored_args args = check.read(given);
+  const int top_k = static_cast<int>(check_hash_lookup(check, args));
+  const int64_t tokens = extent(args.token_ids, 0);
+  check.tensor("logits", args.logits, one_of(DSV4_FLOAT32, DSV4_BFLOAT16), {tokens, kAny}, Layout::kStridedRows);
+  check.flag("renormalize", args.renormalize);
+  LaunchTarget target;
+  if (dsv4_status status = check.open(stream, &target)) return status;
+
+  if (tokens == 0) return DSV4_OK;
+  int group = 1;
+  while (group < top_k) group *= 2;
+  return with_index_type(args.token_ids.dtype, [&](auto token_id) {
+    return with_index_type(args.hash_lut.dtype, [&](auto entry) {
+      return with_logit_type(args.logits.dtype, [&](auto logit) {
+        using TokenId = decltype(token_id);
+        using Entry = decltype(entry);
+        using Logit = decltype(logit);
+        return launch<hash_router_scored_kernel<TokenId, Entry, Logit>>(
+            target, {blocks_for(tokens, kThreads / group), kThreads}, static_cast<const TokenId*>(args.token_ids.data),
+            static_cast<const Entry*>(args.hash_lut.data), static_cast<const bool*>(args.padding_mask.data),
+            static_cast<const Logit*>(args.logits.data), static_cast<float*>(args.out_weights.data),
+            static_cast<int32_t*>(args.out_ids.data), tokens, extent(args.hash_lut, 0), extent(args.logits, 1),
+            args.logits.stride[0], top_k, group, args.renormalize != 0, args.scale, args.epsilon);
+      });
+    });
+  });
+}
