@@ -1,0 +1,16 @@
+#include "tensor.h"
+
+PYBIND11_MODULE(_native, module) {
+  using namespace dsv4::python;
+  module.doc() = "The C interface of libdsv4_kernels.so. Ops return False for valid arguments in host memory.";
+  module.def("version", &dsv4_version);
+  module.def("preload", [](int device) {
+    if (dsv4_status status = dsv4_preload(device)) raise_status(status);
+  });
+  module.def("device_error", [](int device) -> py::object {
+    if (dsv4_device_status(device) == DSV4_OK) return py::none();
+    return py::str(dsv4_last_error());
+  });
+  bind_router(module);
+  bind_moe(module);
+}

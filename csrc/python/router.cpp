@@ -1,0 +1,54 @@
+#include <dsv4/router.h>
+
+#include "tensor.h"
+
+namespace dsv4::python {
+
+void bind_router(py::module_& module) {
+  module.def("hash_router", [](const Tensor& token_ids, const Tensor& hash_lut, const Tensor& padding_mask,
+                               const Tensor& out_weights, const Tensor& out_ids) {
+    dsv4_hash_router_args args = {};
+    args.token_ids = token_ids.view;
+    args.hash_lut = hash_lut.view;
+    args.padding_mask = padding_mask.view;
+    args.out_weights = out_weights.view;
+    args.out_ids = out_ids.view;
+    return call(dsv4_hash_router, args, token_ids);
+  });
+
+  module.def("hash_router_scored", [](const Tensor& token_ids, const Tensor& hash_lut, const Tensor& logits,
+                                      const Tensor& padding_mask, bool renormalize, float scale, float epsilon,
+                                      const Tensor& out_weights, const Tensor& out_ids) {
+    dsv4_hash_router_scored_args args = {};
+    args.token_ids = token_ids.view;
+    args.hash_lut = hash_lut.view;
+    args.logits = logits.view;
+    args.padding_mask = padding_mask.view;
+    args.renormalize = renormalize;
+    args.scale = scale;
+    args.epsilon = epsilon;
+    args.out_weights = out_weights.view;
+    args.out_ids = out_ids.view;
+    return call(dsv4_hash_router_scored, args, token_ids);
+  });
+
+  module.def("dense_router_decode_workspace_size", &dsv4_dense_router_decode_workspace_size);
+  module.def("dense_router_decode", [](const Tensor& hidden, const Tensor& weight, const Tensor& bias, int top_k,
+                                       bool renormalize, float scale, float epsilon, const Tensor& workspace,
+                                       const Tensor& out_weights, const Tensor& out_ids) {
+    dsv4_dense_router_decode_args args = {};
+    args.hidden = hidden.view;
+    args.weight = weight.view;
+    args.bias = bias.view;
+    args.top_k = top_k;
+    args.renormalize = renormalize;
+    args.scale = scale;
+    args.epsilon = epsilon;
+    args.workspace = workspace.view;
+    args.out_weights = out_weights.view;
+    args.out_ids = out_ids.view;
+    return call(dsv4_dense_router_decode, args, hidden);
+  });
+}
+
+}  // namespace dsv4::python

@@ -1,0 +1,176 @@
+"""How a public function reaches its kernel: the C interface in eager mode, the torch op while something traces, the CPU
+implementation for host tensors."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NoReturn, TypeAlias
+
+import torch
+
+from dsv4_kernels import _native
+
+# Shape and dtype of an output.
+OutputSpec: TypeAlias = tuple[Sequence[int], torch.dtype]
+
+
+def extent(tensor: torch.Tensor, dimension: int) -> int:
+    """tensor.shape[dimension], or 0 where there is no such dimension: shape rules run before arguments are checked."""
+    return tensor.shape[dimension] if dimension < tensor.dim() else 0
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op. All else follows from its name: dsv4_<name> in C, _native.<name>, <family>.reference.<name>,
+    torch.ops.dsv4.<name>.
+
+    arguments: the inputs in torch's schema language, in the order of the binding.
+    results: names of the outputs, as keyword arguments.
+    outputs: from the inputs to shape and dtype of each output.
+    workspace_size: from the inputs to the bytes of zeroed workspace that a call needs, or None.
+    """
+
+    family: str
+    name: str
+    arguments: str
+    results: tuple[str, ...]
+    outputs: Callable[..., tuple[OutputSpec, ...]]
+    workspace_size: Callable[..., int] | None = None
+
+    def __call__(
+        self,
+        arguments: tuple[Any, ...],
+        out: tuple[torch.Tensor | None, ...],
+        workspace: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Runs the op. out holds a tensor to write to, or None to allocate one, for each result."""
+        if _is_traced(arguments[0]):
+            return self._call_torch_op(arguments, out)
+        return self.run(arguments, out, workspace)
+
+    def run(
+        self,
+        arguments: tuple[Any, ...],
+        out: tuple[torch.Tensor | None, ...],
+        workspace: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Runs the op on real tensors. What both the public function and the torch op end in."""
+        try:
+            tensors = tuple(
+                tensor if tensor is not None else torch.empty(spec[0], dtype=spec[1], device=arguments[0].device)
+                for tensor, spec in zip(out, self._specs(arguments, out), strict=True)
+            )
+            if self.workspace_size is None:
+                on_device = self._native(*arguments, *tensors)
+            else:
+                if workspace is None:
+                    workspace = _workspace(arguments[0].device, self.workspace_size(*arguments))
+                on_device = self._native(*arguments, workspace, *tensors)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            self._explain(arguments, out, error)
+        if not on_device:
+            self.reference(*arguments, *tensors)
+        return tensors
+
+    def allocate(self, arguments: tuple[Any, ...], device: torch.device | str) -> tuple[torch.Tensor, ...]:
+        """Uninitialised outputs for these inputs."""
+        return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.outputs(*arguments))
+
+    @cached_property
+    def schema(self) -> Any:
+        """torch's parse of the inputs: names, types, defaults."""
+        return torch._C.parse_schema(f"{self.name}({self.arguments}) -> ()").arguments
+
+    @cached_property
+    def reference(self) -> Callable[..., None]:
+        """The CPU implementation: inputs, then outputs, which it writes in whatever float dtype they have."""
+        function: Callable[..., None] = getattr(
+            importlib.import_module(f"dsv4_kernels.{self.family}.reference"), self.name
+        )
+        return function
+
+    @cached_property
+    def _native(self) -> Callable[..., bool]:
+        function: Callable[..., bool] = getattr(_native, self.name)
+        return function
+
+    def _specs(self, arguments: tuple[Any, ...], out: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
+        """Shapes and dtypes, where one of them is needed."""
+        for tensor in out:
+            if tensor is None:
+                return self.outputs(*arguments)
+        return out
+
+    def _call_torch_op(
+        self, arguments: tuple[Any, ...], out: tuple[torch.Tensor | None, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        overloads = getattr(torch.ops.dsv4, self.name)
+        if all(tensor is None for tensor in out):
+            results = overloads.default(*arguments)
+            return results if len(self.results) > 1 else (results,)
+        tensors = tuple(
+            tensor if tensor is not None else torch.empty(shape, dtype=dtype, device=arguments[0].device)
+            for tensor, (shape, dtype) in zip(out, self.outputs(*arguments), strict=True)
+        )
+        overloads.out(*arguments, **dict(zip(self.results, tensors, strict=True)))
+        return tensors
+
+    def _explain(self, arguments: tuple[Any, ...], out: tuple[Any, ...], error: Exception) -> NoReturn:
+        """Raises what is wrong with the arguments in the package's words; `error` itself if they are not the cause."""
+        from dsv4_kernels.errors import InvalidArgumentError, KernelError
+
+        if isinstance(error, (KernelError, torch.OutOfMemoryError)):
+            raise error
+        for parameter, argument in zip(self.schema, arguments, strict=True):
+            need = str(parameter.type)
+            if not _ARGUMENT_KINDS[need](argument):
+                raise InvalidArgumentError(
+                    f"{self.name}: {parameter.name}: expected {_NEEDS.get(need, need)}, got {type(argument).__name__}"
+                ) from None
+        # Outputs could not be allocated for these inputs: the C checks say why.
+        padding = (None,) if self.workspace_size else ()
+        self._native(*arguments, *padding, *out)
+        raise error
+
+
+_ARGUMENT_KINDS: dict[str, Callable[[object], bool]] = {
+    "Tensor": lambda value: _is_tensor(value),
+    "Optional[Tensor]": lambda value: value is None or _is_tensor(value),
+    "int": lambda value: type(value) is int,
+    "bool": lambda value: type(value) is bool,
+    "float": lambda value: type(value) in (int, float),
+}
+_NEEDS = {"Tensor": "a tensor", "Optional[Tensor]": "a tensor or None"}
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor) or hasattr(value, "__dlpack__")
+
+
+def _is_traced(tensor: object) -> bool:
+    """Whether the dispatcher must see the call: torch.compile, a tensor subclass (fake, functional), or an active mode."""
+    if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
+        return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return isinstance(tensor, torch.Tensor)
+
+
+_workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _workspace(device: torch.device, size: int) -> torch.Tensor:
+    """Zeroed workspace for one call, kept for the next one on the same stream.
+
+    Kernels leave it zeroed. A capture gets its own, from the graph's memory: its replays may run beside eager calls.
+    """
+    if device.type != "cuda":
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    workspace = _workspaces.get(key)
+    if workspace is None or workspace.numel() < size:
+        _workspaces[key] = workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+    return workspace

@@ -1,0 +1,59 @@
+"""Every op of the package, one row each. Torch registration, public functions, selftest and the tests' parametrisation
+read this table."""
+
+from __future__ import annotations
+
+import torch
+
+from dsv4_kernels import _native
+from dsv4_kernels.op import Op, OutputSpec, extent
+
+OPS: dict[str, Op] = {}
+
+
+def _weights_and_ids(tokens: int, top_k: int) -> tuple[OutputSpec, ...]:
+    return ((tokens, top_k), torch.float32), ((tokens, top_k), torch.int32)
+
+
+def _add(op: Op) -> None:
+    OPS[op.name] = op
+
+
+_add(
+    Op(
+        "router",
+        "hash_router",
+        "Tensor token_ids, Tensor hash_lut, Tensor? padding_mask=None",
+        ("out_weights", "out_ids"),
+        lambda token_ids, hash_lut, padding_mask=None: _weights_and_ids(extent(token_ids, 0), extent(hash_lut, 1)),
+    )
+)
+_add(
+    Op(
+        "router",
+        "hash_router_scored",
+        "Tensor token_ids, Tensor hash_lut, Tensor logits, Tensor? padding_mask=None, bool renormalize=True, "
+        "float scale=1.0, float epsilon=0.0",
+        ("out_weights", "out_ids"),
+        lambda token_ids, hash_lut, *_: _weights_and_ids(extent(token_ids, 0), extent(hash_lut, 1)),
+    )
+)
+_add(
+    Op(
+        "router",
+        "dense_router_decode",
+        "Tensor hidden, Tensor weight, Tensor? bias, int k, bool renormalize=True, float scale=1.0, float epsilon=0.0",
+        ("out_weights", "out_ids"),
+        lambda hidden, weight, bias, k, *_: _weights_and_ids(extent(hidden, 0), k),
+        lambda hidden, weight, *_: _native.dense_router_decode_workspace_size(extent(hidden, 0), extent(weight, 0)),
+    )
+)
+_add(
+    Op(
+        "moe",
+        "padded_squared_relu",
+        "Tensor x, Tensor permutation_map, Tensor n_used",
+        ("out",),
+        lambda x, *_: ((tuple(x.shape), torch.bfloat16),),
+    )
+)

@@ -1,0 +1,133 @@
+"""The router's public functions.
+
+Shared rules: outputs are allocated unless given; nothing is synchronised; a token id outside [0, vocab) and a token that
+padding_mask marks get ids -1 and weights 0, and nothing out of bounds is read. Arguments that an op cannot take raise
+InvalidArgumentError. Ops are for inference: no gradient flows through them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dsv4_kernels import _native
+from dsv4_kernels.op_table import OPS
+
+_hash_router = OPS["hash_router"]
+_hash_router_scored = OPS["hash_router_scored"]
+_dense_router_decode = OPS["dense_router_decode"]
+
+
+def hash_router(
+    token_ids: Tensor,
+    hash_lut: Tensor,
+    *,
+    padding_mask: Tensor | None = None,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Experts of each token from a table, with uniform weights.
+
+    What the system's description calls the hash router. The DeepSeek-V4 models weigh the experts by the gate's scores:
+    see hash_router_scored.
+
+    Args:
+        token_ids: [tokens] int32 or int64.
+        hash_lut: [vocab, k] int32 or int64, k <= 32; the checkpoints' `layers.N.ffn.gate.tid2eid`.
+        padding_mask: [tokens] bool, true for padding.
+        out_weights: [tokens, k] float32 to write to.
+        out_ids: [tokens, k] int32 to write to.
+
+    Returns:
+        weights [tokens, k] float32, all 1/k; ids [tokens, k] int32. A table entry that is negative or does not fit in
+        int32 gives its slot id -1 and weight 0.
+    """
+    weights, ids = _hash_router((token_ids, hash_lut, padding_mask), (out_weights, out_ids))
+    return weights, ids
+
+
+def hash_router_scored(
+    token_ids: Tensor,
+    hash_lut: Tensor,
+    logits: Tensor,
+    *,
+    padding_mask: Tensor | None = None,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    epsilon: float = 0.0,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Experts of each token from a table, weighed by the gate's scores, as DeepSeek-V4's hash layers do.
+
+        s = sqrt(softplus(logits[token, id])),  weight = scale * s / (sum of the row's s + epsilon)
+
+    Source: class Gate of the models' published inference code.
+
+    Args:
+        token_ids: [tokens] int32 or int64.
+        hash_lut: [vocab, k] int32 or int64, k <= 32.
+        logits: [tokens, experts] float32 or bfloat16: hidden . gate.weight^T; rows may be strided.
+        padding_mask: [tokens] bool, true for padding.
+        renormalize: divide by the sum; a sum of 0 counts as 1.
+        scale: the model's routed scaling factor (1.5 in v4-flash, 2.5 in v4-pro).
+        epsilon: added to the sum; the models use 0, some engines 1e-20.
+        out_weights: [tokens, k] float32 to write to.
+        out_ids: [tokens, k] int32 to write to.
+
+    Returns:
+        weights [tokens, k] float32; ids [tokens, k] int32. A table entry outside [0, experts) gives its slot id -1 and
+        weight 0 and takes no part in the sum. A NaN logit has weight 0.
+    """
+    weights, ids = _hash_router_scored(
+        (token_ids, hash_lut, logits, padding_mask, renormalize, scale, epsilon), (out_weights, out_ids)
+    )
+    return weights, ids
+
+
+def dense_router_decode(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    *,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    epsilon: float = 0.0,
+    workspace: Tensor | None = None,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gate of a small batch in one launch: GEMM, activation, selection.
+
+        logits = hidden . weight^T in float32,  s = sqrt(softplus(logits)),  ids = the k largest of s + bias
+        weight = scale * s[id] / (sum of the chosen s + epsilon)
+
+    Source: class Gate of the models' published inference code.
+
+    Args:
+        hidden: [tokens, hidden_size] bfloat16, at most 64 tokens, hidden_size a multiple of 64; rows may be strided, each
+            aligned to 16 bytes.
+        weight: [experts, hidden_size] bfloat16, at most 512 experts; rows likewise. `layers.N.ffn.gate.weight`.
+        bias: [experts] float32, for selection only, or None. `layers.N.ffn.gate.bias`.
+        k: experts a token, 1 to 32.
+        renormalize: divide by the sum; a sum of 0 counts as 1.
+        scale: the model's routed scaling factor.
+        epsilon: added to the sum.
+        workspace: uint8, at least `dense_router_decode_workspace_size(tokens, experts)` bytes, zeroed once. By default the
+            package keeps one for each stream; calls that may run at the same time need one each.
+        out_weights: [tokens, k] float32 to write to.
+        out_ids: [tokens, k] int32 to write to.
+
+    Returns:
+        weights [tokens, k] float32 and ids [tokens, k] int32 in descending order of s + bias; ties go to the lower id, NaN
+        is lowest. A NaN logit has weight 0.
+    """
+    weights, ids = _dense_router_decode(
+        (hidden, weight, bias, k, renormalize, scale, epsilon), (out_weights, out_ids), workspace
+    )
+    return weights, ids
+
+
+def dense_router_decode_workspace_size(tokens: int, experts: int) -> int:
+    """Bytes of workspace that dense_router_decode needs for a batch of that shape."""
+    return _native.dense_router_decode_workspace_size(tokens, experts)

@@ -1,0 +1,89 @@
+"""The router in plain torch and float64: the CPU implementation. Each function writes to its last two arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NO_EXPERT = -1
+
+
+def sqrt_softplus(logits: Tensor) -> Tensor:
+    """sqrt(log(1 + e^x)) in float64."""
+    x = logits.to(torch.float64)
+    return torch.sqrt(x.clamp(min=0) + torch.log1p(torch.exp(-x.abs())))
+
+
+def lookup(token_ids: Tensor, hash_lut: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """[tokens, k] int64 table rows; -1 for padding and token ids outside the table."""
+    vocab = hash_lut.shape[0]
+    found = (token_ids >= 0) & (token_ids < vocab)
+    if padding_mask is not None:
+        found &= ~padding_mask
+    rows = torch.full((token_ids.shape[0], hash_lut.shape[1]), NO_EXPERT, dtype=torch.int64, device=token_ids.device)
+    rows[found] = hash_lut[token_ids[found].to(torch.int64)].to(torch.int64)
+    return rows
+
+
+def weigh(scores: Tensor, renormalize: bool, scale: float, epsilon: float) -> Tensor:
+    """scores [tokens, k] to weights."""
+    if renormalize:
+        denominator = scores.sum(dim=1, keepdim=True) + epsilon
+        scores = scores / torch.where(denominator == 0, 1.0, denominator)
+    return scores * scale
+
+
+def hash_router(
+    token_ids: Tensor, hash_lut: Tensor, padding_mask: Tensor | None, out_weights: Tensor, out_ids: Tensor
+) -> None:
+    rows = lookup(token_ids, hash_lut, padding_mask)
+    valid = (rows >= 0) & (rows <= torch.iinfo(torch.int32).max)
+    out_ids.copy_(torch.where(valid, rows, NO_EXPERT))
+    out_weights.copy_(valid.to(torch.float64) / hash_lut.shape[1])
+
+
+def hash_router_scored(
+    token_ids: Tensor,
+    hash_lut: Tensor,
+    logits: Tensor,
+    padding_mask: Tensor | None,
+    renormalize: bool,
+    scale: float,
+    epsilon: float,
+    out_weights: Tensor,
+    out_ids: Tensor,
+) -> None:
+    rows = lookup(token_ids, hash_lut, padding_mask)
+    valid = (rows >= 0) & (rows < logits.shape[1])
+    scores = torch.zeros(rows.shape, dtype=torch.float64, device=logits.device)
+    if logits.shape[1]:
+        scores = sqrt_softplus(logits.gather(1, torch.where(valid, rows, 0))).nan_to_num(nan=0.0, posinf=torch.inf)
+    out_ids.copy_(torch.where(valid, rows, NO_EXPERT))
+    out_weights.copy_(weigh(torch.where(valid, scores, 0.0), renormalize, scale, epsilon))
+
+
+def descending(scores: Tensor) -> Tensor:
+    """Column indices of each row in descending order of score: ties by index, NaN last."""
+    nan = scores.isnan()
+    order = torch.sort(torch.where(nan, -torch.inf, scores), dim=1, descending=True, stable=True).indices
+    nan_last = torch.sort(nan.gather(1, order).to(torch.int8), dim=1, stable=True).indices
+    return order.gather(1, nan_last)
+
+
+def dense_router_decode(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    renormalize: bool,
+    scale: float,
+    epsilon: float,
+    out_weights: Tensor,
+    out_ids: Tensor,
+) -> None:
+    scores = sqrt_softplus(hidden.to(torch.float64) @ weight.to(torch.float64).T)
+    selection = scores if bias is None else scores + bias.to(torch.float64)
+    ids = descending(selection)[:, :k]
+    chosen = scores.gather(1, ids).nan_to_num(nan=0.0, posinf=torch.inf)
+    out_ids.copy_(ids)
+    out_weights.copy_(weigh(chosen, renormalize, scale, epsilon))

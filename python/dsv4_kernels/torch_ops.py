@@ -1,0 +1,75 @@
+"""Registers every op of the table as torch.ops.dsv4.<op>, once.
+
+    dsv4::<op>(inputs) -> (outputs)
+    dsv4::<op>.out(inputs, *, outputs) -> ()
+
+Runs at the first use of a family. Call register() yourself only to use torch.ops.dsv4 without importing one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dsv4_kernels.op import Op
+from dsv4_kernels.op_table import OPS
+
+_library: torch.library.Library | None = None
+
+
+def register() -> None:
+    """Registers the ops with torch. Does nothing the second time."""
+    global _library
+    if _library is not None:
+        return
+    _library = torch.library.Library("dsv4", "DEF")
+    for op in OPS.values():
+        results = ", ".join(["Tensor"] * len(op.results))
+        _library.define(f"{op.name}({op.arguments}) -> {results if len(op.results) == 1 else f'({results})'}")
+        mutated = ", ".join(f"Tensor({chr(ord('a') + i)}!) {name}" for i, name in enumerate(op.results))
+        _library.define(f"{op.name}.out({op.arguments}, *, {mutated}) -> ()")
+        functional, out, fake = _functional(op), _out(op), _fake(op)
+        for key in ("CPU", "CUDA"):
+            _library.impl(op.name, functional, key)
+            _library.impl(f"{op.name}.out", out, key)
+        _library.impl(op.name, fake, "Meta")
+        _library.impl(f"{op.name}.out", _fake_out, "Meta")
+
+
+def _one_or_all(results: tuple[torch.Tensor, ...]) -> Any:
+    return results[0] if len(results) == 1 else results
+
+
+def _functional(op: Op) -> Callable[..., Any]:
+    nothing = (None,) * len(op.results)
+
+    def functional(*arguments: Any) -> Any:
+        return _one_or_all(op.run(_with_defaults(op, arguments), nothing))
+
+    return functional
+
+
+def _out(op: Op) -> Callable[..., None]:
+
+    def out(*arguments: Any, **results: torch.Tensor) -> None:
+        op.run(_with_defaults(op, arguments), tuple(results[name] for name in op.results))
+
+    return out
+
+
+def _fake(op: Op) -> Callable[..., Any]:
+    def fake(*arguments: Any) -> Any:
+        return _one_or_all(op.allocate(arguments, arguments[0].device))
+
+    return fake
+
+
+def _fake_out(*arguments: Any, **results: torch.Tensor) -> None:
+    return None
+
+
+def _with_defaults(op: Op, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The dispatcher drops trailing arguments that equal their defaults; the binding wants them all."""
+    return arguments + tuple(parameter.default_value for parameter in op.schema[len(arguments) :])
