@@ -1,5 +1,7 @@
-"""How a public function reaches its kernel: the C interface in eager mode, the torch op while something traces, the CPU
-implementation for host tensors."""
+"""How a public function reaches its kernel.
+
+Through the C interface in eager mode, the torch op while something traces, the CPU implementation for host tensors.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,7 @@ class Op:
 
     @cached_property
     def schema(self) -> Any:
-        """torch's parse of the inputs: names, types, defaults."""
+        """The inputs as torch parses them: names, types, defaults."""
         return torch._C.parse_schema(f"{self.name}({self.arguments}) -> ()").arguments
 
     @cached_property
@@ -151,7 +153,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def _is_traced(tensor: object) -> bool:
-    """Whether the dispatcher must see the call: torch.compile, a tensor subclass (fake, functional), or an active mode."""
+    """Whether the dispatcher must see the call: torch.compile, a tensor subclass (fake, functional), an active mode."""
     if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
         return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     return isinstance(tensor, torch.Tensor)

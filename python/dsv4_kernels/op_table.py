@@ -1,5 +1,7 @@
-"""Every op of the package, one row each. Torch registration, public functions, selftest and the tests' parametrisation
-read this table."""
+"""Every op of the package, one row each.
+
+Torch registration, public functions, selftest and the tests' parametrisation read this table.
+"""
 
 from __future__ import annotations
 

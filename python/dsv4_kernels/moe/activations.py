@@ -12,8 +12,8 @@ _padded_squared_relu = OPS["padded_squared_relu"]
 def padded_squared_relu(x: Tensor, permutation_map: Tensor, n_used: Tensor, *, out: Tensor | None = None) -> Tensor:
     """max(x, 0)^2 in float32, stored as bfloat16, for the rows that hold a token.
 
-    A row r is processed if r < n_used and permutation_map[r] >= 0; other rows of out are not written. The launch does not
-    depend on n_used, so a captured CUDA graph follows its value.
+    A row r is processed if r < n_used and permutation_map[r] >= 0; other rows of out are not written. The launch does
+    not depend on n_used, so a captured CUDA graph follows its value.
 
     Args:
         x: [rows, columns] bfloat16, the output of the experts' first product; rows may be strided.

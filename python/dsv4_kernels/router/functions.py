@@ -1,8 +1,8 @@
 """The router's public functions.
 
-Shared rules: outputs are allocated unless given; nothing is synchronised; a token id outside [0, vocab) and a token that
-padding_mask marks get ids -1 and weights 0, and nothing out of bounds is read. Arguments that an op cannot take raise
-InvalidArgumentError. Ops are for inference: no gradient flows through them.
+Shared rules: outputs are allocated unless given; nothing is synchronised; a token id outside [0, vocab) and a token
+that padding_mask marks get ids -1 and weights 0, and nothing out of bounds is read. Arguments that an op cannot take
+raise InvalidArgumentError. Ops are for inference: no gradient flows through them.
 """
 
 from __future__ import annotations
@@ -105,22 +105,22 @@ def dense_router_decode(
     Source: class Gate of the models' published inference code.
 
     Args:
-        hidden: [tokens, hidden_size] bfloat16, at most 64 tokens, hidden_size a multiple of 64; rows may be strided, each
-            aligned to 16 bytes.
+        hidden: [tokens, hidden_size] bfloat16, at most 64 tokens, hidden_size a multiple of 64; rows may be strided,
+            each aligned to 16 bytes.
         weight: [experts, hidden_size] bfloat16, at most 512 experts; rows likewise. `layers.N.ffn.gate.weight`.
         bias: [experts] float32, for selection only, or None. `layers.N.ffn.gate.bias`.
         k: experts a token, 1 to 32.
         renormalize: divide by the sum; a sum of 0 counts as 1.
         scale: the model's routed scaling factor.
         epsilon: added to the sum.
-        workspace: uint8, at least `dense_router_decode_workspace_size(tokens, experts)` bytes, zeroed once. By default the
-            package keeps one for each stream; calls that may run at the same time need one each.
+        workspace: uint8, at least `dense_router_decode_workspace_size(tokens, experts)` bytes, zeroed once. By default
+            the package keeps one for each stream; calls that may run at the same time need one each.
         out_weights: [tokens, k] float32 to write to.
         out_ids: [tokens, k] int32 to write to.
 
     Returns:
-        weights [tokens, k] float32 and ids [tokens, k] int32 in descending order of s + bias; ties go to the lower id, NaN
-        is lowest. A NaN logit has weight 0.
+        weights [tokens, k] float32 and ids [tokens, k] int32 in descending order of s + bias; ties go to the lower id,
+        NaN is lowest. A NaN logit has weight 0.
     """
     weights, ids = _dense_router_decode(
         (hidden, weight, bias, k, renormalize, scale, epsilon), (out_weights, out_ids), workspace

@@ -26,7 +26,7 @@ def lookup(token_ids: Tensor, hash_lut: Tensor, padding_mask: Tensor | None) -> 
 
 
 def weigh(scores: Tensor, renormalize: bool, scale: float, epsilon: float) -> Tensor:
-    """scores [tokens, k] to weights."""
+    """From scores [tokens, k] to weights."""
     if renormalize:
         denominator = scores.sum(dim=1, keepdim=True) + epsilon
         scores = scores / torch.where(denominator == 0, 1.0, denominator)

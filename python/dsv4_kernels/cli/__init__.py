@@ -1,0 +1,1 @@
+"""The commands of `python -m dsv4_kernels`, one module each."""

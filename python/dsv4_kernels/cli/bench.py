@@ -1,0 +1,170 @@
+"""Time ops against their floor and against plain torch.
+
+The floor of a case is the time to move its fewest bytes at the bandwidth of a large copy, plus that of a kernel that does
+nothing; both are measured first, in the same run. Every op is timed by replays of a captured graph, on random inputs:
+"cold" takes inputs in turn that together exceed the L2 cache, "warm" one set. Rivals do the same work in the same run:
+torch eager, captured too, and torch.compile. Host cost of a call is timed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dsv4_kernels import _native
+from dsv4_kernels.cases import Case, all_cases
+from dsv4_kernels.cli.machine import default_device, describe, image_for
+from dsv4_kernels.cli.timing import Ceilings, ceilings, host_seconds_per_call, seconds_per_call
+from dsv4_kernels.op_table import OPS
+
+COLD_BYTES = 256 << 20  # of inputs taken in turn: several times the largest L2
+MAX_SETS = 50
+MAX_SET_BYTES = 1 << 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("--device", help="cuda or cuda:N; cpu times the CPU implementations (default: cuda if there is one)")
+    parser.add_argument("--op", action="append", help="only this op; may be given several times")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--json", metavar="FILE", help="also write results to this file")
+    parser.add_argument("--plot", metavar="FILE", help="also draw time over floor to this file (needs matplotlib)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
+    device = options.device or default_device()
+    cases = [case for case in all_cases() if case.benched and (not options.op or case.op in options.op)]
+    if not cases:
+        print(f"bench: no op named {', '.join(options.op)}")
+        return 2
+    console = Console()
+    best = ceilings(device)
+    rows = [measure(c, device, best, not options.no_compile) for c in track(cases, "timing", console=console, transient=True)]
+    calls = call_costs(device)
+    report = {
+        "machine": describe(device),
+        "copy_bandwidth": best.copy_bandwidth,
+        "launch_us": best.launch * 1e6,
+        "rows": rows,
+        "calls_us": calls,
+    }
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    if options.plot:
+        plot(report, Path(options.plot))
+    print_report(console, report)
+    return 0
+
+
+def measure(case: Case, device: str, best: Ceilings, with_compile: bool) -> dict[str, Any]:
+    """One case as a JSON row; times in microseconds."""
+    first = case.arguments(device)
+    set_bytes = sum(a.numel() * a.element_size() for a in first if isinstance(a, torch.Tensor))
+    count = max(1, min(MAX_SETS, COLD_BYTES // max(set_bytes, 1))) if device != "cpu" else 1
+    sets = [first] + [fresh(first) for _ in range(count - 1)]
+    moved_bytes, plain = case.yardstick.moved_bytes(*first), case.yardstick.plain
+    row: dict[str, Any] = {
+        "op": case.op,
+        "case": case.name,
+        **case.labels,
+        "image": image_for(case.op, device),
+        "moved_bytes": moved_bytes,
+        "floor_us": best.floor(moved_bytes) * 1e6,
+        "warm_us": seconds_per_call(calls_of(case, sets[:1]), device) * 1e6,
+        "cold_us": seconds_per_call(calls_of(case, sets), device) * 1e6,
+        "cold_sets": len(sets),
+        "torch_eager_us": seconds_per_call([lambda: plain(*first)], device) * 1e6,
+    }
+    if with_compile:
+        compiled = torch.compile(plain)
+        row["torch_compile_us"] = seconds_per_call([lambda: compiled(*first)], device) * 1e6
+    return row
+
+
+def fresh(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same values in memory of their own, so that reading them finds nothing in a cache."""
+    return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
+
+
+def calls_of(case: Case, sets: Sequence[tuple[Any, ...]]) -> list[Callable[[], object]]:
+    """A call on each set of inputs, into outputs of its own."""
+    op = OPS[case.op]
+
+    def call(arguments: tuple[Any, ...]) -> Callable[[], object]:
+        out = op.allocate(arguments, arguments[0].device)
+        workspace = None
+        if op.workspace_size is not None:
+            size = op.workspace_size(*arguments)
+            workspace = torch.zeros(size, dtype=torch.uint8, device=arguments[0].device)
+        return lambda: op(arguments, out, workspace)
+
+    return [call(arguments) for arguments in sets]
+
+
+def call_costs(device: str) -> dict[str, float]:
+    """What the host spends on one call of the smallest op, by the way in, in microseconds."""
+    from dsv4_kernels.router import hash_router
+
+    token_ids = torch.zeros(1, dtype=torch.int32, device=device)
+    table = torch.zeros(8, 6, dtype=torch.int32, device=device)
+    weights, ids = OPS["hash_router"].allocate((token_ids, table, None), device)
+    ways: dict[str, Callable[[], object]] = {
+        "binding": lambda: _native.hash_router(token_ids, table, None, weights, ids),
+        "python function": lambda: hash_router(token_ids, table, out_weights=weights, out_ids=ids),
+        "python function, allocating": lambda: hash_router(token_ids, table),
+        "torch op": lambda: torch.ops.dsv4.hash_router.out(token_ids, table, None, out_weights=weights, out_ids=ids),
+        "torch op, allocating": lambda: torch.ops.dsv4.hash_router(token_ids, table, None),
+        "torch add_ (for scale)": lambda: weights.add_(1.0),
+    }
+    return {name: host_seconds_per_call(way, device) * 1e6 for name, way in ways.items()}
+
+
+def print_report(console: Console, report: dict[str, Any]) -> None:
+    """Times, floors and ratios."""
+    device = report["machine"]["device"]
+    console.print(
+        f"{device}: copy {report['copy_bandwidth'] / 1e12:.2f} TB/s, empty kernel {report['launch_us']:.2f} us", highlight=False
+    )
+    table = Table(title="microseconds a call", box=None)
+    for name in ("op", "case", "floor", "warm", "cold", "x floor", "eager", "compile"):
+        table.add_column(name, justify="left" if name in ("op", "case") else "right")
+    for row in report["rows"]:
+        compiled = f"{row['torch_compile_us']:.1f}" if "torch_compile_us" in row else "-"
+        times = [f"{row[name]:.2f}" for name in ("floor_us", "warm_us", "cold_us")]
+        ratio, eager = f"{row['cold_us'] / row['floor_us']:.2f}", f"{row['torch_eager_us']:.1f}"
+        table.add_row(row["op"], row["case"], *times, ratio, eager, compiled)
+    console.print(table)
+    for name, cost in report["calls_us"].items():
+        console.print(f"host cost of a call, {name}: {cost:.2f} us", highlight=False)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Bars: each case's time and its rivals', over the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = report["rows"]
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.35 * len(rows)))
+    series = [("cold_us", "dsv4-kernels"), ("torch_compile_us", "torch.compile"), ("torch_eager_us", "torch eager")]
+    for offset, (key, label) in enumerate(series):
+        positions = [i + 0.25 * (offset - 1) for i in range(len(rows))]
+        axes.barh(positions, [row.get(key, 0) / row["floor_us"] for row in rows], height=0.22, label=label)
+    axes.set_yticks(range(len(rows)), [f"{row['op']}  {row['case']}" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel(f"time / floor on {report['machine']['device']} (1 is as fast as the memory allows)")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

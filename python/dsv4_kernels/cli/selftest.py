@@ -1,0 +1,78 @@
+"""Check every op against float64 on the device at hand.
+
+Runs each op's cases with the kernels of this device (on the CPU without one), from poisoned outputs and fixed seeds, and
+twice: the second run must give the same bits. Exit status 0 if every case passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dsv4_kernels.cases import Case, all_cases
+from dsv4_kernels.cli.machine import default_device, describe, image_for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    parser.add_argument("--op", action="append", help="only the cases of this op; may be given several times")
+    parser.add_argument("--json", metavar="FILE", help="also write results to this file; - for standard output")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
+    device = options.device or default_device()
+    cases = [case for case in all_cases() if not options.op or case.op in options.op]
+    if not cases:
+        print(f"selftest: no op named {', '.join(options.op)}")
+        return 2
+    console = Console(stderr=options.json == "-")
+    results = [check(case, device) for case in track(cases, "checking", console=console, transient=True)]
+    failed = [result for result in results if not result["passed"]]
+    report = {"machine": describe(device), "passed": not failed, "results": results}
+    if options.json == "-":
+        print(json.dumps(report, indent=1))
+    elif options.json:
+        with open(options.json, "w") as file:  # noqa: PTH123
+            json.dump(report, file, indent=1)
+    print_report(console, report)
+    return 1 if failed else 0
+
+
+def check(case: Case, device: str) -> dict[str, Any]:
+    """One case as a JSON row."""
+    row: dict[str, Any] = {"op": case.op, "case": case.name, "image": image_for(case.op, device)}
+    try:
+        arguments = case.arguments(device)
+        first, second = case.run(arguments), case.run(arguments)
+        same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, second, strict=True))
+        verdict = case.yardstick.verdict(arguments, first)
+    except Exception as error:  # a selftest reports what fails, whatever it is
+        return row | {"passed": False, "error": None, "limit": None, "what": f"{type(error).__name__}: {error}"}
+    what = verdict.what if same else "two runs differ"
+    return row | {"passed": verdict.passed and same, "error": verdict.error, "limit": verdict.limit, "what": what}
+
+
+def print_report(console: Console, report: dict[str, Any]) -> None:
+    """A line for each op, and one for each case that failed."""
+    table = Table(title=f"selftest on {report['machine']['device']}", box=None)
+    for name in ("op", "image", "cases", "worst error / limit", ""):
+        table.add_column(name, justify="right" if name == "cases" else "left")
+    for op in dict.fromkeys(result["op"] for result in report["results"]):
+        rows = [result for result in report["results"] if result["op"] == op]
+        measured = [row for row in rows if row["error"] is not None]
+        worst = max(measured, key=lambda row: row["error"] / row["limit"] if row["limit"] else row["error"], default=None)
+        text = f"{worst['error']:.1e} / {worst['limit']:.1e} ({worst['what']})" if worst else "-"
+        passed = all(row["passed"] for row in rows)
+        table.add_row(op, rows[0]["image"], str(len(rows)), text, "[green]pass" if passed else "[red]FAIL")
+    console.print(table)
+    for row in report["results"]:
+        if not row["passed"]:
+            console.print(f"[red]FAIL[/] {row['op']}[{row['case']}]: {row['what']}: {row['error']} > {row['limit']}", markup=True)

@@ -1,0 +1,86 @@
+"""Times work on a device, and what the device could do at best."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+COPY_BYTES = 1 << 30  # of the copy whose bandwidth is the ceiling; far beyond any cache
+GRAPH_CALLS = 50  # calls in one captured graph
+REPEATS = 25
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """copy_bandwidth: bytes a second, read plus written. launch: seconds of a kernel that does nothing to speak of."""
+
+    copy_bandwidth: float
+    launch: float
+
+    def floor(self, moved_bytes: int) -> float:
+        """Seconds that no launch moving these bytes can beat."""
+        return moved_bytes / self.copy_bandwidth + self.launch
+
+
+@cache
+def ceilings(device: str) -> Ceilings:
+    """Measured once a process."""
+    size = COPY_BYTES if device != "cpu" else COPY_BYTES >> 3
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = seconds_per_call([lambda: target.copy_(source)], device, calls=4)
+    one = torch.ones(1, device=device)
+    launch = seconds_per_call([lambda: one.add_(1)], device) if device != "cpu" else 0.0
+    return Ceilings(2 * size / copy, launch)
+
+
+def seconds_per_call(functions: Sequence[Callable[[], object]], device: str, calls: int = GRAPH_CALLS) -> float:
+    """Median time of one call. Several functions, each with inputs of its own, are called in turn."""
+    turn = [functions[i % len(functions)] for i in range(max(calls, len(functions)))]
+    if device == "cpu":
+        return _median([_host_seconds(turn[:3]) / 3 for _ in range(3)])
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        for function in turn[: len(functions)]:
+            function()  # loads and tunes outside the capture
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for function in turn:
+                function()
+        graph.replay()
+        times = []
+        for _ in range(REPEATS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3 / len(turn))
+    return _median(times)
+
+
+def host_seconds_per_call(function: Callable[[], object], device: str, calls: int = 2000) -> float:
+    """Median time that the host spends in one call, the device's own work left to run behind."""
+    times = []
+    for _ in range(REPEATS):
+        times.append(_host_seconds([function] * calls) / calls)
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+    return _median(times)
+
+
+def _host_seconds(functions: Sequence[Callable[[], object]]) -> float:
+    started = time.perf_counter()
+    for function in functions:
+        function()
+    return time.perf_counter() - started
+
+
+def _median(times: list[float]) -> float:
+    return statistics.median(times)

@@ -1,0 +1,215 @@
+"""Cases of the router's ops: the models' gates at the batch sizes of decode and prefill, and variants beyond them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels.cases import FLOAT32_ULP, Case, Verdict, Yardstick, to_cpu, worst_relative_error
+from dsv4_kernels.op_table import OPS
+from dsv4_kernels.presets import PRESETS, Preset
+from dsv4_kernels.router import reference
+
+TOKENS = (1, 16, 64, 1024, 8192)
+DECODE_TOKENS = (1, 8, 16, 33, 64)
+
+# A weight is a handful of float32 operations: whatever plain torch loses, this much is always allowed.
+WEIGHT_LIMIT = 4 * FLOAT32_ULP
+
+
+def float64_results(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Weights in float64 and ids, by the CPU implementation."""
+    (shape, _), (_, id_type) = OPS[op].outputs(*arguments)
+    weights, ids = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=id_type)
+    OPS[op].reference(*arguments, weights, ids)
+    return weights, ids
+
+
+def judge_lookup(op: str) -> Callable[[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, ...]], Verdict]:
+    """Ids must be the table's; weights as near to float64 as twice plain torch's."""
+
+    def judge(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
+        weights, ids = float64_results(op, to_cpu(arguments))
+        if not torch.equal(results[1], ids):
+            return Verdict(float((results[1] != ids).sum()), 0.0, "wrong ids")
+        limit = max(2 * worst_relative_error(plain[0], weights), WEIGHT_LIMIT)
+        return Verdict(worst_relative_error(results[0], weights), limit, "weight, relative")
+
+    return judge
+
+
+def judge_selection(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
+    """A chosen expert is right if its float64 score is within rounding of the k-th best; so is their order. Weights are
+    judged for the experts that were chosen. Rounding is twice what plain float32 torch shows on the same inputs."""
+    plain_scores = reference.sqrt_softplus(plain_logits(arguments[0], arguments[1]).cpu())
+    hidden, weight, bias, k, renormalize, scale, epsilon = to_cpu(arguments)
+    exact_logits = hidden.to(torch.float64) @ weight.to(torch.float64).T
+    scores = reference.sqrt_softplus(exact_logits)
+    selection = scores if bias is None else scores + bias.to(torch.float64)
+    rounding = 2 * float((plain_scores - scores).abs().max()) + 2 * FLOAT32_ULP * float(selection.abs().max())
+
+    weights, ids = results[0], results[1].to(torch.int64)
+    if bool(((ids < 0) | (ids >= weight.shape[0])).any()):
+        return Verdict(float("inf"), 0.0, "ids out of range")
+    if any(len(set(row)) != k for row in ids.tolist()):
+        return Verdict(float("inf"), 0.0, "ids chosen twice")
+    chosen = selection.gather(1, ids)
+    best = selection.topk(k, dim=1).values
+    shortfall = float((best - chosen).max()) if ids.numel() else 0.0  # position by position: membership and order
+    if shortfall > rounding:
+        return Verdict(shortfall, rounding, "score of a chosen expert")
+    exact = reference.weigh(scores.gather(1, ids), renormalize, scale, epsilon)
+    rounded = reference.weigh(plain_scores.gather(1, ids), renormalize, scale, epsilon)
+    limit = max(2 * worst_relative_error(rounded, exact), WEIGHT_LIMIT)
+    return Verdict(worst_relative_error(weights, exact), limit, "weight, relative")
+
+
+def plain_lookup(token_ids: Tensor, hash_lut: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As an engine would write it: no check of the ids."""
+    ids = hash_lut[token_ids].to(torch.int32)
+    return torch.full(ids.shape, 1.0 / hash_lut.shape[1], dtype=torch.float32, device=ids.device), ids
+
+
+def plain_weigh(scores: Tensor, renormalize: bool, scale: float, epsilon: float) -> Tensor:
+    return (scores / (scores.sum(dim=1, keepdim=True) + epsilon) if renormalize else scores) * scale
+
+
+def plain_lookup_scored(
+    token_ids: Tensor,
+    hash_lut: Tensor,
+    logits: Tensor,
+    padding_mask: Tensor | None,
+    renormalize: bool,
+    scale: float,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    ids = hash_lut[token_ids].to(torch.int64)
+    scores = torch.nn.functional.softplus(logits.to(torch.float32).gather(1, ids)).sqrt()
+    return plain_weigh(scores, renormalize, scale, epsilon), ids.to(torch.int32)
+
+
+def plain_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """bfloat16 operands, float32 result: what the models ask for, in one library call where there is one."""
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.to(torch.float32) @ weight.to(torch.float32).T
+
+
+def plain_dense(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, renormalize: bool, scale: float, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    scores = torch.nn.functional.softplus(plain_logits(hidden, weight)).sqrt()
+    ids = (scores if bias is None else scores + bias).topk(k, dim=1).indices
+    return plain_weigh(scores.gather(1, ids), renormalize, scale, epsilon), ids.to(torch.int32)
+
+
+RESULT_BYTES = 8  # of a routed slot: a float32 weight and an int32 id
+
+
+def lookup_bytes(token_ids: Tensor, hash_lut: Tensor, *_: Any) -> int:
+    slots = token_ids.shape[0] * hash_lut.shape[1]
+    return token_ids.shape[0] * token_ids.element_size() + slots * (hash_lut.element_size() + RESULT_BYTES)
+
+
+def lookup_scored_bytes(token_ids: Tensor, hash_lut: Tensor, logits: Tensor, *_: Any) -> int:
+    slots = token_ids.shape[0] * hash_lut.shape[1]
+    return lookup_bytes(token_ids, hash_lut) + slots * logits.element_size()
+
+
+def dense_bytes(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, *_: Any) -> int:
+    read = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in read) + hidden.shape[0] * k * RESULT_BYTES
+
+
+YARDSTICKS = {
+    "hash_router": Yardstick(plain_lookup, judge_lookup("hash_router"), lookup_bytes),
+    "hash_router_scored": Yardstick(plain_lookup_scored, judge_lookup("hash_router_scored"), lookup_scored_bytes),
+    "dense_router_decode": Yardstick(plain_dense, judge_selection, dense_bytes),
+}
+
+
+def hash_router_case(preset: Preset, tokens: int, dtype: torch.dtype = torch.int64) -> Case:
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        token_ids = torch.randint(preset.vocab_size, (tokens,), generator=generator, dtype=dtype)
+        table = torch.randint(preset.experts, (preset.vocab_size, preset.top_k), generator=generator, dtype=dtype)
+        return token_ids, table, None
+
+    return Case(
+        "hash_router",
+        f"{preset.name}, {tokens} tokens, {str(dtype).removeprefix('torch.')}",
+        make,
+        YARDSTICKS["hash_router"],
+        benched=dtype is torch.int32 and preset.name == "v4-flash",
+        labels={"preset": preset.name, "tokens": tokens},
+    )
+
+
+def hash_router_scored_case(preset: Preset, tokens: int, logit_dtype: torch.dtype = torch.float32) -> Case:
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        token_ids = torch.randint(preset.vocab_size, (tokens,), generator=generator, dtype=torch.int32)
+        table = torch.randint(preset.experts, (preset.vocab_size, preset.top_k), generator=generator, dtype=torch.int32)
+        logits = (3 * torch.randn(tokens, preset.experts, generator=generator)).to(logit_dtype)
+        return token_ids, table, logits, None, True, preset.routed_scaling, 0.0
+
+    return Case(
+        "hash_router_scored",
+        f"{preset.name}, {tokens} tokens, {str(logit_dtype).removeprefix('torch.')}",
+        make,
+        YARDSTICKS["hash_router_scored"],
+        benched=logit_dtype is torch.float32 and preset.name == "v4-flash",
+        labels={"preset": preset.name, "tokens": tokens},
+    )
+
+
+def gate_inputs(
+    generator: torch.Generator, tokens: int, hidden_size: int, experts: int, with_bias: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states and a gate whose logits spread as a trained gate's do: a few units."""
+    hidden = torch.randn(tokens, hidden_size, generator=generator).to(torch.bfloat16)
+    weight = (torch.randn(experts, hidden_size, generator=generator) * 2 / hidden_size**0.5).to(torch.bfloat16)
+    bias = torch.randn(experts, generator=generator) * 0.1 if with_bias else None
+    return hidden, weight, bias
+
+
+def dense_case(
+    name: str,
+    tokens: int,
+    hidden_size: int,
+    experts: int,
+    k: int,
+    scale: float = 1.0,
+    renormalize: bool = True,
+    with_bias: bool = True,
+    benched: bool = False,
+) -> Case:
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        return *gate_inputs(generator, tokens, hidden_size, experts, with_bias), k, renormalize, scale, 0.0
+
+    return Case(
+        "dense_router_decode",
+        f"{name}, {tokens} tokens",
+        make,
+        YARDSTICKS["dense_router_decode"],
+        benched=benched,
+        labels={"preset": name, "tokens": tokens},
+    )
+
+
+CASES = (
+    *(hash_router_case(PRESETS["v4-flash"], tokens, torch.int32) for tokens in TOKENS),
+    *(hash_router_case(PRESETS["v4-pro"], tokens, torch.int64) for tokens in (1, 1000)),
+    *(hash_router_scored_case(PRESETS["v4-flash"], tokens) for tokens in TOKENS),
+    *(hash_router_scored_case(PRESETS["v4-pro"], tokens, torch.bfloat16) for tokens in (1, 1000)),
+    *(
+        dense_case(p.name, tokens, p.hidden_size, p.experts, p.top_k, p.routed_scaling, benched=True)
+        for p in PRESETS.values()
+        for tokens in DECODE_TOKENS
+    ),
+    dense_case("no bias, not renormalised", 5, 512, 100, 3, 1.0, renormalize=False, with_bias=False),
+    dense_case("one expert", 2, 64, 1, 1),
+    dense_case("most experts, largest k", 64, 192, 512, 32),
+    dense_case("top-3 of 129", 17, 1088, 129, 3),
+)

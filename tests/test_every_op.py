@@ -1,0 +1,171 @@
+"""What holds for every op of the table, on every device: right, repeatable, traceable, capturable, empty-safe."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from dsv4_kernels import images, torch_ops
+from dsv4_kernels.cases import Case, all_cases, is_poison
+from dsv4_kernels.op_table import OPS
+from tests.launches import observed
+
+torch_ops.register()
+CASES = all_cases()
+
+
+def small_case(op: str) -> Case:
+    """The op's case with the fewest bytes among those that write every element: what is left alone has no defined value."""
+
+    def writes_everything(case: Case) -> bool:
+        return not any(is_poison(result).any() for result in case.run(case.arguments("cpu")))
+
+    cases = [case for case in CASES if case.op == op and writes_everything(case)]
+    return min(cases, key=lambda case: case.yardstick.moved_bytes(*case.arguments("cpu")))
+
+
+def test_every_op_has_cases() -> None:
+    assert {case.op for case in CASES} == set(OPS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_results(case: Case, device: str) -> None:
+    arguments = case.arguments(device)
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    results = case.run(arguments)
+    verdict = case.yardstick.verdict(arguments, results)
+    assert verdict.passed, verdict
+    for argument, old in zip(arguments, before, strict=True):
+        assert argument is None or not isinstance(argument, torch.Tensor) or torch.equal(argument, old), "input written"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_same_bits_twice(case: Case, device: str) -> None:
+    arguments = case.arguments(device)
+    for first, second in zip(case.run(arguments), case.run(arguments), strict=True):
+        assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_judges_reject_wrong_results(case: Case) -> None:
+    """A judge that accepts anything would make every other test here empty."""
+    arguments = case.arguments("cpu")
+    results = case.run(arguments)
+    for broken in range(len(results)):
+        if not results[broken].numel():
+            continue
+        changed = [result.clone() for result in results]
+        flat = changed[broken].view(-1)
+        flat[flat.numel() // 2] += 1
+        if torch.equal(changed[broken], results[broken]):  # a bfloat16 poison pattern too large to feel a 1
+            flat[flat.numel() // 2] *= 2
+        assert not case.yardstick.verdict(arguments, tuple(changed)).passed
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str, device: str) -> None:
+    arguments = small_case(op).arguments(device)
+    overloads = getattr(torch.ops.dsv4, op)
+    torch.library.opcheck(overloads.default, arguments)
+    out = OPS[op].allocate(arguments, device)
+    for tensor in out:
+        tensor.zero_()
+    torch.library.opcheck(overloads.out, arguments, dict(zip(OPS[op].results, out, strict=True)))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_public_function_traces_and_matches_eager(op: str, device: str) -> None:
+    """torch.compile(fullgraph=True) sees the public function as the torch op."""
+    arguments = small_case(op).arguments(device)
+
+    def call(*values: object) -> tuple[torch.Tensor, ...]:
+        return OPS[op](values, (None,) * len(OPS[op].results))
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for traced, eager in zip(compiled(*arguments), call(*arguments), strict=True):
+        assert traced.shape == eager.shape
+        assert traced.dtype == eager.dtype
+        assert torch.equal(traced, eager)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_public_function_has_every_argument(op: str) -> None:
+    """The function in the family's namespace takes what the table declares, by the same names."""
+    import inspect
+
+    function = getattr(importlib.import_module(f"dsv4_kernels.{OPS[op].family}"), op)
+    parameters = inspect.signature(function).parameters
+    declared = [argument.name for argument in OPS[op].schema]
+    assert [name for name in parameters if name in declared] == declared
+    assert set(OPS[op].results) <= set(parameters)
+    assert function.__doc__
+    for name in (*declared, *OPS[op].results):
+        assert f"{name}:" in function.__doc__ or len(OPS[op].results) == 0, f"{name} is not documented"
+
+
+@pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_one_launch_of_a_known_image(case: Case, architecture: str) -> None:
+    """Without a GPU: checks, dispatch and parameters of the C entry point, up to the launch."""
+    arguments = case.arguments("cpu")
+    op = OPS[case.op]
+    out = op.allocate(arguments, "cpu")
+    with observed(architecture) as launches:
+        op(arguments, out)
+    if case.name.endswith(", 0 used") or any(out_.numel() for out_ in out):
+        assert len(launches) == 1
+    (launch,) = launches
+    known = [i for i in images.read_images() if i["symbol"] == launch.symbol and i["architecture"] == architecture]
+    assert len(known) == 1
+    (image,) = known
+    assert image["op"] == case.op
+    assert [size for _, size in image["parameters"]] == [len(value) for value in launch.parameters]
+    assert launch.dynamic_shared == image["dynamic_shared"]
+    threads = launch.block[0] * launch.block[1] * launch.block[2]
+    assert threads == (image["threads"] or threads)
+    assert threads <= 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in CASES if case.benched], ids=lambda case: case.id)
+def test_graph_replay_follows_new_inputs(case: Case) -> None:
+    """Captured once on one set of inputs, replayed on others written to the same memory."""
+    arguments = case.arguments("cuda")
+    op = OPS[case.op]
+    out = op.allocate(arguments, "cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        op(arguments, out)
+    for salt in (1, 2):
+        for argument, new in zip(arguments, case.arguments("cuda", salt), strict=True):
+            if isinstance(argument, torch.Tensor):
+                argument.copy_(new)
+        for tensor in out:
+            tensor.view(torch.uint8).fill_(0xA5)
+        graph.replay()
+        torch.cuda.synchronize()
+        verdict = case.yardstick.verdict(arguments, out)
+        assert verdict.passed, verdict
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_two_streams_at_once(op: str) -> None:
+    """Interleaved calls on two streams give what calls on their own give."""
+    cases = [case for case in CASES if case.op == op and case.benched][:2]
+    inputs = [case.arguments("cuda") for case in cases]
+    alone = [case.run(arguments) for case, arguments in zip(cases, inputs, strict=True)]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    results: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in cases]
+    for _ in range(20):
+        for i, (case, arguments) in enumerate(zip(cases, inputs, strict=True)):
+            with torch.cuda.stream(streams[i]):
+                results[i].append(case.run(arguments))
+    torch.cuda.synchronize()
+    for expected, got in zip(alone, results, strict=True):
+        for outputs in got:
+            for a, b in zip(expected, outputs, strict=True):
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
