@@ -1,5 +1,5 @@
-// The part of DLPack's binary interface (version 1) that the binding reads, by the names and layouts of its specification:
-// https://dmlc.github.io/dlpack/latest/c_api.html
+// The part of DLPack's binary interface (version 1) that the binding reads, by the names and layouts of its
+// specification: https://dmlc.github.io/dlpack/latest/c_api.html
 #pragma once
 
 #include <cstdint>

@@ -13,4 +13,5 @@ PYBIND11_MODULE(_native, module) {
   });
   bind_router(module);
   bind_moe(module);
+  bind_call_cost(module);
 }

@@ -5,8 +5,8 @@
 namespace dsv4::python {
 
 void bind_moe(py::module_& module) {
-  module.def("padded_squared_relu", [](const Tensor& x, const Tensor& permutation_map, const Tensor& n_used,
-                                       const Tensor& out) {
+  module.def("padded_squared_relu",
+             [](const Tensor& x, const Tensor& permutation_map, const Tensor& n_used, const Tensor& out) {
     dsv4_padded_squared_relu_args args = {};
     args.x = x.view;
     args.permutation_map = permutation_map.view;

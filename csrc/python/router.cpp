@@ -16,9 +16,9 @@ void bind_router(py::module_& module) {
     return call(dsv4_hash_router, args, token_ids);
   });
 
-  module.def("hash_router_scored", [](const Tensor& token_ids, const Tensor& hash_lut, const Tensor& logits,
-                                      const Tensor& padding_mask, bool renormalize, float scale, float epsilon,
-                                      const Tensor& out_weights, const Tensor& out_ids) {
+  module.def("hash_router_scored",
+             [](const Tensor& token_ids, const Tensor& hash_lut, const Tensor& logits, const Tensor& padding_mask,
+                bool renormalize, float scale, float epsilon, const Tensor& out_weights, const Tensor& out_ids) {
     dsv4_hash_router_scored_args args = {};
     args.token_ids = token_ids.view;
     args.hash_lut = hash_lut.view;
@@ -33,9 +33,9 @@ void bind_router(py::module_& module) {
   });
 
   module.def("dense_router_decode_workspace_size", &dsv4_dense_router_decode_workspace_size);
-  module.def("dense_router_decode", [](const Tensor& hidden, const Tensor& weight, const Tensor& bias, int top_k,
-                                       bool renormalize, float scale, float epsilon, const Tensor& workspace,
-                                       const Tensor& out_weights, const Tensor& out_ids) {
+  module.def("dense_router_decode",
+             [](const Tensor& hidden, const Tensor& weight, const Tensor& bias, int top_k, bool renormalize,
+                float scale, float epsilon, const Tensor& workspace, const Tensor& out_weights, const Tensor& out_ids) {
     dsv4_dense_router_decode_args args = {};
     args.hidden = hidden.view;
     args.weight = weight.view;

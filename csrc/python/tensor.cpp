@@ -42,8 +42,12 @@ dsv4_tensor view_of(const dlpack::Tensor& from) {
 // The exchange table of a tensor type, or null. Looked up once a type.
 const dlpack::ExchangeApi* exchange_of(PyTypeObject* type) {
   static std::unordered_map<PyTypeObject*, const dlpack::ExchangeApi*> known;
-  const auto found = known.find(type);
-  if (found != known.end()) return found->second;
+  static std::pair<PyTypeObject*, const dlpack::ExchangeApi*> last;  // nearly every argument is of one type
+  if (last.first == type) return last.second;
+  if (const auto found = known.find(type); found != known.end()) {
+    last = *found;
+    return last.second;
+  }
   const dlpack::ExchangeApi* exchange = nullptr;
   const py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
   if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
@@ -81,8 +85,7 @@ bool read_tensor(py::handle object, Tensor* out) {
 
 dsv4_stream Tensor::current_stream() const {
   void* stream = nullptr;
-  if (exchange && view.device != DSV4_HOST &&
-      exchange->current_work_stream(dlpack::kCuda, view.device, &stream))
+  if (exchange && view.device != DSV4_HOST && exchange->current_work_stream(dlpack::kCuda, view.device, &stream))
     throw py::error_already_set();
   return static_cast<dsv4_stream>(stream);
 }

@@ -42,6 +42,8 @@ bool call(dsv4_status (*op)(const Args*, dsv4_stream), Args& args, const Tensor&
 void bind_router(py::module_& module);
 void bind_moe(py::module_& module);
 
+void bind_call_cost(py::module_& module);
+
 }  // namespace dsv4::python
 
 namespace pybind11::detail {
@@ -50,9 +52,7 @@ template <>
 struct type_caster<dsv4::python::Tensor> {
   PYBIND11_TYPE_CASTER(dsv4::python::Tensor, const_name("Tensor | None"));
 
-  bool load(handle source, bool) {
-    return source.is_none() || dsv4::python::read_tensor(source, &value);
-  }
+  bool load(handle source, bool) { return source.is_none() || dsv4::python::read_tensor(source, &value); }
 };
 
 }  // namespace pybind11::detail

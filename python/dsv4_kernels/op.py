@@ -12,16 +12,17 @@ from functools import cached_property
 from typing import Any, NoReturn, TypeAlias
 
 import torch
+from torch.compiler import is_compiling
 
 from dsv4_kernels import _native
 
+# While one of these holds, the dispatcher must see the call: torch.compile traces, a mode (fake tensors, make_fx) is active.
+# Anything but these types is a subclass that wants to see it too.
+_PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
 # Shape and dtype of an output.
 OutputSpec: TypeAlias = tuple[Sequence[int], torch.dtype]
-
-
-def extent(tensor: torch.Tensor, dimension: int) -> int:
-    """tensor.shape[dimension], or 0 where there is no such dimension: shape rules run before arguments are checked."""
-    return tensor.shape[dimension] if dimension < tensor.dim() else 0
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Op:
 
     arguments: the inputs in torch's schema language, in the order of the binding.
     results: names of the outputs, as keyword arguments.
-    outputs: from the inputs to shape and dtype of each output.
+    outputs: from the inputs to shape and dtype of each output. May raise for inputs that the op refuses.
     workspace_size: from the inputs to the bytes of zeroed workspace that a call needs, or None.
     """
 
@@ -49,7 +50,8 @@ class Op:
         workspace: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Runs the op. out holds a tensor to write to, or None to allocate one, for each result."""
-        if _is_traced(arguments[0]):
+        first = arguments[0]
+        if is_compiling() or _dispatch_modes() or (type(first) not in _PLAIN_TENSORS and isinstance(first, torch.Tensor)):
             return self._call_torch_op(arguments, out)
         return self.run(arguments, out, workspace)
 
@@ -61,21 +63,29 @@ class Op:
     ) -> tuple[torch.Tensor, ...]:
         """Runs the op on real tensors. What both the public function and the torch op end in."""
         try:
-            tensors = tuple(
-                tensor if tensor is not None else torch.empty(spec[0], dtype=spec[1], device=arguments[0].device)
-                for tensor, spec in zip(out, self._specs(arguments, out), strict=True)
-            )
+            for tensor in out:
+                if tensor is None:
+                    out = self._filled(arguments, out)
+                    break
             if self.workspace_size is None:
-                on_device = self._native(*arguments, *tensors)
+                on_device = self.native(*arguments, *out)
             else:
                 if workspace is None:
                     workspace = _workspace(arguments[0].device, self.workspace_size(*arguments))
-                on_device = self._native(*arguments, workspace, *tensors)
-        except (AttributeError, TypeError, RuntimeError) as error:
+                on_device = self.native(*arguments, workspace, *out)
+        except (AttributeError, LookupError, TypeError, RuntimeError) as error:
             self._explain(arguments, out, error)
         if not on_device:
-            self.reference(*arguments, *tensors)
-        return tensors
+            self.reference(*arguments, *out)
+        return out  # type: ignore[return-value]  # no None is left
+
+    def _filled(self, arguments: tuple[Any, ...], out: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...]:
+        """out with a new tensor in place of each None."""
+        empty = arguments[0].new_empty
+        return tuple(
+            tensor if tensor is not None else empty(shape, dtype=dtype)
+            for tensor, (shape, dtype) in zip(out, self.outputs(*arguments), strict=True)
+        )
 
     def allocate(self, arguments: tuple[Any, ...], device: torch.device | str) -> tuple[torch.Tensor, ...]:
         """Uninitialised outputs for these inputs."""
@@ -95,16 +105,10 @@ class Op:
         return function
 
     @cached_property
-    def _native(self) -> Callable[..., bool]:
+    def native(self) -> Callable[..., bool]:
+        """The binding: inputs, workspace if any, outputs. False if they are valid but on the host."""
         function: Callable[..., bool] = getattr(_native, self.name)
         return function
-
-    def _specs(self, arguments: tuple[Any, ...], out: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
-        """Shapes and dtypes, where one of them is needed."""
-        for tensor in out:
-            if tensor is None:
-                return self.outputs(*arguments)
-        return out
 
     def _call_torch_op(
         self, arguments: tuple[Any, ...], out: tuple[torch.Tensor | None, ...]
@@ -113,11 +117,8 @@ class Op:
         if all(tensor is None for tensor in out):
             results = overloads.default(*arguments)
             return results if len(self.results) > 1 else (results,)
-        tensors = tuple(
-            tensor if tensor is not None else torch.empty(shape, dtype=dtype, device=arguments[0].device)
-            for tensor, (shape, dtype) in zip(out, self.outputs(*arguments), strict=True)
-        )
-        overloads.out(*arguments, **dict(zip(self.results, tensors, strict=True)))
+        tensors = self._filled(arguments, out)
+        overloads.out(*arguments, *tensors)
         return tensors
 
     def _explain(self, arguments: tuple[Any, ...], out: tuple[Any, ...], error: Exception) -> NoReturn:
@@ -134,7 +135,7 @@ class Op:
                 ) from None
         # Outputs could not be allocated for these inputs: the C checks say why.
         padding = (None,) if self.workspace_size else ()
-        self._native(*arguments, *padding, *out)
+        self.native(*arguments, *padding, *out)
         raise error
 
 
@@ -150,13 +151,6 @@ _NEEDS = {"Tensor": "a tensor", "Optional[Tensor]": "a tensor or None"}
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor) or hasattr(value, "__dlpack__")
-
-
-def _is_traced(tensor: object) -> bool:
-    """Whether the dispatcher must see the call: torch.compile, a tensor subclass (fake, functional), an active mode."""
-    if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
-        return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return isinstance(tensor, torch.Tensor)
 
 
 _workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}

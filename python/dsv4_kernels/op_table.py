@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from dsv4_kernels import _native
-from dsv4_kernels.op import Op, OutputSpec, extent
+from dsv4_kernels.op import Op, OutputSpec
 
 OPS: dict[str, Op] = {}
 
@@ -27,7 +27,7 @@ _add(
         "hash_router",
         "Tensor token_ids, Tensor hash_lut, Tensor? padding_mask=None",
         ("out_weights", "out_ids"),
-        lambda token_ids, hash_lut, padding_mask=None: _weights_and_ids(extent(token_ids, 0), extent(hash_lut, 1)),
+        lambda token_ids, hash_lut, padding_mask=None: _weights_and_ids(token_ids.shape[0], hash_lut.shape[1]),
     )
 )
 _add(
@@ -37,7 +37,7 @@ _add(
         "Tensor token_ids, Tensor hash_lut, Tensor logits, Tensor? padding_mask=None, bool renormalize=True, "
         "float scale=1.0, float epsilon=0.0",
         ("out_weights", "out_ids"),
-        lambda token_ids, hash_lut, *_: _weights_and_ids(extent(token_ids, 0), extent(hash_lut, 1)),
+        lambda token_ids, hash_lut, *_: _weights_and_ids(token_ids.shape[0], hash_lut.shape[1]),
     )
 )
 _add(
@@ -46,8 +46,8 @@ _add(
         "dense_router_decode",
         "Tensor hidden, Tensor weight, Tensor? bias, int k, bool renormalize=True, float scale=1.0, float epsilon=0.0",
         ("out_weights", "out_ids"),
-        lambda hidden, weight, bias, k, *_: _weights_and_ids(extent(hidden, 0), k),
-        lambda hidden, weight, *_: _native.dense_router_decode_workspace_size(extent(hidden, 0), extent(weight, 0)),
+        lambda hidden, weight, bias, k, *_: _weights_and_ids(hidden.shape[0], k),
+        lambda hidden, weight, *_: _native.dense_router_decode_workspace_size(hidden.shape[0], weight.shape[0]),
     )
 )
 _add(

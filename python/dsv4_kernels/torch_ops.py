@@ -1,7 +1,7 @@
 """Registers every op of the table as torch.ops.dsv4.<op>, once.
 
     dsv4::<op>(inputs) -> (outputs)
-    dsv4::<op>.out(inputs, *, outputs) -> ()
+    dsv4::<op>.out(inputs, outputs) -> ()
 
 Runs at the first use of a family. Call register() yourself only to use torch.ops.dsv4 without importing one.
 """
@@ -29,7 +29,9 @@ def register() -> None:
         results = ", ".join(["Tensor"] * len(op.results))
         _library.define(f"{op.name}({op.arguments}) -> {results if len(op.results) == 1 else f'({results})'}")
         mutated = ", ".join(f"Tensor({chr(ord('a') + i)}!) {name}" for i, name in enumerate(op.results))
-        _library.define(f"{op.name}.out({op.arguments}, *, {mutated}) -> ()")
+        # Outputs are positional: the dispatcher takes 1.6 us longer with keyword arguments.
+        inputs = ", ".join(argument.partition("=")[0] for argument in op.arguments.split(", "))
+        _library.define(f"{op.name}.out({inputs}, {mutated}) -> ()")
         functional, out, fake = _functional(op), _out(op), _fake(op)
         for key in ("CPU", "CUDA"):
             _library.impl(op.name, functional, key)
@@ -52,11 +54,16 @@ def _functional(op: Op) -> Callable[..., Any]:
 
 
 def _out(op: Op) -> Callable[..., None]:
+    native, reference, count = op.native, op.reference, len(op.schema)
 
-    def out(*arguments: Any, **results: torch.Tensor) -> None:
-        op.run(_with_defaults(op, arguments), tuple(results[name] for name in op.results))
+    def out(*values: Any) -> None:
+        if not native(*values):
+            reference(*values)
 
-    return out
+    def out_with_workspace(*values: Any) -> None:
+        op.run(values[:count], values[count:])
+
+    return out if op.workspace_size is None else out_with_workspace
 
 
 def _fake(op: Op) -> Callable[..., Any]:
@@ -66,7 +73,7 @@ def _fake(op: Op) -> Callable[..., Any]:
     return fake
 
 
-def _fake_out(*arguments: Any, **results: torch.Tensor) -> None:
+def _fake_out(*values: Any) -> None:
     return None
 
 

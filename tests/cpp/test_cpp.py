@@ -1,0 +1,64 @@
+"""A C++ engine builds against the installed package with CMake alone, and runs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.package import c_abi
+from tests.package.conftest import has_driver
+
+REFUSED = 10  # of engine.cpp
+HERE = Path(__file__).resolve().parent
+
+
+def run(*command: str | Path, expected: int = 0) -> subprocess.CompletedProcess[str]:
+    """The finished process; what it printed if it exited otherwise than expected."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == expected, f"{command[0]} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def cmake_folder() -> str:
+    return run(sys.executable, "-m", "dsv4_kernels", "cmake-dir").stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory, cmake_folder: str) -> Path:
+    """The program, and with it every header compiled alone as C11 and C++17."""
+    cmake = shutil.which("cmake")
+    assert cmake, "cmake is not on the PATH; it comes with the extra: pip install 'dsv4-kernels[test]'"
+    build = tmp_path_factory.mktemp("engine")
+    run(cmake, "-S", HERE, "-B", build, f"-Ddsv4_kernels_DIR={cmake_folder}")
+    run(cmake, "--build", build)
+    return build / "engine"
+
+
+@pytest.mark.skipif(has_driver(), reason="this machine has a CUDA device")
+def test_engine_says_that_there_is_no_driver(engine: Path) -> None:
+    done = run(engine, expected=REFUSED + c_abi.NO_DRIVER)
+    assert done.stdout.startswith("dsv4-kernels 0.")
+    assert done.stderr.startswith("preload: needs a CUDA ")
+    assert "found no" in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_driver(), reason="this machine has no CUDA device")
+def test_engine_routes(engine: Path) -> None:
+    assert "routed 257 tokens to 6 experts each, 0 values wrong" in run(engine).stdout
+
+
+def test_another_minor_version_is_refused(tmp_path: Path, cmake_folder: str) -> None:
+    """Structs may grow from one minor version to the next; a program says which one it was written for."""
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.26)\nproject(other LANGUAGES CXX)\nfind_package(dsv4_kernels 0.99 REQUIRED)\n"
+    )
+    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-Ddsv4_kernels_DIR={cmake_folder}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert 'compatible with requested version "0.99"' in " ".join(done.stderr.split())

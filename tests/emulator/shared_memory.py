@@ -1,0 +1,258 @@
+"""Shared memory of the blocks of a wave, with the order of accesses tracked so that races are found.
+
+Every warp has a clock, and knows of every warp of its cluster up to which clock it is synchronised with it (a vector
+clock for each warp; barriers and mbarriers join them). Each granule (the smallest access size that the kernel has)
+remembers its last writer with the clock of that moment, and for each warp the clock of its last read. Two accesses of
+which one writes are in order if the later thread's warp knows the earlier one's clock; inside a warp, if the warp has
+synchronised since. The unit is the warp: after a bar.warp.sync with a partial mask its other lanes count as
+synchronised too, so a race that only such a lane has is not seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .faults import LaneFault
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+NEVER = -1  # writer of a granule that no thread has written
+IN_FLIGHT = -2  # an asynchronous copy writes it and nobody has waited for that copy
+ASYNCHRONOUS = 1 << 20  # writer: a completed copy that was ordered by an mbarrier
+ATOMIC = 1 << 21  # flag on the writer: written by an atomic
+_MANY = 255
+
+
+class Clocks:
+    """Vector clocks of the warps of every cluster of a wave."""
+
+    def __init__(self, clusters: int, warps: int) -> None:
+        self.known = np.zeros((clusters, warps, warps), np.int32)
+        self._diagonal = np.arange(warps)
+        self.known[:, self._diagonal, self._diagonal] = 1
+
+    def join_all(self, clusters: Array, warps: slice) -> None:
+        """All warps of a range synchronise, in each of these clusters."""
+        part = self.known[clusters, warps]
+        part[:] = part.max(axis=1, keepdims=True)
+        self.known[clusters, warps] = part
+        own = self._diagonal[warps]
+        self.known[clusters[:, None], own, own] += 1
+
+    def join(self, cluster: int, sources: Array, targets: Array) -> None:
+        """Targets learn what the sources know; everyone involved starts a new period."""
+        joint = self.known[cluster, sources].max(axis=0)
+        self.known[cluster, targets] = np.maximum(self.known[cluster, targets], joint)
+        involved = np.union1d(sources, targets)
+        self.known[cluster, involved, involved] += 1
+
+    def release(self, cluster: int, warp: int) -> Array:
+        """What a warp knows now; it starts a new period. For mbarrier arrivals."""
+        snapshot: Array = self.known[cluster, warp].copy()
+        self.known[cluster, warp, warp] += 1
+        return snapshot
+
+    def acquire(self, cluster: int, warp: int, snapshot: Array) -> None:
+        """A warp learns a snapshot."""
+        np.maximum(self.known[cluster, warp], snapshot, out=self.known[cluster, warp])
+
+    def tick(self, clusters: Array, warps: Array) -> None:
+        """These warps start a new period (bar.warp.sync)."""
+        self.known[clusters, warps, warps] += 1
+
+
+class SharedMemory:
+    """Shared memory of all blocks of a wave: bytes, and for each granule who wrote and read it last."""
+
+    def __init__(self, blocks: int, size: int, warps: int, granule: int, clocks: Clocks, cluster_size: int) -> None:
+        self.size = size
+        self.stride = max(-(-size // 1024) * 1024, 1024)  # the widest swizzle atom is 1024 bytes
+        self.granule = granule
+        self.clocks = clocks
+        self.cluster_size = cluster_size
+        self.data = np.zeros(blocks * self.stride, np.uint8)
+        granules = blocks * self.stride // granule
+        self.writer = np.full(granules, NEVER, np.int32)
+        self.writer_clock = np.zeros(granules, np.int32)
+        self.reader_clock = np.zeros((granules, warps), np.int32)
+        self.reader_lane = np.zeros((granules, warps), np.uint8)
+
+    def check_range(self, blocks: Array, offsets: Array, width: int, alignment: int, lanes: Array, verb: str) -> Array:
+        """Flat byte positions of accesses; faults for those out of bounds or not aligned."""
+        crooked = np.flatnonzero(offsets & (alignment - 1))
+        if len(crooked):
+            first = int(crooked[0])
+            raise LaneFault("misaligned", f"{verb} of {width} bytes of shared memory", int(lanes[first]), int(offsets[first]))
+        wrong = np.flatnonzero((offsets < 0) | (offsets > self.size - width))
+        if len(wrong):
+            first = int(wrong[0])
+            raise LaneFault(
+                "out of bounds", f"{verb} of {width} bytes, the block has {self.size} bytes of shared memory",
+                int(lanes[first]), int(offsets[first]),
+            )
+        return blocks * self.stride + offsets
+
+    def load(
+        self, blocks: Array, offsets: Array, dtype: np.dtype[Any], count: int, lanes: Array, threads: Array,
+        alignment: int = 0,
+    ) -> Array:
+        """Rows of `count` elements. `threads` are numbers inside the cluster."""
+        width = dtype.itemsize * count
+        flat = self.check_range(blocks, offsets, width, alignment or width, lanes, "read")
+        self.note_read(flat, width, blocks, lanes, threads)
+        if not alignment or alignment >= width:
+            return self.data.view(dtype).reshape(-1, count)[flat // width]
+        return self.data.view(dtype)[(flat // dtype.itemsize)[:, None] + np.arange(count)]
+
+    def store(
+        self, blocks: Array, offsets: Array, values: Array, lanes: Array, threads: Array, flag: int = 0,
+        alignment: int = 0,
+    ) -> None:
+        """Store rows of elements."""
+        count = values.shape[1]
+        width = values.dtype.itemsize * count
+        flat = self.check_range(blocks, offsets, width, alignment or width, lanes, "write")
+        if not alignment or alignment >= width:
+            view, rows = self.data.view(values.dtype).reshape(-1, count), flat // width
+        else:
+            view = self.data.view(values.dtype)
+            rows = (flat // values.dtype.itemsize)[:, None] + np.arange(count)
+        same = (view[rows] == values).all(axis=1)
+        self.note_write(flat, width, blocks, lanes, threads, flag, same)
+        view[rows] = values
+        if len(rows) > 1:
+            lost = np.flatnonzero((view[rows] != values).any(axis=1))
+            if len(lost):
+                first = int(lost[0])
+                raise LaneFault(
+                    "race", "two threads store different values to shared memory in one instruction",
+                    int(lanes[first]), int(offsets[first]),
+                )
+
+    # ------------------------------------------------------------------------------------------- order of accesses
+
+    def _ordered(self, writers: Array, clocks: Array, clusters: Array, threads: Array) -> Array:
+        """Whether accesses by these threads come after earlier ones by `writers` at `clocks`."""
+        other = np.where(writers < 0, threads, writers & (ASYNCHRONOUS - 1))
+        warps, other_warps = threads >> 5, other >> 5
+        known = self.clocks.known[clusters, warps, other_warps]
+        return (other == threads) | np.where(warps == other_warps, known > clocks, known >= clocks)
+
+    def note_read(self, flat: Array, width: int, blocks: Array, lanes: Array, threads: Array) -> None:
+        """Check and record reads of `width` bytes at flat positions."""
+        clusters = blocks // self.cluster_size
+        first = flat // self.granule
+        warps = threads >> 5
+        now = self.clocks.known[clusters, warps, warps]
+        lane = (threads & 31).astype(np.uint8)
+        for step in range(max(width // self.granule, 1)):
+            place = first + step
+            writers = self.writer[place]
+            if (writers != threads).any():
+                self._check_read(writers, place, clusters, flat, lanes, threads)
+            again = self.reader_clock[place, warps] == now
+            merged = np.where(again & (self.reader_lane[place, warps] != lane), _MANY, lane).astype(np.uint8)
+            self.reader_clock[place, warps] = now
+            self.reader_lane[place, warps] = merged
+            shared = self.reader_lane[place, warps] != merged
+            if shared.any():
+                self.reader_lane[place[shared], warps[shared]] = _MANY
+
+    def _check_read(
+        self, writers: Array, place: Array, clusters: Array, flat: Array, lanes: Array, threads: Array
+    ) -> None:
+        for kind, value, text in (
+            ("uninitialised", NEVER, "read of shared memory that was never written"),
+            ("missing wait", IN_FLIGHT, "read of shared memory that an asynchronous copy is still writing"),
+        ):
+            found = np.flatnonzero(writers == value)
+            if len(found):
+                one = int(found[0])
+                raise LaneFault(kind, text, int(lanes[one]), int(flat[one] % self.stride))
+        ordered = self._ordered(writers, self.writer_clock[place], clusters, threads) | (writers & ASYNCHRONOUS > 0)
+        if not ordered.all():
+            one = int(np.flatnonzero(~ordered)[0])
+            other = int(writers[one] & (ASYNCHRONOUS - 1))
+            raise LaneFault(
+                "race", f"read of shared memory that thread {other} wrote, without a barrier between",
+                int(lanes[one]), int(flat[one] % self.stride),
+            )
+
+    def note_write(
+        self, flat: Array, width: int, blocks: Array, lanes: Array, threads: Array, flag: int, same: Array
+    ) -> None:
+        """Check and record writes. `same`: lanes that store what is there already, which may repeat another's store."""
+        clusters = blocks // self.cluster_size
+        first = flat // self.granule
+        warps = threads >> 5
+        now = self.clocks.known[clusters, warps, warps]
+        lane = (threads & 31).astype(np.uint8)
+        for step in range(max(width // self.granule, 1)):
+            place = first + step
+            writers = self.writer[place]
+            changed = (writers != threads) & (writers != NEVER)
+            if changed.any():
+                found = np.flatnonzero(writers == IN_FLIGHT)
+                if len(found):
+                    one = int(found[0])
+                    raise LaneFault(
+                        "missing wait", "write to shared memory that an asynchronous copy is still writing",
+                        int(lanes[one]), int(flat[one] % self.stride),
+                    )
+                bad = changed & ~self._ordered(writers, self.writer_clock[place], clusters, threads) & ~same
+                bad &= (writers & ASYNCHRONOUS) == 0
+                if flag & ATOMIC:
+                    bad &= (writers & ATOMIC) == 0
+                if bad.any():
+                    one = int(np.flatnonzero(bad)[0])
+                    raise LaneFault(
+                        "race", f"write to shared memory that thread {int(writers[one]) & (ASYNCHRONOUS - 1)} wrote, "
+                        "without a barrier between", int(lanes[one]), int(flat[one] % self.stride),
+                    )
+            self._check_readers(place, clusters, warps, lane, lanes, flat, same)
+            self.writer[place] = threads | flag
+            self.writer_clock[place] = now
+
+    def _check_readers(
+        self, place: Array, clusters: Array, warps: Array, lane: Array, lanes: Array, flat: Array, same: Array
+    ) -> None:
+        reads = self.reader_clock[place]
+        known = self.clocks.known[clusters, warps]
+        late = reads > known
+        rows = np.arange(len(place))
+        own_clock = known[rows, warps]
+        late[rows, warps] = (
+            (reads[rows, warps] == own_clock) & (own_clock > 0) & (self.reader_lane[place, warps] != lane)
+        )
+        late[same] = False
+        if late.any():
+            one, warp = (int(v[0]) for v in np.nonzero(late))
+            raise LaneFault(
+                "race", f"write to shared memory that warp {warp} read, without a barrier between",
+                int(lanes[one]), int(flat[one] % self.stride),
+            )
+
+    # --------------------------------------------------------------------------------------- asynchronous copies
+
+    def begin_copy(self, flat: Array, width: int, blocks: Array, lanes: Array, threads: Array) -> None:
+        """An asynchronous copy starts: until it is complete nobody may touch its destination."""
+        nobody = np.zeros(len(flat), np.bool_)
+        self.note_write(flat, width, blocks, lanes, threads, 0, nobody)
+        for step in range(max(width // self.granule, 1)):
+            self.writer[flat // self.granule + step] = IN_FLIGHT
+
+    def end_copy(self, flat: Array, data: Array, blocks: Array, threads: Array | None) -> None:
+        """Rows of bytes arrive. They belong to the threads, or (None) to whoever waited on the mbarrier."""
+        width = data.shape[1]
+        self.data[flat[:, None] + np.arange(width)] = data
+        place = flat[:, None] // self.granule + np.arange(max(width // self.granule, 1))
+        if threads is None:
+            self.writer[place] = ASYNCHRONOUS
+            self.writer_clock[place] = 0
+        else:
+            clusters = blocks // self.cluster_size
+            warps = threads >> 5
+            self.writer[place] = threads[:, None]
+            self.writer_clock[place] = self.clocks.known[clusters, warps, warps][:, None]

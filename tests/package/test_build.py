@@ -1,0 +1,98 @@
+"""Other ways to the same wheel: from the sdist, and for a second Python from images that are there already."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+SECOND_BUILD_SECONDS = 60
+OTHER_PYTHONS = ("python3.13", "python3.12", "python3.11", "python3.10")
+VERSION = "import sys; print('cp%d%d' % sys.version_info[:2])"
+HAS_HEADERS = "import pathlib, pip, sysconfig; assert pathlib.Path(sysconfig.get_path('include'), 'Python.h').exists()"
+
+
+def output(python: Path, program: str) -> str | None:
+    """What a program prints, or None if it fails."""
+    done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def build_wheel(source: Path, build_python: Path, out: Path, *options: str, python: Path | None = None) -> Path:
+    """A wheel of the source by pip, in the environment of the build requirements; with another Python if given."""
+    packages = output(build_python, "import sysconfig; print(sysconfig.get_path('purelib'))")
+    assert packages
+    environment = os.environ | {"PATH": f"{build_python.parent}{os.pathsep}{os.environ['PATH']}"}
+    if python:
+        environment |= {"PYTHONPATH": packages}  # what the build uses of it is of no one Python version
+    command = [python or build_python, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-v", "-w", out]
+    done = subprocess.run([*command, *options, source], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    (out / "log").write_text(done.stdout + done.stderr)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def images(wheel: Path) -> Any:
+    with zipfile.ZipFile(wheel) as archive:
+        return json.loads(archive.read("dsv4_kernels/images.json"))
+
+
+def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, build_python: Path, tmp_path: Path) -> None:
+    other = build_wheel(sdist, build_python, tmp_path)
+    assert other.name == wheel.name
+    assert names(other) == names(wheel)
+    assert images(other) == images(wheel)
+
+
+def second_python(build_python: Path) -> Path | None:
+    """A Python of another version than the build's, able to build a module; or None."""
+    first = output(build_python, VERSION)
+    for name in OTHER_PYTHONS:
+        found = shutil.which(name)
+        if found and output(Path(found), VERSION) not in (None, first) and output(Path(found), HAS_HEADERS) is not None:
+            return Path(found)
+    return None
+
+
+def test_second_python_reuses_the_images(root: Path, wheel: Path, build_python: Path, tmp_path: Path) -> None:
+    """With DSV4_AOT_DIR only CUDA C++ and the binding are compiled. Without a second Python, for the same one again."""
+    aot = root / "build" / wheel.stem.split("-", 2)[2] / "aot"
+    assert (aot / "kernels.cpp").exists(), "the build of the wheel left no aot output"
+    python = second_python(build_python)
+    options = (
+        "--config-settings",
+        f"build-dir={tmp_path / 'build'}",
+        "--config-settings",
+        f"cmake.define.DSV4_AOT_DIR={aot}",
+    )
+    started = time.monotonic()
+    other = build_wheel(root, build_python, tmp_path / "out", *options, python=python)
+    assert time.monotonic() - started < SECOND_BUILD_SECONDS
+    assert "compiler processes" not in (tmp_path / "out" / "log").read_text()
+    assert images(other) == images(wheel)
+    if python is None:
+        assert other.name == wheel.name
+        return
+    assert other.name != wheel.name
+    with zipfile.ZipFile(other) as archive:
+        archive.extractall(tmp_path / "installed")
+    done = subprocess.run(
+        [python, "-c", "import dsv4_kernels; print(len(dsv4_kernels.info()['images']))"],
+        cwd=tmp_path / "installed",
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == str(len(images(wheel))), done.stderr

@@ -1,0 +1,102 @@
+"""Importing the package is instant, and touches nothing: no framework, no compiler, no driver, no file."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import dsv4_kernels
+import pytest
+
+LIMIT_MS = 50.0
+RUNS = 7
+HEAVY = ("torch", "triton", "cutlass", "numpy", "jax", "cupy")
+
+TIMED_IMPORT = """
+import json, sys, time
+start = time.perf_counter()
+import dsv4_kernels
+elapsed = time.perf_counter() - start
+print(json.dumps({"ms": elapsed * 1e3, "modules": list(sys.modules), "version": dsv4_kernels.__version__}))
+"""
+
+TIMED_REGISTRATION = """
+import json, time
+import torch, dsv4_kernels
+start = time.perf_counter()
+from dsv4_kernels import torch_ops
+torch_ops.register()
+elapsed = time.perf_counter() - start
+print(json.dumps({"ms": elapsed * 1e3, "registered": hasattr(torch.ops.dsv4, "hash_router")}))
+"""
+
+
+def run(program: str, folder: Path, **environment: str) -> dict[str, Any]:
+    """The JSON that a program prints in a fresh process with an otherwise plain environment."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "HOME": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_tests_run_against_the_installed_package(root: Path) -> None:
+    assert not Path(dsv4_kernels.__file__).is_relative_to(root / "python")
+
+
+def test_import_is_instant(tmp_path: Path) -> None:
+    run(TIMED_IMPORT, tmp_path)  # what follows is measured with a warm disk
+    times = [run(TIMED_IMPORT, tmp_path)["ms"] for _ in range(RUNS)]
+    assert statistics.median(times) < LIMIT_MS, times
+
+
+def test_registering_the_torch_ops_is_instant(tmp_path: Path) -> None:
+    runs = [run(TIMED_REGISTRATION, tmp_path) for _ in range(4)][1:]
+    assert all(one["registered"] for one in runs)
+    assert statistics.median(one["ms"] for one in runs) < LIMIT_MS, runs
+
+
+def test_import_loads_no_framework_and_no_compiler(tmp_path: Path) -> None:
+    modules = run(TIMED_IMPORT, tmp_path)["modules"]
+    assert not {name.partition(".")[0] for name in modules} & set(HEAVY)
+
+
+def test_import_works_without_a_driver(tmp_path: Path) -> None:
+    """Also where a driver is installed: no device is visible."""
+    assert run(TIMED_IMPORT, tmp_path, CUDA_VISIBLE_DEVICES="")["version"] == dsv4_kernels.__version__
+
+
+def files_of(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+@pytest.mark.parametrize("program", [TIMED_IMPORT, TIMED_IMPORT + "dsv4_kernels.info()"], ids=["import", "info"])
+def test_no_file_is_made(tmp_path: Path, package: Path, program: str) -> None:
+    home, temporary = tmp_path / "home", tmp_path / "tmp"
+    for folder in (home, temporary):
+        folder.mkdir()
+        folder.chmod(0o555)
+    before = files_of(package)
+    run(program, home, TMPDIR=str(temporary), XDG_CACHE_HOME=str(home / "cache"))
+    # Running as root, the folders' modes stop nothing: so look.
+    assert not files_of(home)
+    assert not files_of(temporary)
+    assert {path for path in files_of(package) - before if "__pycache__" not in path.parts} == set()
+
+
+def test_compilers_are_not_importable() -> None:
+    """The tests prove that nothing needs them at run time only where they are absent."""
+    for name in ("triton", "cutlass"):
+        with pytest.raises(ModuleNotFoundError):
+            __import__(name)
