@@ -2,8 +2,8 @@
 
     python -m aot --out DIR [--arch sm_100a ...] [--only OP ...] [--jobs N]
 
-DIR then holds, for each architecture, images with their PTX and sidecars, and kernels.h / kernels.cpp, through which C++
-launches them. What is unchanged since the last run into the same DIR is not compiled again.
+DIR then holds, for each architecture, images with their PTX and sidecars, and kernels.h / kernels.cpp, through which
+C++ launches them. What is unchanged since the last run into the same DIR is not compiled again.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def compile_batch(target: Target, language: str, modules: list[KernelModule]) ->
         output, errors = process.communicate()
     if process.returncode:
         names = ", ".join(module.op for module in modules)
-        raise SystemExit(f"aot: compiling {names} ({language}, {target.arch}) failed:\n{errors.strip() or output.strip()}")
+        raise SystemExit(
+            f"aot: compiling {names} ({language}, {target.arch}) failed:\n{errors.strip() or output.strip()}"
+        )
     done = [line.split() for line in output.splitlines() if line.count(" ") == 1]
     for module in modules:
         target.record(module, [name for name, made_of in done if made_of == module.import_name])
@@ -86,12 +88,16 @@ def compile_batch(target: Target, language: str, modules: list[KernelModule]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m aot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m aot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder to write to")
     parser.add_argument("--arch", nargs="+", metavar="SM", help="architectures (default: all)")
     parser.add_argument("--only", nargs="+", metavar="OP", help="compile the kernels of these ops only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes at a time")
-    parser.add_argument("--print-cmake-architectures", action="store_true", help="for CMAKE_CUDA_ARCHITECTURES, then exit")
+    parser.add_argument(
+        "--print-cmake-architectures", action="store_true", help="for CMAKE_CUDA_ARCHITECTURES, then exit"
+    )
     options = parser.parse_args()
     targets = [architectures.find(name) for name in options.arch] if options.arch else list(architectures.ARCHITECTURES)
     if options.print_cmake_architectures:
@@ -117,7 +123,9 @@ def build(out: Path, targets: list[architectures.Architecture], only: list[str] 
             if stale:
                 batches.append((folder, language, stale))
     current = sum(len(wanted) for _ in folders) - sum(len(batch[2]) for batch in batches)
-    print(f"aot: {len(batches)} compiler processes to run; {current} of {len(wanted) * len(folders)} modules are current")
+    print(
+        f"aot: {len(batches)} compiler processes to run; {current} of {len(wanted) * len(folders)} modules are current"
+    )
     with ThreadPoolExecutor(jobs) as pool:
         for future in [pool.submit(compile_batch, *batch) for batch in batches]:
             future.result()

@@ -24,7 +24,7 @@ def is_pointer(argument_type: str) -> bool:
 
 
 def element_type(argument_type: str) -> str:
-    """ "const bf16*" -> "bf16"."""
+    """The "bf16" of "const bf16*"."""
     return argument_type.removesuffix("*").removeprefix("const ").strip()
 
 

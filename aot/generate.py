@@ -63,7 +63,8 @@ def embedded(image: Sidecar) -> str:
     """Read-only data with the image's bytes; the assembler finds the file through its include path."""
     symbol = f"dsv4_image_{image.name}_{image.architecture}"
     return f"""// sha256 {image.sha256}
-asm(".pushsection .rodata\\n.balign 64\\n{symbol}:\\n.incbin \\"{image.architecture}/{image.name}.cubin\\"\\n.popsection\\n");
+asm(".pushsection .rodata\\n.balign 64\\n{symbol}:\\n"
+    ".incbin \\"{image.architecture}/{image.name}.cubin\\"\\n.popsection\\n");
 extern "C" __attribute__((visibility("hidden"))) const unsigned char {symbol}[];
 """
 

@@ -2,8 +2,8 @@
 
     python -m aot.images --aot DIR --out DIR OBJECT...
 
-Writes images.cpp (compiled into the library) and images.json (installed beside it; what `info` prints). Runs in the build
-after the CUDA sources are compiled and before the library is linked. A kernel that spills fails the build here.
+Writes images.cpp (compiled into the library) and images.json (installed beside it; what `info` prints). Runs in the
+build after the CUDA sources are compiled and before the library is linked. A kernel that spills fails the build here.
 """
 
 from __future__ import annotations

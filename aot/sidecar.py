@@ -107,7 +107,9 @@ def inspect(image: Path, op: str, family: str, language: str, compilers: dict[st
             trailing_pointers=0,
             compilers=compilers,
         )
-        for symbol, registers, stack, shared, local in sorted(RESOURCES.findall(cuobjdump("--dump-resource-usage", str(image))))
+        for symbol, registers, stack, shared, local in sorted(
+            RESOURCES.findall(cuobjdump("--dump-resource-usage", str(image)))
+        )
     ]
 
 
@@ -115,8 +117,9 @@ def check_no_spill(sidecar: Sidecar) -> None:
     """SystemExit if the kernel keeps anything in thread-private memory."""
     if sidecar.stack or sidecar.local:
         raise SystemExit(
-            f"aot: {sidecar.op}: kernel {sidecar.symbol} spills on {sidecar.architecture}: {sidecar.stack} bytes of stack, "
-            f"{sidecar.local} of local memory a thread at {sidecar.registers} registers; lower its tile sizes or unrolling"
+            f"aot: {sidecar.op}: kernel {sidecar.symbol} spills on {sidecar.architecture}: {sidecar.stack} bytes of "
+            f"stack, {sidecar.local} of local memory a thread at {sidecar.registers} registers; lower its tile sizes "
+            "or unrolling"
         )
 
 

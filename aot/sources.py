@@ -5,15 +5,16 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib  # type: ignore[no-redef]
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,8 +83,10 @@ def source_closure(path: Path, root: Path = ROOT) -> list[Path]:
 
 
 def fingerprint(module: KernelModule, arch: str, root: Path = ROOT) -> str:
-    """Changes when an image could: with any source that the module or its compiler driver is made of, the compilers, and
-    the architecture."""
+    """Changes when an image could.
+
+    That is with any source that the module or its compiler driver is made of, the compilers, and the architecture.
+    """
     digest = hashlib.sha256()
     files = {*source_closure(module.path, root), *source_closure(root / "aot" / "worker.py", root)}
     for path in sorted(files):
@@ -103,7 +106,9 @@ def compiler_versions(language: str) -> dict[str, str]:
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        raise SystemExit(f"aot: the {language} kernels need {pin}, which is not installed; pip install '{pin}'") from None
+        raise SystemExit(
+            f"aot: the {language} kernels need {pin}, which is not installed; pip install '{pin}'"
+        ) from None
     if version not in pin.specifier:
         raise SystemExit(f"aot: the {language} kernels need {pin}, found {version}; pip install '{pin}'")
     return {distribution: version}

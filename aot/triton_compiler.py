@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 
-# Before triton is imported: with line information, images carry the path of the source and differ from folder to folder.
+# Before triton is imported: with line information, images carry the source's path and differ from folder to folder.
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 
 import triton
@@ -31,7 +31,7 @@ TRITON_TYPES = {
 
 
 def triton_type(argument_type: str) -> str:
-    """ "const bf16*" -> "*bf16"."""
+    """The "*bf16" that Triton calls "const bf16*"."""
     if is_pointer(argument_type):
         return "*" + TRITON_TYPES[element_type(argument_type)]
     return TRITON_TYPES[argument_type]

@@ -2,8 +2,8 @@
 
     python -m aot.worker LANGUAGE ARCHITECTURE FOLDER MODULE...
 
-Writes FOLDER/<name>.cubin, .ptx and .json for each kernel, and prints each kernel's name and module when it is done. The
-sidecar (.json) comes last, so an image without one is unfinished.
+Writes FOLDER/<name>.cubin, .ptx and .json for each kernel, and prints each kernel's name and module when it is done.
+The sidecar (.json) comes last, so an image without one is unfinished.
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ def padded_squared_relu_kernel(
     rows,
     COLUMN_BLOCK: tl.constexpr,
 ):
-    """Blocks on axis 1 split a row; blocks on axis 0 stride over the rows, so any grid gives the same result and a captured
-    grid follows n_used, which only the device knows."""
+    """Blocks on axis 1 split a row; blocks on axis 0 stride over the rows.
+
+    So any grid gives the same result, and a captured grid follows n_used, which only the device knows.
+    """
     last = tl.minimum(tl.load(n_used), rows)
     column = tl.program_id(1) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
     in_row = column < columns

@@ -5,21 +5,23 @@
     ids[t]       = the top_k largest of s[t] + bias, largest first; at a tie the lower expert first
     weights[t]   = s[t, ids[t]], divided by their sum if `renormalize`, times `scale`
 
-The time goes into reading `weight` once, so the product is spread over the device: a block multiplies all tokens by 8
-experts, and over a part of hidden_size where the launch has gridDim.y > 1. The block that finishes last selects for all
-tokens, so no second launch is needed. mma.sync is enough for a product this small, and every architecture has it.
+Tokens go in groups of 8, the smaller side of the MMA. For each group the product is spread over the device: a block
+multiplies the group by 16 experts, over a part of hidden_size where there are blocks to spare. The block of a group that
+finishes last selects for the group's tokens, so no second launch is needed, and several groups finish side by side.
+mma.sync is enough for a product this small, and every architecture has it.
 
-Launch: grid (ceil(experts / 8), hidden_splits), THREADS threads, no dynamic shared memory.
+Launch: grid (ceil(experts / 16), hidden_splits, ceil(tokens / 8)), THREADS threads, no dynamic shared memory.
 
     hidden        [tokens, hidden_size] bfloat16, rows hidden_stride elements apart, each aligned to 16 bytes
     weight        [experts, hidden_size] bfloat16, rows weight_stride elements apart, each aligned to 16 bytes
     bias          [experts] float32, or null
     logits        [hidden_splits, tokens, experts] float32 workspace: the sums over the parts of hidden_size
-    arrivals      one uint32, zero before the launch, zero after it; two launches that may overlap need one each
+    arrivals      [8] uint32, one for each group, zero before the launch, zero after it; two launches that may overlap
+                  need their own
     out_weights   [tokens, top_k] float32
     out_ids       [tokens, top_k] int32
 
-    tokens 1 to 16 * token_tiles, hidden_size a multiple of 64, experts 1 to 512, top_k 1 to min(32, experts)
+    tokens 1 to 64, hidden_size a multiple of 64, experts 1 to max_experts, top_k 1 to min(32, experts)
 
 A selection score that is NaN is below all others, -inf included; a logit that is NaN makes it so and gives weight 0.
 Ids are valid and distinct in any case. Sums are taken in a fixed order: the same input and grid give the same bits.
@@ -32,35 +34,54 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 from aot.declare import CuteKernel
 
 LANES = 32
-WARPS = 16
+WARPS = 8
 THREADS = WARPS * LANES
 
-# The shape of one mma.sync.m16n8k16: tokens by experts, over 16 elements of hidden_size.
-TILE_TOKENS = 16
-TILE_EXPERTS = 8
+# The shape of one mma.sync.m16n8k16: experts by tokens, over 16 elements of hidden_size.
+TILE_EXPERTS = 16
+TILE_TOKENS = 8
+TILE = TILE_EXPERTS * TILE_TOKENS
 
 # A chunk is what a lane loads at once: 16 bytes, 8 elements of a row, enough for two MMAs; see `multiply_slice`.
 CHUNK = 8
 CHUNK_BYTES = 16
 MMAS_PER_CHUNK = 2
 
-# A slice is the unit of work of a warp: 64 elements of hidden_size, 128 bytes of each row, two chunks for each of the
-# four lanes that share a row.
-SLICE = 64
-SLICE_BYTES = SLICE * 2
+# A slice is the unit of work of a warp: 32 elements of hidden_size, a chunk for each of the four lanes that share a row.
 LANES_PER_ROW = 4
-CHUNKS_PER_SLICE = SLICE // (CHUNK * LANES_PER_ROW)
+SLICE = CHUNK * LANES_PER_ROW
+SLICE_BYTES = SLICE * 2
 
-# Slices that a warp loads before it multiplies the first, by token_tiles. What bounds a small batch is the latency of
-# memory, so: as many as fit in the 128 registers that 16 warps leave a thread. With one token tile a block has all of
-# hidden_size 4096 in flight at once.
-SLICES_IN_FLIGHT = {1: 4, 2: 2, 4: 1}
+# Slices that a warp loads before it multiplies the first. What bounds a small batch is the latency of memory: with 4,
+# a block has 1024 elements of each of its rows in flight at once.
+SLICES_IN_FLIGHT = 4
 
-MAX_EXPERTS = 512
-EXPERTS_PER_LANE = MAX_EXPERTS // LANES
+# Parts of hidden_size whose sums the last block loads at once.
+SPLITS_IN_FLIGHT = 4
 
-# Below this logit u = exp(logit) is under 2^-24, where log1p(u) is u in float32.
-LOG1P_IS_IDENTITY_BELOW = -17.0
+# The kernel is compiled for each of these; a lane of the selecting warp keeps max_experts / 32 candidates in registers.
+MAX_EXPERTS = (256, 384, 512)
+
+# Of sqrt_softplus: half of log2(e) and what float32 leaves of it; beyond FLAT, exp(-|x| / 2) is 0; below LINEAR,
+# log(1 + e^x) is e^x to the last bit of float32; log(1 + u) is u times the polynomial of least relative error on [0, 1],
+# coefficients from degree 9 down.
+HALF_LOG2E = 0.72134752
+HALF_LOG2E_REST = 9.6298149e-09
+LN2 = 0.69314718
+FLAT = 200.0
+LINEAR = -17.0
+LOG1P_OVER_U = (
+    -0.0032440233,
+    0.0198514536,
+    -0.0569595173,
+    0.106036536,
+    -0.153055921,
+    0.196759388,
+    -0.249541342,
+    0.333299637,
+    -0.499999017,
+    1.0,
+)
 
 # Selection keys: unsigned integers in the order of the float32 scores. The key of -inf is 0x007FFFFF, so that the small
 # values are free for what ranks below it.
@@ -81,20 +102,14 @@ def row_address(matrix: cute.Pointer, row: Int32, stride: Int64) -> Int64:
     return matrix.toint() + (Int64(row) * stride + lane_in_row * CHUNK) * (BFloat16.width // 8)
 
 
-def load_chunks(address: Int64, chunks: cute.Tensor) -> None:
-    """Loads this lane's chunks of one row of a slice into the rows of `chunks`."""
-    for index in range(CHUNKS_PER_SLICE):
-        source = cute.make_ptr(
-            BFloat16,
-            address + index * LANES_PER_ROW * CHUNK_BYTES,
-            cute.AddressSpace.gmem,
-            assumed_align=CHUNK_BYTES,
-        )
-        cute.autovec_copy(cute.make_tensor(source, cute.make_layout(CHUNK)), chunks[index, None])
+def load_chunk(address: Int64, chunk: cute.Tensor) -> None:
+    """Loads this lane's chunk of one row of a slice."""
+    source = cute.make_ptr(BFloat16, address, cute.AddressSpace.gmem, assumed_align=CHUNK_BYTES)
+    cute.autovec_copy(cute.make_tensor(source, cute.make_layout(CHUNK)), chunk)
 
 
 def multiply_slice(
-    mma: cute.MmaAtom, hidden_chunks: cute.Tensor, weight_chunks: cute.Tensor, accumulators: cute.Tensor
+    mma: cute.MmaAtom, weight_chunks: cute.Tensor, hidden_chunk: cute.Tensor, accumulator: cute.Tensor
 ) -> None:
     """Adds the product of one slice.
 
@@ -103,22 +118,19 @@ def multiply_slice(
     Here a lane gives the first four elements of its chunk to the first MMA and the last four to the second: so it loads
     16 bytes at once, and no value moves between lanes.
     """
-    hidden_operand = cute.make_rmem_tensor(8, BFloat16)
-    weight_operand = cute.make_rmem_tensor(4, BFloat16)
-    hidden_pairs = cute.recast_tensor(hidden_operand, Uint32)
-    for tile in range(cute.size(accumulators, mode=[0])):
-        for chunk in range(CHUNKS_PER_SLICE):
-            low_row = cute.recast_tensor(hidden_chunks[tile, 0, chunk, None], Uint32)
-            high_row = cute.recast_tensor(hidden_chunks[tile, 1, chunk, None], Uint32)
-            for step in range(MMAS_PER_CHUNK):
-                # Operand registers alternate between the token rows lane / 4 and lane / 4 + 8.
-                for half in range(2):
-                    hidden_pairs[2 * half] = low_row[2 * step + half]
-                    hidden_pairs[2 * half + 1] = high_row[2 * step + half]
-                for element in range(4):
-                    weight_operand[element] = weight_chunks[chunk, 4 * step + element]
-                accumulator = accumulators[tile, None]
-                cute.mma_atom_call(mma, accumulator, hidden_operand, weight_operand, accumulator)
+    weight_operand = cute.make_rmem_tensor(8, BFloat16)
+    hidden_operand = cute.make_rmem_tensor(4, BFloat16)
+    weight_pairs = cute.recast_tensor(weight_operand, Uint32)
+    low_row = cute.recast_tensor(weight_chunks[0, None], Uint32)
+    high_row = cute.recast_tensor(weight_chunks[1, None], Uint32)
+    for step in range(MMAS_PER_CHUNK):
+        # Operand registers alternate between the expert rows lane / 4 and lane / 4 + 8.
+        for half in range(2):
+            weight_pairs[2 * half] = low_row[2 * step + half]
+            weight_pairs[2 * half + 1] = high_row[2 * step + half]
+        for element in range(4):
+            hidden_operand[element] = hidden_chunk[4 * step + element]
+        cute.mma_atom_call(mma, accumulator, weight_operand, hidden_operand, accumulator)
 
 
 @cute.jit
@@ -130,97 +142,85 @@ def multiply_slices_of_warp(
     tokens: Int32,
     hidden_size: Int32,
     experts: Int32,
-    token_tiles: cutlass.Constexpr,
 ) -> cute.Tensor:
-    """The warp's part of the product of all tokens and the block's experts: [token_tiles, 4], in the MMA's layout."""
-    expert_block, split, _ = cute.arch.block_idx()
+    """The warp's part of the product of the block's experts and tokens: four sums, in the MMA's layout."""
+    expert_block, split, group = cute.arch.block_idx()
     _, splits, _ = cute.arch.grid_dim()
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     row_in_tile = cute.arch.lane_idx() // LANES_PER_ROW
-    slices_in_flight = cutlass.const_expr(SLICES_IN_FLIGHT[token_tiles])
 
     # Rows past the end are read from the last row instead; what comes of them is never stored.
-    weight_row = cutlass.min(expert_block * TILE_EXPERTS + row_in_tile, experts - 1)
-    weight_address = row_address(weight, weight_row, weight_stride)
-    hidden_addresses = [
-        [
-            row_address(hidden, cutlass.min(tile * TILE_TOKENS + half * 8 + row_in_tile, tokens - 1), hidden_stride)
-            for half in range(2)
-        ]
-        for tile in range(token_tiles)
+    hidden_row = cutlass.min(group * TILE_TOKENS + row_in_tile, tokens - 1)
+    hidden_address = row_address(hidden, hidden_row, hidden_stride)
+    weight_addresses = [
+        row_address(
+            weight, cutlass.min(expert_block * TILE_EXPERTS + half * 8 + row_in_tile, experts - 1), weight_stride
+        )
+        for half in range(2)
     ]
 
     mma = cute.make_mma_atom(cute.nvgpu.warp.MmaF16BF16Op(BFloat16, Float32, (16, 8, 16)))
-    accumulators = make_registers((token_tiles, 4), Float32)
-    accumulators.fill(0.0)
-    # By half: the token rows lane / 4 and lane / 4 + 8 of a tile.
-    hidden_chunks = [
-        make_registers((token_tiles, 2, CHUNKS_PER_SLICE, CHUNK), BFloat16) for _ in range(slices_in_flight)
-    ]
-    weight_chunks = [make_registers((CHUNKS_PER_SLICE, CHUNK), BFloat16) for _ in range(slices_in_flight)]
+    accumulator = make_registers((4,), Float32)
+    accumulator.fill(0.0)
+    hidden_chunks = [make_registers((CHUNK,), BFloat16) for _ in range(SLICES_IN_FLIGHT)]
+    # By half: the expert rows lane / 4 and lane / 4 + 8 of the tile.
+    weight_chunks = [make_registers((2, CHUNK), BFloat16) for _ in range(SLICES_IN_FLIGHT)]
 
-    # Slices go round robin to the warps of a block, then to the blocks that share the experts.
+    # Slices go round robin to the warps of a block, then to the blocks that share experts and tokens.
     slices = hidden_size // SLICE
     first_slice = split * WARPS + warp
     slice_step = splits * WARPS
-    for next_slice in cutlass.range(first_slice, slices, slice_step * slices_in_flight, unroll=1):
-        for index in cutlass.range_constexpr(slices_in_flight):
+    for next_slice in cutlass.range(first_slice, slices, slice_step * SLICES_IN_FLIGHT, unroll=1):
+        for index in cutlass.range_constexpr(SLICES_IN_FLIGHT):
             slice_index = next_slice + index * slice_step
             if slice_index < slices:
                 offset = Int64(slice_index) * SLICE_BYTES
-                load_chunks(weight_address + offset, weight_chunks[index])
-                for tile in cutlass.range_constexpr(token_tiles):
-                    for half in cutlass.range_constexpr(2):
-                        load_chunks(hidden_addresses[tile][half] + offset, hidden_chunks[index][tile, half, None, None])
-        for index in cutlass.range_constexpr(slices_in_flight):
+                for half in cutlass.range_constexpr(2):
+                    load_chunk(weight_addresses[half] + offset, weight_chunks[index][half, None])
+                load_chunk(hidden_address + offset, hidden_chunks[index])
+        for index in cutlass.range_constexpr(SLICES_IN_FLIGHT):
             if next_slice + index * slice_step < slices:
-                multiply_slice(mma, hidden_chunks[index], weight_chunks[index], accumulators)
-    return accumulators
+                multiply_slice(mma, weight_chunks[index], hidden_chunks[index], accumulator)
+    return accumulator
 
 
 @cute.jit
 def store_block_logits(
-    accumulators: cute.Tensor,
-    shared: cute.Pointer,
-    logits: cute.Pointer,
-    tokens: Int32,
-    experts: Int32,
-    token_tiles: cutlass.Constexpr,
+    accumulator: cute.Tensor, shared: cute.Pointer, logits: cute.Pointer, tokens: Int32, experts: Int32
 ) -> None:
     """Adds up the warps' sums, in the order of the warps, and stores the block's logits."""
     thread, _, _ = cute.arch.thread_idx()
-    expert_block, split, _ = cute.arch.block_idx()
+    expert_block, split, group = cute.arch.block_idx()
     warp = cute.arch.warp_idx()
     lane = cute.arch.lane_idx()
-    block_tokens = token_tiles * TILE_TOKENS
     sums = cute.make_tensor(
-        shared,
-        cute.make_layout((WARPS, block_tokens, TILE_EXPERTS), stride=(block_tokens * TILE_EXPERTS, TILE_EXPERTS, 1)),
+        shared, cute.make_layout((WARPS, TILE_TOKENS, TILE_EXPERTS), stride=(TILE, TILE_EXPERTS, 1))
     )
 
     # Of the 16 by 8 result a lane holds columns 2 (lane % 4) and the next, of rows lane / 4 and lane / 4 + 8.
-    for tile in cutlass.range_constexpr(token_tiles):
-        for half in cutlass.range_constexpr(2):
-            for column in cutlass.range_constexpr(2):
-                row = tile * TILE_TOKENS + half * 8 + lane // LANES_PER_ROW
-                sums[warp, row, lane % LANES_PER_ROW * 2 + column] = accumulators[tile, 2 * half + column]
+    for half in cutlass.range_constexpr(2):
+        for column in cutlass.range_constexpr(2):
+            token_in_tile = lane % LANES_PER_ROW * 2 + column
+            sums[warp, token_in_tile, half * 8 + lane // LANES_PER_ROW] = accumulator[2 * half + column]
     cute.arch.sync_threads()
 
-    for output in cutlass.range(thread, block_tokens * TILE_EXPERTS, THREADS, unroll=1):
-        token = output // TILE_EXPERTS
-        expert_in_block = output % TILE_EXPERTS
-        expert = expert_block * TILE_EXPERTS + expert_in_block
+    if thread < TILE:
+        token_in_tile = thread // TILE_EXPERTS
+        expert_in_tile = thread % TILE_EXPERTS
+        token = group * TILE_TOKENS + token_in_tile
+        expert = expert_block * TILE_EXPERTS + expert_in_tile
         if token < tokens and expert < experts:
             total = Float32(0.0)
             for source in cutlass.range_constexpr(WARPS):
-                total += sums[source, token, expert_in_block]
+                total += sums[source, token_in_tile, expert_in_tile]
             (logits + ((Int64(split) * tokens + token) * experts + expert)).store(total)
 
 
 @cute.jit
 def is_last_block(arrivals: cute.Pointer, shared: cute.Pointer) -> cutlass.Boolean:
-    """Counts this block in. True in the last block to get here, which then sees what all the others have stored."""
+    """Counts this block in. True in the last block of its group, which then sees what all the others have stored."""
     thread, _, _ = cute.arch.thread_idx()
+    _, _, group = cute.arch.block_idx()
     grid_x, grid_y, _ = cute.arch.grid_dim()
 
     # Also orders the block's reads of `shared` before the write below.
@@ -228,11 +228,11 @@ def is_last_block(arrivals: cute.Pointer, shared: cute.Pointer) -> cutlass.Boole
     if thread == 0:
         # Release: the block's stores, which the barrier puts before this, are seen by who sees the count. Acquire: a
         # block that sees the full count sees the stores of all.
-        arrived = cute.arch.atomic_add(arrivals, Uint32(1), sem="acq_rel", scope="gpu")
+        arrived = cute.arch.atomic_add(arrivals + group, Uint32(1), sem="acq_rel", scope="gpu")
         is_last = arrived == Uint32(grid_x * grid_y - 1)
         if is_last:
             # All have arrived: ready for the next launch.
-            arrivals.store(Uint32(0))
+            (arrivals + group).store(Uint32(0))
         cute.recast_ptr(shared, dtype=Int32).store(Int32(is_last))
     cute.arch.sync_threads()
     result = cute.recast_ptr(shared, dtype=Int32).load() != 0
@@ -243,14 +243,22 @@ def is_last_block(arrivals: cute.Pointer, shared: cute.Pointer) -> cutlass.Boole
 
 @cute.jit
 def sqrt_softplus(logit: Float32) -> Float32:
-    """sqrt(max(x, 0) + log1p(exp(-|x|))), to a few units in the last place of the result for any x. NaN stays NaN."""
-    result = logit
-    if logit >= LOG1P_IS_IDENTITY_BELOW:
-        softplus = cutlass.max(logit, Float32(0.0)) + cute.math.log1p(cute.math.exp(-cute.math.abs(logit)))
-        result = cute.math.sqrt(softplus)
-    if logit < LOG1P_IS_IDENTITY_BELOW:
-        # sqrt(exp(x)), by half the exponent: exp(x) itself would become subnormal and lose precision.
-        result = cute.math.exp(logit * 0.5)
+    """sqrt(log(1 + e^x)), as csrc/device/activation.cuh computes it, with the reasons. NaN stays NaN."""
+    size = cute.math.abs(logit)
+    if size > FLAT:
+        size = Float32(FLAT)
+    exponent = -size * HALF_LOG2E
+    rest = cute.math.fma(-size, Float32(HALF_LOG2E), -exponent) - size * HALF_LOG2E_REST
+    root = cute.math.exp2(exponent, fastmath=True)
+    root = cute.math.fma(root * LN2, rest, root)
+    u = root * root
+    ratio = Float32(LOG1P_OVER_U[0])
+    for coefficient in LOG1P_OVER_U[1:]:
+        ratio = cute.math.fma(ratio, u, Float32(coefficient))
+    softplus = cute.math.fma(ratio, u, cutlass.max(logit, Float32(0.0)))
+    result = cute.math.sqrt(softplus, fastmath=True)
+    if logit < LINEAR:
+        result = root
     return result
 
 
@@ -267,46 +275,64 @@ def selection_key(score: Float32) -> Uint32:
 
 
 @cute.jit
-def load_scores(logits: cute.Pointer, scores: cute.Tensor, token: Int32, tokens: Int32, experts: Int32) -> None:
-    """Fills the warp's row of shared memory with the scores of one token: NaN where the logit is."""
+def store_scores(
+    logits: cute.Pointer,
+    scores: cute.Pointer,
+    first: Int32,
+    count: Int32,
+    split_stride: Int64,
+    items: cutlass.Constexpr,
+) -> None:
+    """Writes `count` scores to shared memory, from the logits that begin `first` elements into each split's.
+
+    count is at most items * THREADS; a thread loads all of its logits before it uses the first.
+    """
+    thread, _, _ = cute.arch.thread_idx()
     _, splits, _ = cute.arch.grid_dim()
-    lane = cute.arch.lane_idx()
-    # First all loads, so that they overlap; then the activation in a loop, as its code is long.
-    sums = cute.make_rmem_tensor(EXPERTS_PER_LANE, Float32)
+    sums = make_registers((items,), Float32)
     sums.fill(0.0)
-    for split in cutlass.range(splits, unroll=1):
-        row = (Int64(split) * tokens + token) * experts
-        for slot in cutlass.range_constexpr(EXPERTS_PER_LANE):
-            expert = cutlass.min(slot * LANES + lane, experts - 1)
-            # Stored by other blocks: a relaxed load at device scope is not served from this processor's own cache.
-            sums[slot] += cute.arch.load(logits + (row + expert), Float32, sem="relaxed", scope="gpu")
-    for slot in cutlass.range_constexpr(EXPERTS_PER_LANE):
-        scores[slot * LANES + lane] = sums[slot]
-    for expert in cutlass.range(lane, experts, LANES, unroll=2):
-        scores[expert] = sqrt_softplus(scores[expert])
+    for first_split in cutlass.range(0, splits, SPLITS_IN_FLIGHT, unroll=1):
+        loaded = make_registers((SPLITS_IN_FLIGHT, items), Float32)
+        for index in cutlass.range_constexpr(SPLITS_IN_FLIGHT):
+            split = cutlass.min(first_split + index, splits - 1)
+            for item in cutlass.range_constexpr(items):
+                place = cutlass.min(thread + item * THREADS, count - 1)
+                # Stored by other blocks: a relaxed load at device scope is not served from this processor's own cache.
+                source = logits + (split * split_stride + (first + place))
+                loaded[index, item] = cute.arch.load(source, Float32, sem="relaxed", scope="gpu")
+        for index in cutlass.range_constexpr(SPLITS_IN_FLIGHT):
+            for item in cutlass.range_constexpr(items):
+                if first_split + index < splits:
+                    sums[item] += loaded[index, item]
+    for item in cutlass.range_constexpr(items):
+        score = sqrt_softplus(sums[item])
+        if thread + item * THREADS < count:
+            (scores + (thread + item * THREADS)).store(score)
 
 
 @cute.jit
-def load_bias(bias: cute.Pointer, experts: Int32) -> cute.Tensor:
+def load_bias(bias: cute.Pointer, experts: Int32, slots: cutlass.Constexpr) -> cute.Tensor:
     """The bias of this lane's experts, lane + 32 * slot; zeros if there is none."""
     lane = cute.arch.lane_idx()
-    values = cute.make_rmem_tensor(EXPERTS_PER_LANE, Float32)
+    values = make_registers((slots,), Float32)
     values.fill(0.0)
     if bias.toint() != 0:
-        for slot in cutlass.range_constexpr(EXPERTS_PER_LANE):
+        for slot in cutlass.range_constexpr(slots):
             expert = cutlass.min(slot * LANES + lane, experts - 1)
             values[slot] = (bias + expert).load()
     return values
 
 
 @cute.jit
-def selection_keys(scores: cute.Tensor, bias_values: cute.Tensor, experts: Int32) -> cute.Tensor:
+def selection_keys(
+    scores: cute.Pointer, bias_values: cute.Tensor, experts: Int32, slots: cutlass.Constexpr
+) -> cute.Tensor:
     """The keys of this lane's experts, lane + 32 * slot. Where there is no such expert, as if taken already."""
     lane = cute.arch.lane_idx()
-    keys = cute.make_rmem_tensor(EXPERTS_PER_LANE, Uint32)
-    for slot in cutlass.range_constexpr(EXPERTS_PER_LANE):
+    keys = make_registers((slots,), Uint32)
+    for slot in cutlass.range_constexpr(slots):
         expert = slot * LANES + lane
-        key = selection_key(scores[expert] + bias_values[slot])
+        key = selection_key((scores + cutlass.min(expert, experts - 1)).load() + bias_values[slot])
         if expert >= experts:
             key = Uint32(KEY_TAKEN)
         keys[slot] = key
@@ -325,11 +351,12 @@ def larger_key(lower_expert: tuple[Uint32, Uint32], higher_expert: tuple[Uint32,
 
 
 def best_of_lane(keys: cute.Tensor) -> tuple[Uint32, Uint32]:
-    """The largest of this lane's keys and its expert, by a tree of comparisons, which is four deep rather than 15."""
+    """The largest of this lane's keys and its expert, by a tree of comparisons: short chains, not one long one."""
     lane = Uint32(cute.arch.lane_idx())
-    pairs = [(keys[slot], lane + slot * LANES) for slot in range(EXPERTS_PER_LANE)]
+    pairs = [(keys[slot], lane + slot * LANES) for slot in range(cute.size(keys))]
     while len(pairs) > 1:
-        pairs = [larger_key(pairs[index], pairs[index + 1]) for index in range(0, len(pairs), 2)]
+        halved = [larger_key(pairs[index], pairs[index + 1]) for index in range(0, len(pairs) - 1, 2)]
+        pairs = halved + pairs[2 * len(halved) :]
     return pairs[0]
 
 
@@ -343,7 +370,7 @@ def take_best(keys: cute.Tensor) -> Uint32:
     if lane_key == best_key:
         candidate = lane_expert
     best_expert = cute.arch.warp_redux_sync(candidate, "min")
-    for slot in cutlass.range_constexpr(EXPERTS_PER_LANE):
+    for slot in cutlass.range_constexpr(cute.size(keys)):
         if best_expert == lane + slot * LANES:
             keys[slot] = Uint32(KEY_TAKEN)
     return best_expert
@@ -351,7 +378,7 @@ def take_best(keys: cute.Tensor) -> Uint32:
 
 @cute.jit
 def select_experts(
-    scores: cute.Tensor,
+    scores: cute.Pointer,
     bias_values: cute.Tensor,
     out_weights: cute.Pointer,
     out_ids: cute.Pointer,
@@ -361,10 +388,11 @@ def select_experts(
     renormalize: Int32,
     scale: Float32,
     epsilon: Float32,
+    slots: cutlass.Constexpr,
 ) -> None:
     """Chooses the experts of one token and stores their ids and weights. Lane i keeps the i-th choice."""
     lane = cute.arch.lane_idx()
-    keys = selection_keys(scores, bias_values, experts)
+    keys = selection_keys(scores, bias_values, experts, slots)
     chosen = Uint32(0)
     for rank in cutlass.range(top_k, unroll=1):
         best_expert = take_best(keys)
@@ -373,7 +401,7 @@ def select_experts(
 
     weight = Float32(0.0)
     if lane < top_k:
-        weight = scores[chosen]
+        weight = (scores + chosen).load()
         if weight != weight:
             weight = Float32(0.0)
     if renormalize != 0:
@@ -407,27 +435,46 @@ def dense_router_decode(
     renormalize: Int32,
     scale: Float32,
     epsilon: Float32,
-    token_tiles: cutlass.Constexpr,
+    max_experts: cutlass.Constexpr,
 ) -> None:
-    # Used by the product for the warps' sums, then by the last block for the warps' rows of scores.
-    shared_floats = WARPS * max(token_tiles * TILE_TOKENS * TILE_EXPERTS, MAX_EXPERTS)
-    shared = cute.arch.alloc_smem(Float32, shared_floats, CHUNK_BYTES)
+    # Used by the product for the warps' sums, then by the last block for its tokens' scores.
+    shared = cute.arch.alloc_smem(Float32, max(WARPS * TILE, TILE_TOKENS * max_experts), CHUNK_BYTES)
+    slots = cutlass.const_expr(max_experts // LANES)
 
-    accumulators = multiply_slices_of_warp(
-        hidden, weight, hidden_stride, weight_stride, tokens, hidden_size, experts, token_tiles
+    accumulator = multiply_slices_of_warp(
+        hidden, weight, hidden_stride, weight_stride, tokens, hidden_size, experts
     )
-    store_block_logits(accumulators, shared, logits, tokens, experts, token_tiles)
+    store_block_logits(accumulator, shared, logits, tokens, experts)
+    # Asked for here, so that it arrives while the block waits to be counted.
+    bias_values = load_bias(bias, experts, slots)
     if is_last_block(arrivals, shared):
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        scores = cute.make_tensor(shared + warp * MAX_EXPERTS, cute.make_layout(MAX_EXPERTS))
-        bias_values = load_bias(bias, experts)
-        for token in cutlass.range(warp, tokens, WARPS, unroll=1):
-            load_scores(logits, scores, token, tokens, experts)
-            cute.arch.sync_warp()
-            select_experts(
-                scores, bias_values, out_weights, out_ids, token, experts, top_k, renormalize, scale, epsilon
+        _, _, group = cute.arch.block_idx()
+        first_token = group * TILE_TOKENS
+        group_tokens = cutlass.min(tokens - first_token, TILE_TOKENS)
+        first = first_token * experts
+        split_stride = Int64(tokens) * experts
+        if group_tokens == 1:
+            store_scores(logits, shared, first, experts, split_stride, -(-max_experts // THREADS))
+        else:
+            store_scores(
+                logits, shared, first, group_tokens * experts, split_stride, TILE_TOKENS * max_experts // THREADS
             )
-            cute.arch.sync_warp()
+        cute.arch.sync_threads()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp < group_tokens:
+            select_experts(
+                shared + warp * experts,
+                bias_values,
+                out_weights,
+                out_ids,
+                first_token + warp,
+                experts,
+                top_k,
+                renormalize,
+                scale,
+                epsilon,
+                slots,
+            )
 
 
 ARGUMENTS = {
@@ -452,11 +499,11 @@ ARGUMENTS = {
 KERNELS = [
     CuteKernel(
         function=dense_router_decode,
-        name=f"dense_router_decode_tokens{token_tiles * TILE_TOKENS}",
+        name=f"dense_router_decode_experts{max_experts}",
         arguments=ARGUMENTS,
-        constants={"token_tiles": token_tiles},
+        constants={"max_experts": max_experts},
         threads=THREADS,
         dynamic_shared=0,
     )
-    for token_tiles in SLICES_IN_FLIGHT
+    for max_experts in MAX_EXPERTS
 ]

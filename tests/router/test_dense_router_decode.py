@@ -137,9 +137,9 @@ def test_workspace_is_left_ready() -> None:
     hidden, weight, bias = (t.cuda() for t in gate_inputs(generator, 16, 256, 64) if t is not None)
     size = dense_router_decode_workspace_size(16, 64)
     workspace = torch.full((size + 4096,), 0xA5, dtype=torch.uint8, device="cuda")
-    workspace[:16] = 0
+    workspace[:64] = 0
     first = dense_router_decode(hidden, weight, bias, 6, workspace=workspace[:size])
-    assert not workspace[:16].any()
+    assert not workspace[:64].any()
     assert (workspace[size:] == 0xA5).all()
     second = dense_router_decode(hidden, weight, bias, 6, workspace=workspace[:size])
     assert torch.equal(first[0], second[0])
