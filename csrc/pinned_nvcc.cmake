@@ -2,11 +2,19 @@
 # (-DCMAKE_CUDA_COMPILER= or CUDACXX). A toolkit that happens to be on the machine is not taken.
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
   execute_process(
-    COMMAND ${Python_EXECUTABLE} -c "import importlib.metadata as m; print(next(f.locate() for f in m.files('nvidia-cuda-nvcc') if f.name == 'nvcc'), end='')"
-    OUTPUT_VARIABLE pinned_nvcc ERROR_VARIABLE error RESULT_VARIABLE failed)
+    COMMAND
+      ${Python_EXECUTABLE} -c
+      "import importlib.metadata as m; print(next(f.locate() for f in m.files('nvidia-cuda-nvcc') if f.name == 'nvcc'), end='')"
+    OUTPUT_VARIABLE pinned_nvcc
+    ERROR_VARIABLE error
+    RESULT_VARIABLE failed
+  )
   if(failed)
-    message(FATAL_ERROR "No nvcc: install the build requirements of pyproject.toml (pip does it when it builds), or name "
-                        "a CUDA compiler with -DCMAKE_CUDA_COMPILER=.\n${error}")
+    message(
+      FATAL_ERROR
+      "No nvcc: install the build requirements of pyproject.toml (pip does it when it builds), or name "
+      "a CUDA compiler with -DCMAKE_CUDA_COMPILER=.\n${error}"
+    )
   endif()
   get_filename_component(CMAKE_CUDA_COMPILER ${pinned_nvcc} REALPATH)
   get_filename_component(toolkit ${CMAKE_CUDA_COMPILER}/../.. ABSOLUTE)

@@ -60,6 +60,8 @@ class DeviceArray {
     check(driver<int(DevicePointer*, size_t)>("cuMemAlloc_v2")(&address_, bytes()), "cuMemAlloc");
     check(driver<int(DevicePointer, const void*, size_t)>("cuMemcpyHtoD_v2")(address_, values.data(), bytes()),
           "cuMemcpyHtoD");
+    // The copy may still be under way, and streams that do not wait for the default one would not wait for it.
+    check(driver<int()>("cuCtxSynchronize")(), "cuCtxSynchronize");
   }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;

@@ -78,14 +78,21 @@ def test_python_examples_run(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{code}\n{done.stderr}"
 
 
+# What an example in C++ may take as given: it is shown as the body of a function of the reader's engine.
+CPP_GIVEN = "void* token_ids, void* table, void* weights, void* ids, int64_t tokens, int64_t vocab, int64_t k"
+
+
 def test_cpp_examples_compile(tmp_path: Path, package: Path) -> None:
     examples = blocks(ROOT / "README.md", "cpp")
     assert examples, "README.md shows no C++"
     compiler = shutil.which("c++")
     assert compiler, "no C++ compiler"
     for number, code in enumerate(examples):
+        includes = [line for line in code.splitlines() if line.startswith("#include")]
+        body = [line for line in code.splitlines() if not line.startswith("#include")]
+        function = [f"void example({CPP_GIVEN}, dsv4_stream stream) {{", *body, "}", ""]
         source = tmp_path / f"example{number}.cpp"
-        source.write_text(code)
+        source.write_text("\n".join(["#include <stdexcept>", *includes, *function]))
         command = [compiler, "-std=c++17", "-Wall", "-Werror", "-fsyntax-only", f"-I{package / 'include'}", source]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{code}\n{done.stderr}"

@@ -113,8 +113,7 @@ def fat_binary_entries(data: bytes) -> list[tuple[int, int]]:
 
 def test_no_ptx_is_inside(library_path: Path, images: list[dict[str, Any]], architectures: tuple[str, ...]) -> None:
     data = library_path.read_bytes()
-    assert b".target sm_" not in data
-    assert b".version 9" not in data
+    assert (data.find(b".target sm_"), data.find(b".version ")) == (-1, -1)
     entries = fat_binary_entries(data)
     cuda_ops = {i["op"] for i in images if i["language"] == "cuda"}
     # CUDA C++ is one cubin for each source file and architecture, and no PTX (compressed, so text would not show).

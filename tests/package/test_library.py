@@ -78,5 +78,4 @@ def test_libraries_are_looked_for_in_the_package_only(library_path: Path, module
 @pytest.mark.parametrize("which", ["library_path", "module_path"])
 def test_no_path_of_the_build_machine_is_inside(which: str, root: Path, request: pytest.FixtureRequest) -> None:
     data = request.getfixturevalue(which).read_bytes()
-    assert str(root).encode() not in data
-    assert b"pip-build-env" not in data
+    assert (data.find(str(root).encode()), data.find(b"pip-build-env")) == (-1, -1)

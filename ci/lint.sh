@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The lint set: every check, or those named, with the tools of the `lint` extra from the environment on PATH.
+#
+#     ci/lint.sh [CHECK ...]     checks: versions ruff format mypy clang_format cmake_format spelling
+#     ci/lint.sh fix             rewrites what the formatters would have
+#
+# .pre-commit-config.yaml calls these same checks. A tool that is absent or of another version than pyproject.toml pins
+# is a failure.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+checks=(versions ruff format mypy clang_format cmake_format spelling)
+
+files() { git ls-files --cached --others --exclude-standard -- "$@"; }
+cpp_files() { files 'csrc/**.cpp' 'csrc/**.h' 'csrc/**.cu' 'csrc/**.cuh' 'tests/cpp/**.cpp' 'tests/cpp/**.c'; }
+cmake_files() { files '**CMakeLists.txt' '**.cmake'; }
+
+versions() { python ci/pins.py check lint; }
+ruff() { command ruff check --output-format concise .; }
+format() { command ruff format --check --output-format concise .; }
+mypy() { command mypy; }
+clang_format() { cpp_files | xargs clang-format --dry-run -Werror; }
+cmake_format() { cmake_files | xargs gersemi --check --diff --warnings-as-errors; }
+spelling() { files ':!LICENSE' | xargs codespell; }
+
+fix() {
+  command ruff check --fix .
+  command ruff format .
+  cpp_files | xargs clang-format -i
+  cmake_files | xargs gersemi --in-place
+}
+
+main() {
+  local failed=() check
+  for check in "$@"; do
+    # A subshell of its own, so that a command that fails ends the check and not the script.
+    echo "lint: $check"
+    if ! bash -c "source ci/lint.sh; set -euo pipefail; $check"; then failed+=("$check"); fi
+  done
+  if ((${#failed[@]})); then
+    echo "lint: failed: ${failed[*]}" >&2
+    return 1
+  fi
+}
+
+# Sourced: only the functions are wanted.
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+  if [[ ${1-} == fix ]]; then
+    fix
+  else
+    (($#)) || set -- "${checks[@]}"
+    main "$@"
+  fi
+fi

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Builds wheel and sdist from this checkout, installs the wheel into an environment of its own (.venv-test), and runs the
+# lint set and every test against the installed package. Fails if anything does.
+#
+#     ci/test.sh [ARGUMENT ...]      arguments of pytest, such as tests/router or -k hash
+#
+# Needs what ci/demo.sh needs. The build requirements live in a second environment (.venv-build), so that the package is
+# tested where no compiler, Triton or CuTe DSL can be imported; the tests of the build itself use that one.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source ci/environment.sh
+
+root=$PWD
+build=$root/.venv-build
+environment=$root/.venv-test
+output=$root/build/ci
+
+echo "test: environment of the build requirements"
+make_environment "$build"
+"$build/bin/python" ci/pins.py build >"$build/requirements.txt"
+"$build/bin/python" -m pip install --quiet -r "$build/requirements.txt" build
+
+echo "test: wheel and sdist"
+rm -rf "$output"
+mkdir -p "$output"
+(
+  export PATH=$build/bin:$PATH
+  python -m build --no-isolation --sdist --outdir "$output" >"$output/sdist.log" 2>&1 || { cat "$output/sdist.log"; exit 1; }
+  python -m build --no-isolation --wheel --outdir "$output" >"$output/wheel.log" 2>&1 || { cat "$output/wheel.log"; exit 1; }
+)
+wheel=$(echo "$output"/*.whl)
+ls -l "$output"/*.whl "$output"/*.tar.gz
+
+echo "test: environment of the tests"
+make_environment "$environment"
+"$environment/bin/python" -m pip install --quiet -c ci/constraints.txt "$wheel[test,lint]"
+# A wheel of the same version is not installed over the last one unless told to.
+"$environment/bin/python" -m pip install --quiet --force-reinstall --no-deps "$wheel"
+
+export PATH=$environment/bin:$PATH
+failed=()
+ci/lint.sh || failed+=(lint)
+# The program pytest, and not `python -m pytest`, which would put the checkout on sys.path.
+DSV4_TEST_DIST=$output DSV4_TEST_BUILD_PYTHON=$build/bin/python \
+  pytest --junitxml="$output/tests.xml" "$@" || failed+=(tests)
+python ci/count_skipped.py "$output/tests.xml"
+if ((${#failed[@]})); then
+  echo "test: FAILED: ${failed[*]}" >&2
+  exit 1
+fi
