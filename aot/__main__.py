@@ -18,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from aot import architectures
-from aot.generate import write_kernel_sources
-from aot.sidecar import Sidecar
-from aot.sources import ROOT, KernelModule, fingerprint, kernel_modules
+from aot.generate import kernel_sources, write_if_changed
+from aot.sidecar import STAMPS, Sidecar
+from aot.sources import ROOT, KernelModule, compiler_versions, fingerprint, kernel_modules
 
-STAMPS = "stamps.json"  # in each architecture's folder: module -> {"fingerprint", "kernels"}
+SUFFIXES = (".cubin", ".ptx", ".json")  # of the files of a kernel
 
 
 class Target:
@@ -31,13 +31,16 @@ class Target:
     def __init__(self, out: Path, arch: str) -> None:
         self.arch = arch
         self.folder = out / arch
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / STAMPS
         self.stamps: dict[str, dict[str, object]] = json.loads(path.read_text()) if path.exists() else {}
 
     def is_current(self, module: KernelModule) -> bool:
         stamp = self.stamps.get(module.import_name)
-        return stamp is not None and stamp["fingerprint"] == fingerprint(module, self.arch)
+        return (
+            stamp is not None
+            and stamp["fingerprint"] == fingerprint(module, self.arch)
+            and all((self.folder / f"{name}{suffix}").exists() for name in stamp["kernels"] for suffix in SUFFIXES)  # type: ignore[attr-defined]
+        )
 
     def record(self, module: KernelModule, kernels: list[str]) -> None:
         self.stamps[module.import_name] = {"fingerprint": fingerprint(module, self.arch), "kernels": kernels}
@@ -65,6 +68,7 @@ class Target:
 
 def compile_batch(target: Target, language: str, modules: list[KernelModule]) -> None:
     """One worker process. SystemExit with what it printed if it fails."""
+    target.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "aot.worker", language, target.arch, str(target.folder)]
     started = time.monotonic()
     with subprocess.Popen(
@@ -95,6 +99,7 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", metavar="SM", help="architectures (default: all)")
     parser.add_argument("--only", nargs="+", metavar="OP", help="compile the kernels of these ops only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes at a time")
+    parser.add_argument("--check", action="store_true", help="compile nothing; fail unless DIR is what would be made")
     parser.add_argument(
         "--print-cmake-architectures", action="store_true", help="for CMAKE_CUDA_ARCHITECTURES, then exit"
     )
@@ -105,7 +110,10 @@ def main() -> None:
         return
     if not options.out:
         parser.error("--out is needed")
-    build(options.out.resolve(), targets, options.only, options.jobs)
+    if options.check:
+        check(options.out.resolve(), targets)
+    else:
+        build(options.out.resolve(), targets, options.only, options.jobs)
 
 
 def build(out: Path, targets: list[architectures.Architecture], only: list[str] | None, jobs: int) -> None:
@@ -121,6 +129,7 @@ def build(out: Path, targets: list[architectures.Architecture], only: list[str] 
         for language in sorted({module.language for module in wanted}):
             stale = [m for m in wanted if m.language == language and not folder.is_current(m)]
             if stale:
+                compiler_versions(language)
                 batches.append((folder, language, stale))
     current = sum(len(wanted) for _ in folders) - sum(len(batch[2]) for batch in batches)
     print(
@@ -131,7 +140,21 @@ def build(out: Path, targets: list[architectures.Architecture], only: list[str] 
             future.result()
     for folder in folders:
         folder.remove_leftovers(modules)
-    write_kernel_sources(out, targets, {folder.arch: folder.sidecars() for folder in folders})
+    for name, text in kernel_sources(targets, {folder.arch: folder.sidecars() for folder in folders}).items():
+        write_if_changed(out / name, text)
+
+
+def check(out: Path, targets: list[architectures.Architecture]) -> None:
+    """SystemExit unless the folder holds the images of today's sources for exactly these architectures."""
+    folders = [Target(out, target.name) for target in targets]
+    way_out = f"run python -m aot --out {out} --arch {' '.join(target.name for target in targets)}"
+    for folder in folders:
+        for module in kernel_modules():
+            if not folder.is_current(module):
+                raise SystemExit(f"aot: {out}: {module.op} for {folder.arch} is missing or of other sources; {way_out}")
+    for name, text in kernel_sources(targets, {folder.arch: folder.sidecars() for folder in folders}).items():
+        if not (out / name).exists() or (out / name).read_text() != text:
+            raise SystemExit(f"aot: {out}/{name} is missing or for other architectures; {way_out}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from aot.declare import CompiledKernel, CuteKernel, argument_size, element_type, is_pointer
+from aot.declare import CompiledKernel, CuteKernel, KernelError, check_declaration, element_type, is_pointer
 
 # The DSL reads variables of both names, and makes a cache folder for each.
 _ENVIRONMENT_PREFIXES = ("CUTE_DSL_", "CUTE_EXPERIMENTAL_DSL_")
@@ -47,19 +47,13 @@ _PTX_POINTER = ".u64 .ptr .global"
 _TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
-class CuteCompileError(Exception):
-    """A CuTe DSL kernel that does not compile, or whose image is not what its declaration says."""
-
-
 def prepare_process(arch: str) -> None:
     """Makes this process compile for `arch`, by its sources alone: settings of the user's environment are dropped.
 
     Call it before anything imports the DSL. It also keeps the DSL from making cache folders and files.
     """
     if "cutlass" in sys.modules:
-        raise CuteCompileError(
-            f"{arch}: the CuTe DSL is imported already; call prepare_process before importing kernels"
-        )
+        raise KernelError(f"{arch}: the CuTe DSL is imported already; call prepare_process before importing kernels")
     for variable in [name for name in os.environ if name.startswith(_ENVIRONMENT_PREFIXES)]:
         del os.environ[variable]
     for prefix in _ENVIRONMENT_PREFIXES:
@@ -73,8 +67,8 @@ def compile_kernel(kernel: CuteKernel, arch: str) -> CompiledKernel:
     """Compiles one kernel for the architecture that this process was prepared for, such as "sm_100a"."""
     prepared = os.environ.get("CUTE_DSL_ARCH")
     if prepared != arch:
-        raise CuteCompileError(f"{kernel.name}: cannot compile for {arch}: this process is prepared for {prepared}")
-    _check_declaration(kernel)
+        raise KernelError(f"{kernel.name}: cannot compile for {arch}: this process is prepared for {prepared}")
+    check_declaration(kernel)
     cubin, ptx = _compile(kernel, arch)
     return CompiledKernel(
         name=kernel.name,
@@ -86,23 +80,6 @@ def compile_kernel(kernel: CuteKernel, arch: str) -> CompiledKernel:
         threads=kernel.threads,
         dynamic_shared=kernel.dynamic_shared,
     )
-
-
-def _check_declaration(kernel: CuteKernel) -> None:
-    if not kernel.name.isidentifier():
-        raise CuteCompileError(f"{kernel.name!r}: name: expected an identifier")
-    for name, argument_type in kernel.arguments.items():
-        try:
-            argument_size(argument_type)
-        except ValueError as error:
-            raise CuteCompileError(f"{kernel.name}: argument {name}: {error}") from None
-    declared = [*kernel.arguments, *kernel.constants]
-    parameters = list(inspect.signature(kernel.function).parameters)
-    if declared != parameters:
-        raise CuteCompileError(
-            f"{kernel.name}: the declaration's arguments and constants must be the function's parameters, in order:"
-            f" expected {parameters}, got {declared}"
-        )
 
 
 def _compile(kernel: CuteKernel, arch: str) -> tuple[bytes, str]:
@@ -119,9 +96,9 @@ def _compile(kernel: CuteKernel, arch: str) -> tuple[bytes, str]:
             cubin, ptx = compiled.__cubin__, compiled.__ptx__
         except Exception as error:
             text = _TERMINAL_COLOURS.sub("", str(error)).strip()
-            raise CuteCompileError(f"{kernel.name}: does not compile for {arch}:\n{text}") from error
+            raise KernelError(f"{kernel.name}: does not compile for {arch}:\n{text}") from error
     if not cubin or not ptx:
-        raise CuteCompileError(f"{kernel.name}: the CuTe DSL made no image for {arch}")
+        raise KernelError(f"{kernel.name}: the CuTe DSL made no image for {arch}")
     return bytes(cubin), str(ptx)
 
 
@@ -181,7 +158,7 @@ def _checked_symbol(kernel: CuteKernel, arch: str, ptx: str) -> str:
     """The kernel's symbol, once its parameters and its block size are known to be the declared ones."""
     entries = re.findall(r"\.entry\s+(\w+)\s*\((.*?)\)\s*\.reqntid\s+(\d+), 1, 1\s", ptx, flags=re.DOTALL)
     if len(entries) != 1:
-        raise CuteCompileError(f"{kernel.name}: expected one kernel of fixed block size in the PTX, got {len(entries)}")
+        raise KernelError(f"{kernel.name}: expected one kernel of fixed block size in the PTX, got {len(entries)}")
     symbol, parameter_list, threads = entries[0]
     # "  .param .u64 .ptr .global .align 1 kernel_0_param_0" to ".u64 .ptr .global"
     parameters = [
@@ -192,7 +169,7 @@ def _checked_symbol(kernel: CuteKernel, arch: str, ptx: str) -> str:
         for argument_type in kernel.arguments.values()
     ]
     if parameters != declared:
-        raise CuteCompileError(f"{kernel.name}: {arch}: parameters in PTX: expected {declared}, got {parameters}")
+        raise KernelError(f"{kernel.name}: {arch}: parameters in PTX: expected {declared}, got {parameters}")
     if int(threads) != kernel.threads:
-        raise CuteCompileError(f"{kernel.name}: {arch}: threads in a block: expected {kernel.threads}, got {threads}")
+        raise KernelError(f"{kernel.name}: {arch}: threads in a block: expected {kernel.threads}, got {threads}")
     return str(symbol)

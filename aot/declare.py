@@ -8,6 +8,7 @@ A kernel's arguments are a dict, name to type, in the order in which a launch pa
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,10 @@ SCALAR_SIZES: dict[str, int] = {"int32": 4, "int64": 8, "float32": 4}
 
 # Element types that a pointer may name.
 ELEMENT_TYPES = frozenset({"bf16", "fp16", "float32", "int32", "int64", "uint32", "uint8", "fp8e4m3", "bool"})
+
+
+class KernelError(Exception):
+    """A kernel that does not compile, or that is not what its declaration says. The text is for the kernel's author."""
 
 
 def is_pointer(argument_type: str) -> bool:
@@ -81,6 +86,28 @@ class CuteKernel:
     constants: dict[str, object]
     threads: int
     dynamic_shared: int = 0
+
+
+def check_declaration(kernel: TritonKernel | CuteKernel) -> None:
+    """KernelError unless the name is an identifier, the types are known, and the arguments are the function's own.
+
+    The order matters: a launch passes arguments in the declaration's, compilers lay them out in the function's.
+    """
+    if not kernel.name.isidentifier():
+        raise KernelError(f"{kernel.name!r}: name: expected an identifier")
+    for name, argument_type in kernel.arguments.items():
+        try:
+            argument_size(argument_type)
+        except ValueError as error:
+            raise KernelError(f"{kernel.name}: argument {name}: {error}") from None
+    declared = [*kernel.arguments, *kernel.constants]
+    # Triton wraps the function; the DSL leaves it one.
+    parameters = list(inspect.signature(getattr(kernel.function, "fn", kernel.function)).parameters)
+    if declared != parameters:
+        raise KernelError(
+            f"{kernel.name}: the declaration's arguments and constants must be the function's parameters, in order:"
+            f" expected {parameters}, got {declared}"
+        )
 
 
 @dataclass(frozen=True)

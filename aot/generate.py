@@ -46,9 +46,6 @@ inline constexpr int kArchitectureCount = {len(targets)};
 // The index in kArchitectures of what runs on that compute capability, or -1.
 int find_architecture(int major, int minor);
 
-inline constexpr int kAotKernelCount = {len(kernels)};
-extern Kernel* const aot_kernels[kAotKernelCount];
-
 // One function for each aot kernel. Block and shared memory come from the image.
 namespace aot {{
 
@@ -83,7 +80,7 @@ def definition(images: list[Sidecar]) -> str:
 static constexpr AotImage images_{kernel.name}[] = {{
 {table}
 }};
-static Kernel kernel_{kernel.name}{{"{kernel.language}", nullptr, images_{kernel.name}, {{}}}};
+static Kernel kernel_{kernel.name}{{"{kernel.language}", nullptr, images_{kernel.name}}};
 
 {signature(kernel).replace(kernel.name, "aot::" + kernel.name, 1)} {{
 {scratch}  void* parameters[] = {{{parameters}}};
@@ -99,7 +96,7 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def write_kernel_sources(out: Path, targets: list[Architecture], sidecars: dict[str, list[Sidecar]]) -> None:
+def kernel_sources(targets: list[Architecture], sidecars: dict[str, list[Sidecar]]) -> dict[str, str]:
     """kernels.h and kernels.cpp for the images of these architectures. SystemExit if a kernel lacks one of them."""
     by_name: dict[str, dict[str, Sidecar]] = {}
     for arch, images in sidecars.items():
@@ -112,9 +109,10 @@ def write_kernel_sources(out: Path, targets: list[Architecture], sidecars: dict[
         if missing:
             raise SystemExit(f"aot: {name} has no image for {', '.join(missing)}; run without --only once")
         kernels.append([images_of[target.name] for target in targets])
-    write_if_changed(out / "kernels.h", header(targets, [images[0] for images in kernels]))
     body = "".join(embedded(image) for images in kernels for image in images)
     body += "\nnamespace dsv4 {\n" + "".join(definition(images) for images in kernels)
-    pointers = ", ".join(f"&kernel_{images[0].name}" for images in kernels)
-    body += f"\nKernel* const aot_kernels[kAotKernelCount] = {{{pointers}}};\n\n}}  // namespace dsv4\n"
-    write_if_changed(out / "kernels.cpp", f'{NOTICE}#include "kernels.h"\n\n{body}')
+    body += "\n}  // namespace dsv4\n"
+    return {
+        "kernels.h": header(targets, [images[0] for images in kernels]),
+        "kernels.cpp": f'{NOTICE}#include "kernels.h"\n\n{body}',
+    }

@@ -16,11 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from aot.generate import NOTICE, write_if_changed
-from aot.sidecar import Sidecar, check_no_spill, cuobjdump, inspect
+from aot.sidecar import STAMPS, Sidecar, check_no_spill, cuobjdump, inspect
 
 
-def aot_sidecars(folder: Path) -> list[Sidecar]:
-    return [Sidecar.read(path) for path in sorted(folder.glob("sm_*/*.json")) if path.name != "stamps.json"]
+def aot_sidecars(folder: Path, architectures: set[str]) -> list[Sidecar]:
+    """Of these architectures: the folder may hold more than the library embeds."""
+    folders = [folder / architecture for architecture in sorted(architectures)]
+    return [Sidecar.read(path) for one in folders for path in sorted(one.glob("*.json")) if path.name != STAMPS]
 
 
 def object_sidecars(path: Path, nvcc_version: str) -> list[Sidecar]:
@@ -62,9 +64,8 @@ def main() -> None:
     parser.add_argument("--nvcc-version", required=True)
     parser.add_argument("objects", type=Path, nargs="+")
     options = parser.parse_args()
-    sidecars = aot_sidecars(options.aot)
-    for path in options.objects:
-        sidecars += object_sidecars(path, options.nvcc_version)
+    sidecars = [sidecar for path in options.objects for sidecar in object_sidecars(path, options.nvcc_version)]
+    sidecars += aot_sidecars(options.aot, {sidecar.architecture for sidecar in sidecars})
     sidecars.sort(key=lambda s: (s.family, s.op, s.symbol, int(re.sub(r"\D", "", s.architecture))))
     options.out.mkdir(parents=True, exist_ok=True)
     write_if_changed(options.out / "images.cpp", cpp_table(sidecars))

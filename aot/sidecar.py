@@ -1,12 +1,12 @@
 """What an image is: read from the image itself, written beside it as JSON.
 
-cuobjdump (it comes with the pinned Triton wheel) reads the images; nothing here trusts what a compiler said it made.
+cuobjdump reads the images; nothing here trusts what a compiler said it made.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -55,12 +55,19 @@ class Sidecar:
         return Sidecar(**json.loads(path.read_text()))
 
 
+CUOBJDUMP = "nvidia-cuda-cuobjdump"
+
+# In each architecture's folder, beside the sidecars: module -> {"fingerprint", "kernels"}.
+STAMPS = "stamps.json"
+
+
 def cuobjdump(*arguments: str, cwd: Path | None = None) -> str:
     """What cuobjdump prints."""
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        raise SystemExit("aot: cuobjdump comes with triton, which is not installed; pip install the build requirements")
-    program = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    try:
+        files = importlib.metadata.files(CUOBJDUMP) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit(f"aot: images are read with {CUOBJDUMP}, which is not installed; pip install it") from None
+    program = next(str(file.locate()) for file in files if file.name == "cuobjdump")
     done = subprocess.run([program, *arguments], cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"aot: cuobjdump {' '.join(arguments)} failed: {done.stderr.strip() or done.stdout.strip()}")

@@ -91,24 +91,31 @@ def fingerprint(module: KernelModule, arch: str, root: Path = ROOT) -> str:
     files = {*source_closure(module.path, root), *source_closure(root / "aot" / "worker.py", root)}
     for path in sorted(files):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
-    digest.update(f"{arch}\0{sorted(compiler_versions(module.language).items())}".encode())
+    digest.update(f"{arch}\0{pinned(module.language)}".encode())
     return digest.hexdigest()
 
 
+def pinned(language: str) -> Requirement:
+    """The compiler of a language as pyproject.toml pins it."""
+    distribution = next(d for name, d in LANGUAGES.values() if name == language)
+    build_requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    return next(r for r in map(Requirement, build_requirements) if r.name == distribution)
+
+
 def compiler_versions(language: str) -> dict[str, str]:
-    """The installed compiler of a language, after checking it against what pyproject.toml pins.
+    """The installed compiler of a language, after checking it against the pin.
 
     SystemExit if it is missing or of another version: images must depend on the sources and the pins alone.
     """
-    distribution = next(d for name, d in LANGUAGES.values() if name == language)
-    build_requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    pin = next(r for r in map(Requirement, build_requirements) if r.name == distribution)
+    pin = pinned(language)
+    need = f"aot: the {language} kernels need {pin.name}{pin.specifier}"
     try:
-        version = importlib.metadata.version(distribution)
+        version = importlib.metadata.version(pin.name)
     except importlib.metadata.PackageNotFoundError:
-        raise SystemExit(
-            f"aot: the {language} kernels need {pin}, which is not installed; pip install '{pin}'"
-        ) from None
+        if pin.marker is not None and not pin.marker.evaluate():
+            raise SystemExit(f"{need}, which this Python has no build of: build with another, or with the images that "
+                             "another has made (DSV4_AOT_DIR)") from None
+        raise SystemExit(f"{need}, which is not installed; pip install '{pin.name}{pin.specifier}'") from None
     if version not in pin.specifier:
-        raise SystemExit(f"aot: the {language} kernels need {pin}, found {version}; pip install '{pin}'")
-    return {distribution: version}
+        raise SystemExit(f"{need}, found {version}; pip install '{pin.name}{pin.specifier}'")
+    return {pin.name: version}

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aot.architectures import find
-from aot.declare import CompiledKernel, TritonKernel, element_type, is_pointer
+from aot.declare import CompiledKernel, KernelError, TritonKernel, check_declaration, element_type, is_pointer
 
 WARP = 32
 
@@ -38,7 +38,8 @@ def triton_type(argument_type: str) -> str:
 
 
 def compile_kernel(kernel: TritonKernel, arch: str) -> CompiledKernel:
-    """The kernel's image for one architecture. ValueError if it needs what the launcher does not provide."""
+    """The kernel's image for one architecture. KernelError if it needs what the launcher does not provide."""
+    check_declaration(kernel)
     names = list(kernel.arguments)
     signature = {name: triton_type(argument_type) for name, argument_type in kernel.arguments.items()}
     signature |= dict.fromkeys(kernel.constants, "constexpr")
@@ -66,7 +67,7 @@ def compile_kernel(kernel: TritonKernel, arch: str) -> CompiledKernel:
     }
     needed = [what for what, value in unsupported.items() if value]
     if needed:
-        raise ValueError(f"{kernel.name}: needs {', '.join(needed)}, which csrc/core/launch.h does not provide")
+        raise KernelError(f"{kernel.name}: needs {', '.join(needed)}, which csrc/core/launch.h does not provide")
     return CompiledKernel(
         name=kernel.name,
         symbol=metadata.name,

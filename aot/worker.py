@@ -12,6 +12,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from aot.declare import KernelError
 from aot.sidecar import describe
 from aot.sources import compiler_versions
 
@@ -27,7 +28,10 @@ def main(language: str, arch: str, folder: Path, modules: list[str]) -> None:
     for module in modules:
         _, family, op = module.split(".")
         for kernel in importlib.import_module(module).KERNELS:
-            compiled = compile_kernel(kernel, arch)
+            try:
+                compiled = compile_kernel(kernel, arch)
+            except KernelError as error:
+                raise SystemExit(f"aot: {error}") from None
             sidecar = describe(compiled, op, family, language, compilers)
             (folder / f"{kernel.name}.cubin").write_bytes(compiled.cubin)
             (folder / f"{kernel.name}.ptx").write_text(compiled.ptx)

@@ -53,6 +53,10 @@ void Check::tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes, 
                    Layout layout) {
   if (status_) return;
   if (value.dtype < 0 || value.dtype >= 32 || !(dtypes >> value.dtype & 1)) return bad_dtype(name, value.dtype, dtypes);
+  if (value.reserved != 0) {
+    status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected 0 in the reserved field, got %d", value.reserved);
+    return;
+  }
   if (!shape_matches(value, shape)) return bad_shape(name, value, shape);
   if (!layout_matches(value, layout)) return bad_layout(name, value, layout);
   if (!value.data && !is_empty(value)) {
@@ -61,8 +65,9 @@ void Check::tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes, 
   }
   const uintptr_t misaligned = reinterpret_cast<uintptr_t>(value.data) % dtype_bytes(value.dtype);
   if (misaligned) {
-    status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected data aligned to %d bytes, got an address %d beyond",
-                   dtype_bytes(value.dtype), static_cast<int>(misaligned));
+    status_ =
+        fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected data aligned to %d bytes, got an address %d beyond",
+             dtype_bytes(value.dtype), static_cast<int>(misaligned));
     return;
   }
   if (!first_tensor_) {
@@ -88,10 +93,15 @@ void Check::aligned_rows(const char* name, const dsv4_tensor& value, int64_t byt
 
 void Check::range(const char* name, int64_t value, int64_t low, int64_t high) {
   if (status_ || (value >= low && value <= high)) return;
-  status_ = low == high ? fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected %lld, got %lld",
-                               static_cast<long long>(low), static_cast<long long>(value))
-                        : fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected %lld to %lld, got %lld",
-                               static_cast<long long>(low), static_cast<long long>(high), static_cast<long long>(value));
+  const auto printed = [](int64_t number) { return static_cast<long long>(number); };
+  if (low == high)
+    status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected %lld, got %lld", printed(low), printed(value));
+  else if (high == INT64_MAX)
+    status_ =
+        fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected at least %lld, got %lld", printed(low), printed(value));
+  else
+    status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected %lld to %lld, got %lld", printed(low),
+                   printed(high), printed(value));
 }
 
 void Check::multiple(const char* name, int64_t value, int64_t of) {
@@ -118,10 +128,11 @@ void Check::bad_struct(const void* given, size_t bytes, size_t expected) {
   if (!given)
     status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, "args", "expected a pointer to the argument struct, got NULL");
   else
-    status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, "struct_size",
-                   "expected up to %zu, got %zu; set it to sizeof the struct, and build against headers no newer than the "
-                   "library (%s)",
-                   expected, bytes, dsv4_version());
+    status_ =
+        fail(DSV4_ERROR_INVALID_ARGUMENT, op_, "struct_size",
+             "expected up to %zu, got %zu; set it to sizeof the struct, and build against headers no newer than the "
+             "library (%s)",
+             expected, bytes, dsv4_version());
 }
 
 void Check::bad_dtype(const char* name, int32_t dtype, DtypeSet dtypes) {
@@ -132,7 +143,8 @@ void Check::bad_dtype(const char* name, int32_t dtype, DtypeSet dtypes) {
   std::string need;
   for (int32_t i = 0; i < 32; ++i)
     if (dtypes >> i & 1) need += (need.empty() ? "" : " or ") + std::string(dsv4_dtype_name(i));
-  status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected dtype %s, got %s", need.c_str(), dsv4_dtype_name(dtype));
+  status_ =
+      fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected dtype %s, got %s", need.c_str(), dsv4_dtype_name(dtype));
 }
 
 void Check::bad_shape(const char* name, const dsv4_tensor& value, std::initializer_list<int64_t> shape) {
@@ -140,8 +152,9 @@ void Check::bad_shape(const char* name, const dsv4_tensor& value, std::initializ
     status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected rank %zu, got rank %d", shape.size(), value.rank);
     return;
   }
-  status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected shape %s, got %s",
-                 bracketed(shape.begin(), shape.end()).c_str(), bracketed(value.shape, value.shape + value.rank).c_str());
+  status_ =
+      fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected shape %s, got %s",
+           bracketed(shape.begin(), shape.end()).c_str(), bracketed(value.shape, value.shape + value.rank).c_str());
 }
 
 void Check::bad_layout(const char* name, const dsv4_tensor& value, Layout layout) {

@@ -49,8 +49,8 @@ class Check {
   void tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes, std::initializer_list<int64_t> shape,
               Layout layout = Layout::kContiguous);
 
-  void optional_tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes, std::initializer_list<int64_t> shape,
-                       Layout layout = Layout::kContiguous) {
+  void optional_tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes,
+                       std::initializer_list<int64_t> shape, Layout layout = Layout::kContiguous) {
     if (present(value)) tensor(name, value, dtypes, shape, layout);
   }
 
@@ -72,7 +72,8 @@ class Check {
  private:
   __attribute__((cold)) void bad_struct(const void* given, size_t bytes, size_t expected);
   __attribute__((cold)) void bad_dtype(const char* name, int32_t dtype, DtypeSet dtypes);
-  __attribute__((cold)) void bad_shape(const char* name, const dsv4_tensor& value, std::initializer_list<int64_t> shape);
+  __attribute__((cold)) void bad_shape(const char* name, const dsv4_tensor& value,
+                                       std::initializer_list<int64_t> shape);
   __attribute__((cold)) void bad_layout(const char* name, const dsv4_tensor& value, Layout layout);
 
   const char* op_;

@@ -13,7 +13,8 @@ namespace {
 
 std::string list_architectures() {
   std::string names;
-  for (const Architecture& architecture : kArchitectures) names += (names.empty() ? "" : ", ") + std::string(architecture.name);
+  for (const Architecture& architecture : kArchitectures)
+    names += (names.empty() ? "" : ", ") + std::string(architecture.name);
   return names;
 }
 

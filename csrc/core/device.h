@@ -11,9 +11,9 @@ constexpr int kMaxDevices = 64;  // devices of one process; ordinals beyond are 
 
 struct Device {
   int ordinal;
-  int architecture;     // index into kArchitectures
-  int multiprocessors;  // for grids that fill the chip
-  int shared_per_block; // bytes of shared memory that a block can opt in to
+  int architecture;      // index into kArchitectures
+  int multiprocessors;   // for grids that fill the chip
+  int shared_per_block;  // bytes of shared memory that a block can opt in to
 };
 
 // The facts of a device, read once. DSV4_ERROR_NO_IMAGE if the library holds nothing for it.

@@ -9,16 +9,12 @@ namespace dsv4 {
 inline int dtype_bytes(int32_t dtype) {
   switch (dtype) {
     case DSV4_INT64:
-    case DSV4_FLOAT64:
-      return 8;
+    case DSV4_FLOAT64: return 8;
     case DSV4_INT32:
-    case DSV4_FLOAT32:
-      return 4;
+    case DSV4_FLOAT32: return 4;
     case DSV4_FLOAT16:
-    case DSV4_BFLOAT16:
-      return 2;
-    default:
-      return 1;
+    case DSV4_BFLOAT16: return 2;
+    default: return 1;
   }
 }
 

@@ -29,7 +29,8 @@ dsv4_status fail_cuda(cudaError_t error, const char* op, const char* what) {
       int driver = 0;
       cudaDriverGetVersion(&driver);
       if (driver == 0)
-        return fail(DSV4_ERROR_NO_DRIVER, op, nullptr, "needs a CUDA driver (R580 or later), found none on this machine");
+        return fail(DSV4_ERROR_NO_DRIVER, op, nullptr,
+                    "needs a CUDA driver (R580 or later), found none on this machine");
       return fail(DSV4_ERROR_NO_DRIVER, op, nullptr,
                   "needs a CUDA 13 driver (R580 or later), found one for CUDA %d.%d; update the driver", driver / 1000,
                   driver % 1000 / 10);
@@ -37,6 +38,12 @@ dsv4_status fail_cuda(cudaError_t error, const char* op, const char* what) {
     case cudaErrorNoDevice:
       return fail(DSV4_ERROR_NO_DRIVER, op, nullptr,
                   "needs a CUDA device, found none (is one visible? see CUDA_VISIBLE_DEVICES)");
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorUnsupportedPtxVersion:
+      return fail(DSV4_ERROR_NO_IMAGE, op, nullptr,
+                  "the driver takes no image of this library for the device (%s: %s); it needs R580 or later", what,
+                  cudaGetErrorName(error));
     default:
       return fail(DSV4_ERROR_CUDA, op, nullptr, "%s failed: %s (%s)", what, cudaGetErrorString(error),
                   cudaGetErrorName(error));

@@ -7,6 +7,11 @@
 namespace dsv4 {
 namespace {
 
+std::vector<Kernel*>& all_kernels() {
+  static std::vector<Kernel*> list;
+  return list;
+}
+
 std::vector<CudaFunction>& registered() {
   static std::vector<CudaFunction> functions;
   return functions;
@@ -27,6 +32,13 @@ dsv4_status prepare_function(const void* handle, const char* op, const Device& d
 
 }  // namespace
 
+Kernel::Kernel(const char* language_name, const void* function, const AotImage* aot_images)
+    : language(language_name), host_function(function), images(aot_images) {
+  all_kernels().push_back(this);
+}
+
+const std::vector<Kernel*>& kernels() { return all_kernels(); }
+
 dsv4_status load_kernel(Kernel& kernel, const char* op, const Device& device, const void** handle) {
   static std::mutex mutex;
   std::lock_guard<std::mutex> lock(mutex);
@@ -35,11 +47,11 @@ dsv4_status load_kernel(Kernel& kernel, const char* op, const Device& device, co
   if (*handle) return DSV4_OK;
 
   AllowLoadingInCapture allow;
+  cudaLibrary_t library = nullptr;
   if (kernel.host_function) {
     *handle = kernel.host_function;
   } else {
     const AotImage& image = kernel.images[device.architecture];
-    cudaLibrary_t library;
     if (cudaError_t error = cudaLibraryLoadData(&library, image.data, nullptr, nullptr, 0, nullptr, nullptr, 0))
       return fail_cuda(error, op, "cudaLibraryLoadData");
     cudaKernel_t loaded;
@@ -49,7 +61,10 @@ dsv4_status load_kernel(Kernel& kernel, const char* op, const Device& device, co
     }
     *handle = loaded;
   }
-  if (dsv4_status status = prepare_function(*handle, op, device)) return status;
+  if (dsv4_status status = prepare_function(*handle, op, device)) {
+    if (library) cudaLibraryUnload(library);
+    return status;
+  }
   slot.store(*handle, std::memory_order_release);
   return DSV4_OK;
 }

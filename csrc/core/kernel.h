@@ -21,12 +21,18 @@ struct AotImage {
   uint32_t threads;         // of a block
 };
 
+// Every kernel is a static object, and in the list of all kernels from the start of the process.
 struct Kernel {
+  Kernel(const char* language, const void* host_function, const AotImage* images);
+  Kernel(const Kernel&) = delete;
+
   const char* language;
   const void* host_function;  // CUDA C++: the address that nvcc's registration knows; null for aot kernels
   const AotImage* images;     // aot kernels: one for each of kArchitectures; null for CUDA C++
-  std::atomic<const void*> handle[kMaxDevices];  // what cudaLaunchKernelExC takes, once loaded on that device
+  std::atomic<const void*> handle[kMaxDevices] = {};  // what cudaLaunchKernelExC takes, once loaded on that device
 };
+
+const std::vector<Kernel*>& kernels();
 
 // The handle of a kernel on a device; loads it at the first call, during a stream capture too.
 dsv4_status load_kernel(Kernel& kernel, const char* op, const Device& device, const void** handle);

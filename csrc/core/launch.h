@@ -12,6 +12,7 @@ struct Geometry {
   dim3 grid;
   dim3 block;
   uint32_t dynamic_shared = 0;  // bytes
+  uint32_t cluster = 1;         // blocks along x that run together, unless the kernel itself says
 };
 
 // Launches `kernel` with `count` parameters of the given sizes. Returns before the kernel has run.
@@ -23,7 +24,7 @@ dsv4_status launch_aot_kernel(Kernel& kernel, const LaunchTarget& target, dim3 g
                               const uint32_t* sizes, uint32_t count);
 
 template <auto Function>
-inline Kernel cuda_kernel{"cuda", reinterpret_cast<const void*>(Function), nullptr, {}};
+inline Kernel cuda_kernel{"cuda", reinterpret_cast<const void*>(Function), nullptr};
 
 namespace detail {
 

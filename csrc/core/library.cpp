@@ -1,13 +1,15 @@
 // The questions an engine asks the library itself: version, what it holds, whether a device can run it.
-#include "core/kernel.h"
 #include "core/images.h"
+#include "core/kernel.h"
 #include "kernels.h"
 
 namespace dsv4 {
 namespace {
 
+constexpr int32_t kCurrentDevice = -1;
+
 dsv4_status device_or_current(const char* op, int32_t ordinal, LaunchTarget* target) {
-  if (ordinal < 0) {
+  if (ordinal == kCurrentDevice) {
     int current = 0;
     if (cudaError_t error = cudaGetDevice(&current)) return fail_cuda(error, op, "cudaGetDevice");
     ordinal = current;
@@ -28,15 +30,9 @@ extern "C" dsv4_status dsv4_device_status(int32_t device) {
 extern "C" dsv4_status dsv4_preload(int32_t device) {
   dsv4::LaunchTarget target;
   if (dsv4_status status = dsv4::device_or_current("preload", device, &target)) return status;
-  dsv4::AllowLoadingInCapture allow;
   const void* handle = nullptr;
-  for (dsv4::Kernel* kernel : dsv4::aot_kernels)
+  for (dsv4::Kernel* kernel : dsv4::kernels())
     if (dsv4_status status = dsv4::load_kernel(*kernel, "preload", *target.device, &handle)) return status;
-  for (const dsv4::CudaFunction& function : dsv4::cuda_functions()) {
-    cudaFuncAttributes attributes;  // asking for them loads the kernel
-    if (cudaError_t error = cudaFuncGetAttributes(&attributes, function.host_function))
-      return dsv4::fail_cuda(error, "preload", function.symbol);
-  }
   return DSV4_OK;
 }
 

@@ -7,6 +7,8 @@ namespace dsv4::python {
 namespace {
 
 int32_t dtype_of(const dlpack::DataType& type) {
+  // Vectors of elements are no dtype of ours, but for two FP4 codes in a byte.
+  if (type.lanes != (type.code == dlpack::kFloat4E2m1fn ? 2 : 1)) return DSV4_UNSUPPORTED;
   const int bits = type.bits * type.lanes;
   switch (type.code) {
     case dlpack::kBool: return bits == 8 ? DSV4_BOOL : DSV4_UNSUPPORTED;

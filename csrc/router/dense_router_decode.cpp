@@ -39,7 +39,7 @@ uint32_t hidden_splits(const Device& device, int64_t hidden_size, int64_t other_
 }  // namespace dsv4
 
 extern "C" size_t dsv4_dense_router_decode_workspace_size(int64_t tokens, int64_t experts) {
-  if (tokens <= 0 || experts <= 0) return 0;
+  if (tokens <= 0 || experts <= 0 || tokens > dsv4::kMaxTokens || experts > dsv4::kMaxExperts) return 0;
   return dsv4::kArrivalBytes + sizeof(float) * static_cast<size_t>(tokens * experts * dsv4::kMaxHiddenSplits);
 }
 

@@ -42,6 +42,15 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *FAMILIES})
 
 
+def _ordinal(function: str, device: int | None) -> int:
+    """For the C interface, where -1 is the current device."""
+    if device is None:
+        return -1
+    if type(device) is not int or not 0 <= device < 2**31:
+        raise InvalidArgumentError(f"{function}: device: expected the ordinal of a CUDA device or None, got {device!r}")
+    return device
+
+
 def preload(device: int | None = None) -> None:
     """Loads every kernel for a device, so that no later call pays for it.
 
@@ -54,7 +63,7 @@ def preload(device: int | None = None) -> None:
         NoDriverError: no CUDA driver, none new enough, or no device.
         NoImageError: the package holds no images for this device.
     """
-    _native.preload(-1 if device is None else device)
+    _native.preload(_ordinal("preload", device))
 
 
 def info(device: int | None = None) -> dict[str, Any]:
@@ -72,6 +81,6 @@ def info(device: int | None = None) -> dict[str, Any]:
 
     return {
         "version": __version__,
-        "device_error": _native.device_error(-1 if device is None else device),
+        "device_error": _native.device_error(_ordinal("info", device)),
         "images": read_images(),
     }

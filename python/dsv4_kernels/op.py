@@ -74,9 +74,10 @@ class Op:
                     workspace = _workspace(arguments[0].device, self.workspace_size(*arguments))
                 on_device = self.native(*arguments, workspace, *out)
         except (AttributeError, LookupError, TypeError, RuntimeError) as error:
-            self._explain(arguments, out, error)
+            self._explain(arguments, out, workspace, error)
         if not on_device:
-            self.reference(*arguments, *out)
+            with torch.no_grad():
+                self.reference(*arguments, *out)
         return out  # type: ignore[return-value]  # no None is left
 
     def _filled(self, arguments: tuple[Any, ...], out: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...]:
@@ -121,36 +122,50 @@ class Op:
         overloads.out(*arguments, *tensors)
         return tensors
 
-    def _explain(self, arguments: tuple[Any, ...], out: tuple[Any, ...], error: Exception) -> NoReturn:
+    def _explain(self, arguments: tuple[Any, ...], out: tuple[Any, ...], workspace: Any, error: Exception) -> NoReturn:
         """Raises what is wrong with the arguments in the package's words; `error` itself if they are not the cause."""
         from dsv4_kernels.errors import InvalidArgumentError, KernelError
 
         if isinstance(error, (KernelError, torch.OutOfMemoryError)):
             raise error
-        for parameter, argument in zip(self.schema, arguments, strict=True):
-            need = str(parameter.type)
-            if not _ARGUMENT_KINDS[need](argument):
-                raise InvalidArgumentError(
-                    f"{self.name}: {parameter.name}: expected {_NEEDS.get(need, need)}, got {type(argument).__name__}"
-                ) from None
+        given = [(parameter.name, str(parameter.type), a) for parameter, a in zip(self.schema, arguments, strict=True)]
+        given += [(name, "Optional[Tensor]", tensor) for name, tensor in zip(self.results, out, strict=True)]
+        given += [("workspace", "Optional[Tensor]", workspace)]
+        for name, kind, value in given:
+            need, holds = _ARGUMENT_KINDS[kind]
+            if not holds(value):
+                raise InvalidArgumentError(f"{self.name}: {name}: expected {need}, got {_describe(value)}") from None
+        if not isinstance(arguments[0], torch.Tensor) and any(tensor is None for tensor in out):
+            name = self.results[[tensor is None for tensor in out].index(True)]
+            raise InvalidArgumentError(
+                f"{self.name}: {name}: expected a tensor to write to, got None; outputs are allocated for torch tensors only"
+            ) from None
         # Outputs could not be allocated for these inputs: the C checks say why.
-        padding = (None,) if self.workspace_size else ()
-        self.native(*arguments, *padding, *out)
+        self.native(*arguments, *((workspace,) if self.workspace_size else ()), *out)
         raise error
 
 
-_ARGUMENT_KINDS: dict[str, Callable[[object], bool]] = {
-    "Tensor": lambda value: _is_tensor(value),
-    "Optional[Tensor]": lambda value: value is None or _is_tensor(value),
-    "int": lambda value: type(value) is int,
-    "bool": lambda value: type(value) is bool,
-    "float": lambda value: type(value) in (int, float),
-}
-_NEEDS = {"Tensor": "a tensor", "Optional[Tensor]": "a tensor or None"}
-
-
 def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor) or hasattr(value, "__dlpack__")
+    """Whether the binding can read it: memory of the host or of a CUDA device, with plain strides."""
+    if isinstance(value, torch.Tensor):
+        return value.device.type in ("cpu", "cuda") and value.layout == torch.strided
+    return hasattr(value, "__dlpack__")
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {value.device.type} tensor with layout {str(value.layout).removeprefix('torch.')}"
+    return str(value) if type(value) is int else type(value).__name__
+
+
+# Of each type in torch's schema language: what an argument must be, in words and as a test.
+_ARGUMENT_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "Tensor": ("a dense tensor on cpu or cuda", _is_tensor),
+    "Optional[Tensor]": ("a dense tensor on cpu or cuda, or None", lambda value: value is None or _is_tensor(value)),
+    "int": ("an int of 32 bits", lambda value: type(value) is int and -(2**31) <= value < 2**31),
+    "bool": ("a bool", lambda value: type(value) is bool),
+    "float": ("a float", lambda value: type(value) in (int, float)),
+}
 
 
 _workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}

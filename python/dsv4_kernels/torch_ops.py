@@ -58,7 +58,8 @@ def _out(op: Op) -> Callable[..., None]:
 
     def out(*values: Any) -> None:
         if not native(*values):
-            reference(*values)
+            with torch.no_grad():
+                reference(*values)
 
     def out_with_workspace(*values: Any) -> None:
         op.run(values[:count], values[count:])

@@ -61,7 +61,7 @@ typedef struct dsv4_tensor {
   int32_t dtype;  /* a dsv4_dtype */
   int32_t device; /* CUDA device ordinal, or DSV4_HOST */
   int32_t rank;   /* 0 for a scalar */
-  int32_t reserved;
+  int32_t reserved; /* 0 */
   int64_t shape[DSV4_MAX_RANK];
   int64_t stride[DSV4_MAX_RANK];
 } dsv4_tensor;
@@ -80,8 +80,8 @@ DSV4_API const char* dsv4_dtype_name(int32_t dtype);
  * an op loads what it needs at its first call, also while its stream is being captured. */
 DSV4_API dsv4_status dsv4_preload(int32_t device);
 
-/* DSV4_OK if every op can run on the device (ordinal, or -1 for the current one); else the status that ops would return,
- * with the reason in dsv4_last_error(). */
+/* DSV4_OK if every op can run on the device (ordinal, or -1 for the current one); else the status that ops would
+ * return, with the reason in dsv4_last_error(). */
 DSV4_API dsv4_status dsv4_device_status(int32_t device);
 
 /* One compiled image of one kernel. All strings live as long as the library. */

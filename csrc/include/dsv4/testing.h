@@ -17,8 +17,8 @@ typedef struct dsv4_launch {
   uint32_t cluster[3];
   uint32_t dynamic_shared; /* bytes */
   uint32_t parameter_count;
-  const void* const* parameters;    /* parameter_count pointers to the values */
-  const uint32_t* parameter_sizes;  /* bytes of each */
+  const void* const* parameters;   /* parameter_count pointers to the values */
+  const uint32_t* parameter_sizes; /* bytes of each */
   dsv4_stream stream;
 } dsv4_launch;
 
@@ -27,8 +27,8 @@ typedef dsv4_status (*dsv4_launch_observer)(const dsv4_launch* launch, void* use
 
 /* Calls `observer` for every kernel launch of the process until it is called again with NULL.
  * architecture == NULL: observe, then launch if the observer returned DSV4_OK.
- * architecture given ("sm_100a"): emulate. Nothing touches a driver or a GPU: ops take host tensors, believe to run on a
- * device of that architecture with that many multiprocessors, and the observer's status is the launch's. */
+ * architecture given ("sm_100a"): emulate. Nothing touches a driver or a GPU: ops take host tensors, believe to run on
+ * a device of that architecture with that many multiprocessors, and the observer's status is the launch's. */
 DSV4_API dsv4_status dsv4_observe_launches(const char* architecture, int32_t multiprocessors,
                                            dsv4_launch_observer observer, void* user);
 
