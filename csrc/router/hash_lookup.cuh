@@ -1,21 +1,49 @@
-// What the hash routing ops share: the rule for which table row a token takes, and the checks of the arguments for it.
+// What the hash routing ops share: the rule for which table row a token takes, the checks of the arguments for it, and
+// the way from scores to weights.
 #pragma once
 
 #include <dsv4/router.h>
 
 #include "core/check.h"
+#include "device/reduce.cuh"
 
 namespace dsv4 {
 
 constexpr int32_t kNoExpert = -1;  // the id of a slot that routes nowhere
 
-// The table row of a token, or null for padding and for ids outside the table.
-template <typename TokenId, typename Entry>
-__device__ inline const Entry* lookup_row(const TokenId* token_ids, const Entry* table, const bool* padding_mask,
-                                          int64_t token, int64_t vocab, int top_k) {
+// An array of int32 or int64, told apart when it is read: for kernels that read few indices, one image for both.
+struct IndexArray {
+  const void* data;
+  bool wide;
+
+  __device__ int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+inline IndexArray index_array(const dsv4_tensor& tensor) { return {tensor.data, tensor.dtype == DSV4_INT64}; }
+
+// The table row of a token, or -1 for padding and for ids outside the table. TokenIds: a pointer or an IndexArray.
+template <typename TokenIds>
+__device__ inline int64_t lookup_row(TokenIds token_ids, const bool* padding_mask, int64_t token, int64_t vocab) {
   const int64_t id = token_ids[token];
   const bool padding = padding_mask && padding_mask[token];
-  return padding || id < 0 || id >= vocab ? nullptr : table + id * top_k;
+  return padding || id < 0 || id >= vocab ? -1 : id;
+}
+
+// The lanes that serve one token, one slot each: the smallest power of two.
+inline int group_for(int top_k) {
+  int group = 1;
+  while (group < top_k) group *= 2;
+  return group;
+}
+
+// The weight of a slot from its score, 0 where there is none; `group` neighbouring lanes hold the token's slots. Every
+// lane of the warp must call it.
+__device__ inline float weigh_slot(float score, int group, bool renormalize, float scale, float epsilon) {
+  if (isnan(score)) score = 0.0f;
+  const float denominator = sum_over_group(score, group) + epsilon;
+  return (renormalize && denominator != 0.0f ? score / denominator : score) * scale;
 }
 
 // Args is the struct of a hash routing op; returns k.

@@ -17,8 +17,8 @@ __global__ void hash_router_kernel(const TokenId* __restrict__ token_ids, const 
   const int slot = threadIdx.x % top_k;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * tokens_per_block + token_in_block;
   if (token_in_block >= tokens_per_block || token >= tokens) return;
-  const Entry* row = lookup_row(token_ids, table, padding_mask, token, vocab, top_k);
-  const int64_t expert = row ? static_cast<int64_t>(row[slot]) : kNoExpert;
+  const int64_t row = lookup_row(token_ids, padding_mask, token, vocab);
+  const int64_t expert = row >= 0 ? static_cast<int64_t>(table[row * top_k + slot]) : kNoExpert;
   const bool valid = expert >= 0 && expert <= INT32_MAX;
   const int64_t out = token * top_k + slot;
   ids[out] = valid ? static_cast<int32_t>(expert) : kNoExpert;

@@ -8,7 +8,6 @@
 namespace dsv4 {
 
 constexpr int kThreads = 256;
-constexpr unsigned kFullWarp = 0xffffffffu;
 
 // `group` neighbouring lanes (a power of two, at least k) serve one token, one slot each, and sum their scores by
 // shuffles: a fixed order, so the same input gives the same bits.
@@ -18,28 +17,24 @@ __global__ void hash_router_scored_kernel(const TokenId* __restrict__ token_ids,
                                           float* __restrict__ weights, int32_t* __restrict__ ids, int64_t tokens,
                                           int64_t vocab, int64_t experts, int64_t logits_stride, int top_k, int group,
                                           bool renormalize, float scale, float epsilon) {
-  const int slot = threadIdx.x % group;
-  const int64_t token = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / group;
+  const int slot = threadIdx.x & (group - 1);
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t token = thread >> (__ffs(group) - 1);  // a 64-bit division would take a hundred instructions
   int32_t id = kNoExpert;
   float score = 0.0f;
   if (token < tokens && slot < top_k) {
-    const Entry* row = lookup_row(token_ids, table, padding_mask, token, vocab, top_k);
-    const int64_t expert = row ? static_cast<int64_t>(row[slot]) : kNoExpert;
+    const int64_t row = lookup_row(token_ids, padding_mask, token, vocab);
+    const int64_t expert = row >= 0 ? static_cast<int64_t>(table[row * top_k + slot]) : kNoExpert;
     if (expert >= 0 && expert < experts) {
       id = static_cast<int32_t>(expert);
       score = sqrt_softplus(static_cast<float>(logits[token * logits_stride + expert]));
-      if (isnan(score)) score = 0.0f;
     }
   }
-  float sum = score;
-  for (int distance = group / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kFullWarp, sum, distance);
+  const float weight = weigh_slot(score, group, renormalize, scale, epsilon);
   if (token >= tokens || slot >= top_k) return;
-
-  const float denominator = sum + epsilon;
-  const float weight = renormalize && denominator != 0.0f ? score / denominator : score;
   const int64_t out = token * top_k + slot;
   ids[out] = id;
-  weights[out] = weight * scale;
+  weights[out] = weight;
 }
 
 namespace {
@@ -64,8 +59,7 @@ extern "C" dsv4_status dsv4_hash_router_scored(const dsv4_hash_router_scored_arg
   if (dsv4_status status = check.open(stream, &target)) return status;
 
   if (tokens == 0) return DSV4_OK;
-  int group = 1;
-  while (group < top_k) group *= 2;
+  const int group = group_for(top_k);
   return with_index_type(args.token_ids.dtype, [&](auto token_id) {
     return with_index_type(args.hash_lut.dtype, [&](auto entry) {
       return with_logit_type(args.logits.dtype, [&](auto logit) {

@@ -18,7 +18,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Gate:
-    """weight [experts, hidden_size] bfloat16; bias [experts] float32 in dense layers; tid2eid [vocab, k] in hash layers."""
+    """weight [experts, hidden_size] bfloat16; bias [experts] float32 if dense; tid2eid [vocab, k] if hash."""
 
     weight: Tensor
     bias: Tensor | None
@@ -34,7 +34,9 @@ def find_file(checkpoint: Path, name: str) -> Path:
         single = checkpoint / "model.safetensors"
         if single.is_file():
             return single
-        raise CheckpointError(f"{checkpoint}: expected a .safetensors file, or a folder with {index.name} or {single.name}")
+        raise CheckpointError(
+            f"{checkpoint}: expected a .safetensors file, or a folder with {index.name} or {single.name}"
+        )
     shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
     return checkpoint / shards.get(name, next(iter(shards.values())))
 
@@ -44,14 +46,21 @@ def read_tensor(checkpoint: Path, name: str, shape: tuple[int, ...], dtypes: tup
     from safetensors import safe_open
 
     with safe_open(find_file(checkpoint, name), framework="pt") as file:
-        if name not in file.keys():  # noqa: SIM118: safe_open is no dict
+        if name not in file.keys():  # noqa: SIM118 -- safe_open is no dict
             return None
         tensor: Tensor = file.get_tensor(name)
+    check_tensor(str(checkpoint), name, tensor, shape, dtypes)
+    return tensor
+
+
+def check_tensor(
+    where: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """CheckpointError unless the tensor has this shape and one of these dtypes."""
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
         need = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        raise CheckpointError(f"{checkpoint}: {name}: expected {need} {list(shape)}, got {got}")
-    return tensor
+        raise CheckpointError(f"{where}: {name}: expected {need} {list(shape)}, got {got}")
 
 
 def load_gate(checkpoint: Path, layer: int, preset: Preset) -> Gate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class UnknownInstruction(NotImplementedError):
+class UnknownInstruction(NotImplementedError):  # noqa: N818
     """A PTX instruction, qualifier or directive that the emulator does not implement."""
 
 
@@ -13,7 +13,7 @@ class PtxSyntaxError(ValueError):
     """Text that the parser cannot read as PTX."""
 
 
-class LaneFault(Exception):
+class LaneFault(Exception):  # noqa: N818
     """A fault as an instruction sees it: what happened, in which lane of the wave, at which address.
 
     The wave that executes the instruction adds kernel, line, block and thread, and raises `EmulatorFault`.
@@ -27,7 +27,7 @@ class LaneFault(Exception):
         self.address = address
 
 
-class EmulatorFault(Exception):
+class EmulatorFault(Exception):  # noqa: N818
     """A fault of the emulated kernel.
 
     kind is one of: 'out of bounds', 'misaligned', 'uninitialised', 'race', 'divergent barrier', 'deadlock',
@@ -67,9 +67,21 @@ class EmulatorFault(Exception):
         return "\n  ".join(where)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (self.kind, self.detail, dict(
-            kernel=self.kernel, line=self.line, text=self.text, block=self.block, thread=self.thread,
-            address=self.address)))
+        return (
+            _rebuild,
+            (
+                self.kind,
+                self.detail,
+                {
+                    "kernel": self.kernel,
+                    "line": self.line,
+                    "text": self.text,
+                    "block": self.block,
+                    "thread": self.thread,
+                    "address": self.address,
+                },
+            ),
+        )
 
 
 def _rebuild(kind: str, detail: str, where: dict[str, Any]) -> EmulatorFault:

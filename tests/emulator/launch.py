@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
 from .faults import EmulatorFault, LaneFault
+from .global_order import Writers
 from .memory import Memory
 from .program import Program, compile_program
 from .ptx_parser import Module
@@ -14,7 +16,7 @@ from .registry import FINAL_CHECKS
 from .wave import Wave
 
 WAVE_LANES = 1 << 15  # lanes executed together: large enough to hide Python, small enough for the cache
-WAVE_BYTES = 1 << 26  # shared memory of a wave; its records take a few times that
+WAVE_BYTES = 1 << 28  # shared and tensor memory of a wave, with the records of who touched it
 TENSOR_MEMORY_BYTES = 1 << 20  # of a block, with its records
 
 Triple = tuple[int, int, int]
@@ -24,20 +26,33 @@ class Launch:
     """One launch: geometry, parameters, memory, and the waves in progress."""
 
     def __init__(
-        self, program: Program, module: Module, grid: Triple, block: Triple, cluster: Triple, dynamic_shared: int,
-        parameters: Sequence[bytes], memory: Memory, seed: int, arch: str,
+        self,
+        program: Program,
+        module: Module,
+        grid: Triple,
+        block: Triple,
+        cluster: Triple,
+        dynamic_shared: int,
+        parameters: Sequence[bytes],
+        memory: Memory,
+        seed: int,
+        arch: str,
+        strict: Collection[str],
     ) -> None:
         self.program = program
         self.module = module
         self.grid, self.block, self.cluster = grid, block, cluster
         self.memory = memory
         self.arch = arch
+        self.strict = frozenset(strict)
         self.random = np.random.default_rng(seed)
         self.block_size = block[0] * block[1] * block[2]
         self.cluster_size = cluster[0] * cluster[1] * cluster[2]
         self.dynamic_shared = dynamic_shared
         self.shared_size = program.dynamic_shared_offset + dynamic_shared
         self.progress = 0
+        self.next_cluster = 1
+        self.writers: dict[int, Writers] = {}
         self.symbols = program.place_variables(module, memory)
         self.parameter_block = self._pack(parameters)
         self._parameter_address: int | None = None
@@ -51,11 +66,11 @@ class Launch:
         if len(parameters) != len(declared):
             raise self._invalid(f"{len(declared)} parameters are declared, {len(parameters)} were given")
         packed = bytearray(self.program.parameter_size)
-        for number, (value, variable) in enumerate(zip(parameters, declared)):
+        for number, (value, variable) in enumerate(zip(parameters, declared, strict=False)):
             if len(value) != variable.size:
                 raise self._invalid(f"parameter {number} has {variable.size} bytes, {len(value)} were given")
             offset = self.program.parameter_offsets[variable.name]
-            packed[offset:offset + variable.size] = value
+            packed[offset : offset + variable.size] = value
         return bytes(packed)
 
     @property
@@ -72,11 +87,11 @@ class Launch:
 
     def _check(self) -> None:
         limits = (2**31 - 1, 65535, 65535)
-        if any(not 1 <= g <= limit for g, limit in zip(self.grid, limits)):
+        if any(not 1 <= g <= limit for g, limit in zip(self.grid, limits, strict=False)):
             raise self._invalid(f"grid {self.grid}")
         if not 1 <= self.block_size <= 1024 or self.block[2] > 64:
             raise self._invalid(f"block {self.block}")
-        if any(g % c for g, c in zip(self.grid, self.cluster)):
+        if any(g % c for g, c in zip(self.grid, self.cluster, strict=False)):
             raise self._invalid(f"grid {self.grid} is not a multiple of the cluster {self.cluster}")
         if self.cluster_size > 16:
             raise self._invalid(f"cluster {self.cluster} has more than 16 blocks")
@@ -109,17 +124,24 @@ class Launch:
         cx, cy, cz = self.cluster
         shape = (x // cx, y // cy, z // cz)
         order = self.random.permutation(shape[0] * shape[1] * shape[2])
-        base_x, base_y, base_z = order % shape[0] * cx, order // shape[0] % shape[1] * cy, order // (shape[0] * shape[1]) * cz
+        base_x, base_y, base_z = (
+            order % shape[0] * cx,
+            order // shape[0] % shape[1] * cy,
+            order // (shape[0] * shape[1]) * cz,
+        )
         rank = np.arange(self.cluster_size)
         bx = base_x[:, None] + rank % cx
         by = base_y[:, None] + rank // cx % cy
         bz = base_z[:, None] + rank // (cx * cy)
         blocks = (bx + x * (by + y * bz)).reshape(-1)
         padded = -(-self.block_size // 32) * 32
-        weight = max(self.shared_size, 1) + (TENSOR_MEMORY_BYTES if self.program.uses_tensor_memory else 0)
+        warps = padded // 32 * self.cluster_size
+        records = (24 + 5 * warps) // self.program.granule  # bytes that a byte of shared memory is watched with
+        weight = max(self.shared_size, 1024) * (1 + records)
+        weight += TENSOR_MEMORY_BYTES if self.program.uses_tensor_memory else 0
         size = max(min(WAVE_LANES // padded, WAVE_BYTES // weight), 1)
         size = max(size // self.cluster_size, 1) * self.cluster_size
-        self.pending = [blocks[i:i + size] for i in range(0, len(blocks), size)]
+        self.pending = [blocks[i : i + size] for i in range(0, len(blocks), size)]
 
     def others_wait(self, wave: Wave) -> bool:
         """Whether a wave that makes no progress should let other blocks run."""
@@ -132,7 +154,12 @@ class Launch:
             except LaneFault as fault:
                 block, thread = wave.place(fault.lane) if fault.lane is not None else (None, None)
                 raise EmulatorFault(
-                    fault.kind, fault.detail, kernel=self.program.name, block=block, thread=thread, address=fault.address
+                    fault.kind,
+                    fault.detail,
+                    kernel=self.program.name,
+                    block=block,
+                    thread=thread,
+                    address=fault.address,
                 ) from fault
 
     def close(self) -> None:
@@ -175,16 +202,19 @@ def emulate(
     memory: Memory | None = None,
     seed: int = 0,
     arch: str = "sm_90a",
+    strict: Collection[str] = (),
 ) -> Launch:
     """Run a kernel. Raises `EmulatorFault` for what the kernel does wrong.
 
     parameters: the bytes of each parameter, in the kernel's order. seed: order of blocks and of atomics that meet.
+    strict: what to report beyond the default. 'tcgen05.ld': use of its registers before tcgen05.wait::ld. The PTX ISA
+    asks for that wait, but Triton and the CuTe DSL leave it out, as the assembler keeps such uses behind the load.
     """
     if kernel_symbol not in module.kernels:
         raise EmulatorFault("invalid launch", f"the module has {sorted(module.kernels)}", kernel=kernel_symbol)
     program = compile_program(module, kernel_symbol)
     launch = Launch(
-        program, module, grid, block, cluster, dynamic_shared, parameters, memory or Memory(), seed, arch
+        program, module, grid, block, cluster, dynamic_shared, parameters, memory or Memory(), seed, arch, strict
     )
     try:
         launch.run()

@@ -1,7 +1,7 @@
 """Shared-memory matrix descriptors of wgmma and tcgen05, and the canonical layouts that they name.
 
-With T the number of elements in 16 bytes, S and L the descriptor's stride and leading byte offsets, W the swizzle width,
-an element (row, k) of a K-major operand, and (row, k) of an MN-major one, lies at
+With T the number of elements in 16 bytes, S and L the descriptor's stride and leading byte offsets, W the swizzle
+width, an element (row, k) of a K-major operand, and (row, k) of an MN-major one, lies at
 
     K-major, no swizzle    (row % 8) * 16 + row / 8 * S + k / T * L + k % T
     K-major, swizzle W     (row % 8) * W + row / 8 * S + k                              (k inside the W bytes)
@@ -48,11 +48,15 @@ class Descriptor:
         """For tcgen05: swizzle mode in bits 61 to 63, bits 46 to 48 hold 1."""
         mode = bits >> 61 & 7
         if mode not in _BLACKWELL_SWIZZLE:
-            raise LaneFault("invalid operand", f"shared-memory descriptor {bits:#x}: swizzle mode {mode} is not implemented")
+            raise LaneFault(
+                "invalid operand", f"shared-memory descriptor {bits:#x}: swizzle mode {mode} is not implemented"
+            )
         if bits >> 46 & 7 != 1:
             raise LaneFault("invalid operand", f"shared-memory descriptor {bits:#x}: bits 46 to 48 must hold 1")
         if bits >> 52 & 1:
-            raise LaneFault("invalid operand", f"shared-memory descriptor {bits:#x}: absolute leading offset is not implemented")
+            raise LaneFault(
+                "invalid operand", f"shared-memory descriptor {bits:#x}: absolute leading offset is not implemented"
+            )
         return cls._decode(bits, _BLACKWELL_SWIZZLE[mode])
 
     @classmethod
@@ -62,7 +66,7 @@ class Descriptor:
         )
 
     def places(self, rows: int, k: int, element_bits: int, k_major: bool) -> Array:
-        """Byte offsets in shared memory of the elements, as (rows, k); for 4-bit elements of each pair, (rows, k / 2)."""
+        """Byte offsets in shared memory of the elements, as (rows, k); of pairs of 4-bit elements, (rows, k / 2)."""
         size = max(element_bits // 8, 1)
         if element_bits == 4:
             k //= 2
@@ -77,7 +81,9 @@ class Descriptor:
             offset = row % per * size + row // per * self.stride + column % 8 * 16 + column // 8 * self.leading
         else:
             wide = self.swizzle // size
-            offset = row % wide * size + row // wide * self.leading + column % 8 * self.swizzle + column // 8 * self.stride
+            offset = (
+                row % wide * size + row // wide * self.leading + column % 8 * self.swizzle + column // 8 * self.stride
+            )
         if self.base_offset:
             raise LaneFault("invalid operand", "shared-memory descriptor: base offset is not implemented")
         return swizzled(self.start + offset, self.swizzle)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import bisect
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .faults import LaneFault
+
+if TYPE_CHECKING:
+    from .global_order import Observer
 
 _WINDOW_ALIGNMENT = 128
 
@@ -82,11 +85,13 @@ class Memory:
         self.register(array.ctypes.data, array.nbytes, name, initialised, read_only)
         return int(array.ctypes.data)
 
-    def allocate(self, size: int, name: str, initial: bytes = b"", alignment: int = 256, read_only: bool = False) -> int:
+    def allocate(
+        self, size: int, name: str, initial: bytes = b"", alignment: int = 256, read_only: bool = False
+    ) -> int:
         """Allocate zeroed memory that belongs to this object, register it and return its address."""
         buffer = np.zeros(size + alignment, np.uint8)
         skip = -buffer.ctypes.data % alignment
-        buffer[skip:skip + len(initial)] = np.frombuffer(initial, np.uint8)
+        buffer[skip : skip + len(initial)] = np.frombuffer(initial, np.uint8)
         self._owned.append(buffer)
         address = int(buffer.ctypes.data) + skip
         self.register(address, size, name, read_only=read_only)
@@ -125,38 +130,48 @@ class Memory:
             return f"{best.address - address} bytes before {best}"
         return f"at offset {address - best.address} of {best}"
 
-    def load(self, addresses: Array, dtype: np.dtype[Any], count: int, lanes: Array) -> Array:
+    def load(
+        self, addresses: Array, dtype: np.dtype[Any], count: int, lanes: Array, observer: Observer | None = None
+    ) -> Array:
         """Rows of `count` elements at the addresses, one row a lane."""
         width = dtype.itemsize * count
         allocation = self._covering(addresses, width)
         if allocation is not None:
             self._check_written(allocation, addresses, width, lanes)
+            if observer is not None:
+                observer.read(allocation, addresses, width, lanes)
             offsets = addresses - np.uint64(allocation.base)
             return allocation.view(dtype, count)[(offsets // np.uint64(width)).view(np.int64)]
         result = np.empty((len(addresses), count), dtype)
-        for one, rows in self._by_allocation(addresses, width, lanes, "read"):
-            result[rows] = self.load(addresses[rows], dtype, count, lanes[rows])
+        for _, rows in self._by_allocation(addresses, width, lanes, "read"):
+            part = observer.part(rows) if observer is not None else None
+            result[rows] = self.load(addresses[rows], dtype, count, lanes[rows], part)
         return result
 
-    def store(self, addresses: Array, values: Array, lanes: Array) -> None:
-        """Store rows of elements at the addresses, one row a lane. Two lanes with different data at one address race."""
+    def store(self, addresses: Array, values: Array, lanes: Array, observer: Observer | None = None) -> None:
+        """Store rows of elements, one row a lane. Two lanes with different data at one address race."""
         count = values.shape[1]
         width = values.dtype.itemsize * count
         allocation = self._covering(addresses, width)
         if allocation is None:
-            for one, rows in self._by_allocation(addresses, width, lanes, "write"):
-                self.store(addresses[rows], values[rows], lanes[rows])
+            for _, rows in self._by_allocation(addresses, width, lanes, "write"):
+                part = observer.part(rows) if observer is not None else None
+                self.store(addresses[rows], values[rows], lanes[rows], part)
             return
         if allocation.read_only:
             raise LaneFault("out of bounds", f"write to read-only {allocation}", int(lanes[0]), int(addresses[0]))
         offsets = addresses - np.uint64(allocation.base)
         rows = (offsets // np.uint64(width)).view(np.int64)
         view = allocation.view(values.dtype, count)
+        if observer is not None:
+            observer.write(allocation, addresses, width, lanes, (view[rows] == values).all(axis=1))
         view[rows] = values
         if len(rows) > 1 and (view[rows] != values).any():
             lost = int(np.flatnonzero((view[rows] != values).any(axis=1))[0])
             raise LaneFault(
-                "race", f"two threads store different values in one instruction, {allocation}", int(lanes[lost]),
+                "race",
+                f"two threads store different values in one instruction, {allocation}",
+                int(lanes[lost]),
                 int(addresses[lost]),
             )
         if allocation.written is not None:
@@ -175,9 +190,7 @@ class Memory:
             self._recent = recent
         return recent if recent is not None and high <= recent.end else None
 
-    def _by_allocation(
-        self, addresses: Array, width: int, lanes: Array, verb: str
-    ) -> list[tuple[Allocation, Array]]:
+    def _by_allocation(self, addresses: Array, width: int, lanes: Array, verb: str) -> list[tuple[Allocation, Array]]:
         """The lanes of each allocation; a fault for a lane that has none or is not aligned."""
         crooked = np.flatnonzero(addresses & np.uint64(width - 1))
         if len(crooked):
@@ -210,8 +223,10 @@ class Memory:
             if len(missing):
                 first = int(missing[0])
                 raise LaneFault(
-                    "uninitialised", f"read of bytes that were never written, {self.nearest(int(addresses[first]))}",
-                    int(lanes[first]), int(addresses[first]),
+                    "uninitialised",
+                    f"read of bytes that were never written, {self.nearest(int(addresses[first]))}",
+                    int(lanes[first]),
+                    int(addresses[first]),
                 )
 
     def read_bytes(self, address: int, size: int) -> bytes:

@@ -141,10 +141,10 @@ def f32_to_bf16(value: Array, rounding: str = "rn") -> Array:
     bits = value.view(np.uint32)
     if rounding == "rn":
         code = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    elif rounding == "rz":
-        code = bits >> np.uint32(16)
     else:
-        raise KeyError(rounding)
+        away = {"rz": np.uint32(0), "rm": bits >> np.uint32(31), "rp": ~bits >> np.uint32(31)}[rounding]
+        code = (bits + away * np.uint32(0xFFFF)) >> np.uint32(16)
+        code = np.where(np.isinf(value), bits >> np.uint32(16), code)
     return np.where(np.isnan(value), np.uint32(0x7FFF), code).astype(np.uint16)
 
 
@@ -166,11 +166,12 @@ def f64_to_bf16(value: Array, rounding: str = "rn") -> Array:
 def f16_code(value: Array, rounding: str = "rn") -> Array:
     """A float to the bits of float16; NaN becomes 0x7fff."""
     nearest = value.astype(np.float16)
-    if rounding == "rz":
-        wrong = np.abs(nearest.astype(np.float64)) > np.abs(value.astype(np.float64))
-        nearest = np.where(wrong, np.nextafter(nearest, np.float16(0)), nearest)
-    elif rounding != "rn":
-        raise KeyError(rounding)
+    if rounding != "rn":
+        wide, exact = nearest.astype(np.float64), value.astype(np.float64)
+        wrong, target = {
+            "rz": (np.abs(wide) > np.abs(exact), 0.0), "rm": (wide > exact, -np.inf), "rp": (wide < exact, np.inf),
+        }[rounding]  # fmt: skip
+        nearest = np.where(wrong, np.nextafter(nearest, np.float16(target)), nearest)
     return np.where(np.isnan(value), F16_NAN, nearest.view(np.uint16)).astype(np.uint16)
 
 

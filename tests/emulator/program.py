@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Fetch = Callable[[Active], Array]
 Put = Callable[[Active, Array], None]
 
+
 @dataclass
 class Step:
     """One executable instruction: `control` if it decides where lanes go on, else `run`."""
@@ -66,7 +68,8 @@ class Program:
     local_size: int = 0
     static_shared: dict[str, int] = field(default_factory=dict)
     dynamic_shared_offset: int = 0
-    granule: int = 4
+    granule: int = 4  # bytes of shared memory that are always accessed together
+    global_granule: int = 4
     uses_tensor_memory: bool = False
     lane_unit: int = 32  # blocks are padded to whole warps, or to whole warpgroups if the kernel uses them
 
@@ -80,7 +83,10 @@ class Program:
                 wanted.update({n: v for n, v in function.variables.items() if v.space in ("global", "const")})
             for name, variable in wanted.items():
                 places[name] = memory.allocate(
-                    max(variable.size, 1), name, variable.initial or b"", max(variable.alignment, 16),
+                    max(variable.size, 1),
+                    name,
+                    variable.initial or b"",
+                    max(variable.alignment, 16),
                     read_only=variable.space == "const",
                 )
             for name, variable in wanted.items():
@@ -89,7 +95,7 @@ class Program:
                     allocation = memory.find(places[name])
                     assert allocation is not None
                     at = places[name] + offset - allocation.base
-                    allocation.view(np.dtype("u1"), 1)[at:at + 8, 0] = np.frombuffer(data, np.uint8)
+                    allocation.view(np.dtype("u1"), 1)[at : at + 8, 0] = np.frombuffer(data, np.uint8)
         return places
 
 
@@ -151,7 +157,13 @@ class Scope:
             address = self.symbol(operand)
             return lambda active: address(active).astype(dtype)
         if isinstance(operand, Vector):  # packed: {lo, hi} read as one wide value
-            part = {4: "b16", 8: "b32"}[dtype.itemsize] if len(operand.items) == 2 else "b8" if dtype.itemsize == 4 else "b16"
+            part = (
+                {4: "b16", 8: "b32"}[dtype.itemsize]
+                if len(operand.items) == 2
+                else "b8"
+                if dtype.itemsize == 4
+                else "b16"
+            )
             parts = [self.source(item, part) for item in operand.items]
             return lambda active: pack([p(active) for p in parts]).view(dtype).reshape(-1)
         raise PtxSyntaxError(f"operand {operand} is not a value")
@@ -176,7 +188,9 @@ class Scope:
         def read(active: Active) -> Array:
             whole = active.wave.state.get("all lanes")
             if whole is None:
-                whole = active.wave.state["all lanes"] = Active(active.wave, np.ones(active.wave.lanes, np.bool_), False)
+                whole = active.wave.state["all lanes"] = Active(
+                    active.wave, np.ones(active.wave.lanes, np.bool_), False
+                )
             value = fetch(whole)
             return np.broadcast_to(value, (active.wave.lanes, *value.shape[1:])) if value.shape[0] == 1 else value
 
@@ -232,14 +246,13 @@ class Scope:
             raise PtxSyntaxError(f"{self.function.name}: unknown name {name}")
         if variable.space == "shared":
             place = self.program.dynamic_shared_offset if variable.external else self.program.static_shared[name]
-            constant = np.array([place + offset], np.uint64)
-            return lambda active: constant
+            return _shared_address(place + offset)
         if variable.space == "local":
             local = np.array([self.locals[name] + offset], np.uint64)
             return lambda active: local
         if variable.space == "param" and self.function.is_kernel:
-            inside = self.program.parameter_offsets[name] + offset
-            return lambda active: np.array([active.wave.launch.parameter_address + inside], np.uint64)
+            inside = np.array([self.program.parameter_offsets[name] + offset], np.uint64)
+            return lambda active: inside
         if variable.space in ("global", "const"):
             return lambda active: np.array([active.wave.launch.symbols[name] + offset], np.uint64)
         raise UnknownInstruction(f"address of {name} in .{variable.space}")
@@ -266,6 +279,18 @@ class Scope:
             return fetch
         step64 = np.array([offset & 0xFFFFFFFFFFFFFFFF], np.uint64)
         return lambda active: fetch(active) + step64
+
+
+def _shared_address(offset: int) -> Fetch:
+    """The address of shared memory of the executing block, which names the block's rank in its cluster."""
+    constant = np.array([offset], np.uint64)
+
+    def read(active: Active) -> Array:
+        if active.wave.cluster_size == 1:
+            return constant
+        return active.from_wide(active.wave.rank_bits) + constant
+
+    return read
 
 
 # ------------------------------------------------------------------------------------------------------- compilation
@@ -303,7 +328,9 @@ def _compile(module: Module, kernel: Function) -> Program:
     program = Program(kernel.name, kernel.directives, kernel.parameters, offsets, size)
     functions = _reachable(module, kernel)
     _place_shared(program, module, functions)
-    program.granule = min(_access_size(i) for f in functions for i in f.body) if any(f.body for f in functions) else 4
+    everything = [i for f in functions for i in f.body]
+    program.granule = min([4, *(_access_size(i, "shared") for i in everything)])
+    program.global_granule = min([4, *(_access_size(i, "global") for i in everything)])
     program.uses_tensor_memory = any(i.opcode == "tcgen05" for f in functions for i in f.body)
     if any(i.opcode == "wgmma" for f in functions for i in f.body):
         program.lane_unit = 128
@@ -317,7 +344,7 @@ def _compile(module: Module, kernel: Function) -> Program:
         program.entries[function.name] = pc
         pc += len(function.body) + 1
         scopes.append(scope)
-    for function, scope in zip(functions, scopes):
+    for function, scope in zip(functions, scopes, strict=False):
         for number, instruction in enumerate(function.body):
             scope.pc = scope.body_base + number
             program.steps.append(build_step(instruction, scope))
@@ -354,14 +381,12 @@ def _symbols(operands: tuple[Operand, ...]) -> list[Symbol]:
     return found
 
 
-def _access_size(instruction: Instruction) -> int:
-    """The smallest piece of shared memory that an instruction may access on its own."""
-    if instruction.opcode not in ("ld", "st", "atom", "red", "st_bulk") or any(
-        q in instruction.qualifiers for q in ("global", "param", "local", "const")
-    ):
+def _access_size(instruction: Instruction, space: str) -> int:
+    """The smallest piece of shared or global memory that an instruction may access on its own."""
+    spaces = {q.split("::")[0] for q in instruction.qualifiers} & {"global", "shared", "param", "local", "const"}
+    if instruction.opcode not in ("ld", "st", "atom", "red") or (spaces and space not in spaces):
         return 4
-    sizes = [TYPE_BITS[q] // 8 for q in instruction.qualifiers if q in TYPE_BITS]
-    return min([4, *sizes])
+    return min([4, *(TYPE_BITS[q] // 8 for q in instruction.qualifiers if q in TYPE_BITS)])
 
 
 def build_step(instruction: Instruction, scope: Scope) -> Step:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Iterator
 
 from .faults import PtxSyntaxError, UnknownInstruction
 
 TYPE_BITS = {
     "pred": 1, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16,
-    "b32": 32, "u32": 32, "s32": 32, "f32": 32, "f16x2": 32, "bf16x2": 32,
+    "b32": 32, "u32": 32, "s32": 32, "f32": 32, "f16x2": 32, "bf16x2": 32, "u16x2": 32, "s16x2": 32,
     "b64": 64, "u64": 64, "s64": 64, "f64": 64, "f32x2": 64, "b128": 128,
 }  # fmt: skip
 
@@ -61,38 +61,38 @@ class Symbol:
 class Address:
     """[base + offset], and for tensor copies the coordinates and further lists."""
 
-    base: "Operand"
+    base: Operand
     offset: int = 0
-    extra: tuple["Operand", ...] = ()
+    extra: tuple[Operand, ...] = ()
 
 
 @dataclass(frozen=True)
 class Vector:
     """{a, b, ...}"""
 
-    items: tuple["Operand", ...]
+    items: tuple[Operand, ...]
 
 
 @dataclass(frozen=True)
 class Pair:
     """a|b, the two destinations of setp, shfl, match and elect."""
 
-    first: "Operand"
-    second: "Operand"
+    first: Operand
+    second: Operand
 
 
 @dataclass(frozen=True)
 class Negated:
     """!%p"""
 
-    operand: "Operand"
+    operand: Operand
 
 
 @dataclass(frozen=True)
 class Group:
     """(a, b, ...), the argument lists of call."""
 
-    items: tuple["Operand", ...]
+    items: tuple[Operand, ...]
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def _split(text: str, separator: str = ",") -> list[str]:
             parts.append(text[start:position].strip())
             start = position + 1
     last = text[start:].strip()
-    return parts + [last] if last or parts else []
+    return [*parts, last] if last or parts else []
 
 
 _INTEGER = re.compile(r"[-+]?(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)[uU]?$")
@@ -360,14 +360,16 @@ class _Parser:
 
     def _declare_registers(self, statement: str) -> None:
         assert self.function is not None
-        words = statement.split(None, 2)
-        type_name = words[1].lstrip(".")
+        match = re.match(r"\.reg\s*\.(\w+)\s*(.*)", statement, re.S)
+        if not match:
+            raise PtxSyntaxError(f"line {self.line}: {statement}")
+        type_name, names_text = match.groups()
         if type_name.startswith("v") and type_name[1:].isdigit():
             raise UnknownInstruction(f"line {self.line}: vector registers: {statement}")
         bits = TYPE_BITS.get(type_name)
         if bits is None:
             raise UnknownInstruction(f"line {self.line}: register type .{type_name}")
-        for name in _split(words[2]):
+        for name in _split(names_text):
             many = re.match(r"(.+)<(\d+)>$", name)
             names = [f"{many.group(1)}{i}" for i in range(int(many.group(2)))] if many else [name]
             for one in names:
@@ -413,7 +415,7 @@ class _Parser:
         match = re.match(r"([\w$%.]+)\s*", rest)
         if not match:
             raise PtxSyntaxError(f"line {self.line}: function header: {text[:120]}")
-        name, rest = match.group(1), rest[match.end():]
+        name, rest = match.group(1), rest[match.end() :]
         parameters: list[Variable] = []
         if rest.startswith("("):
             inside, rest = _parenthesis(rest)
@@ -435,7 +437,13 @@ class _Parser:
                 alignment = int(tokens[position + 1])
                 position += 1
             elif token in (".ptr",):
-                while position + 1 < len(tokens) and tokens[position + 1] in (".global", ".const", ".shared", ".local", ".param"):
+                while position + 1 < len(tokens) and tokens[position + 1] in (
+                    ".global",
+                    ".const",
+                    ".shared",
+                    ".local",
+                    ".param",
+                ):
                     position += 1
                 if position + 1 < len(tokens) and tokens[position + 1] == ".align":
                     position += 2
@@ -462,7 +470,9 @@ class _Parser:
             raise UnknownInstruction(f"line {self.line}: declaration {text.strip()[:120]}")
         element = TYPE_BITS[type_name] // 8 * vector
         data, references = self._initial(initial, type_name, element * count) if initial.strip() else (None, ())
-        return Variable(name, space.replace("::cta", ""), alignment or element, element * count, data, external, references)
+        return Variable(
+            name, space.replace("::cta", ""), alignment or element, element * count, data, external, references
+        )
 
     def _initial(self, text: str, type_name: str, size: int) -> tuple[bytes, tuple[tuple[int, str, int], ...]]:
         data = bytearray()
@@ -529,9 +539,7 @@ class _Parser:
         if not re.match(r"[a-z][a-z0-9_]*$", opcode):
             raise PtxSyntaxError(f"line {self.line}: not an instruction: {text}")
         operands = tuple(self._operand(part) for part in _split(arguments.strip()))
-        return Instruction(
-            opcode, tuple(qualifiers), operands, guard, self.line, text, tuple(self.scope_numbers)
-        )
+        return Instruction(opcode, tuple(qualifiers), operands, guard, self.line, text, tuple(self.scope_numbers))
 
     def _operand(self, text: str) -> Operand:
         text = text.strip()
@@ -589,5 +597,5 @@ def _parenthesis(text: str) -> tuple[str, str]:
     for position, char in enumerate(text):
         depth += {"(": 1, ")": -1}.get(char, 0)
         if depth == 0:
-            return text[1:position], text[position + 1:].strip()
+            return text[1:position], text[position + 1 :].strip()
     raise PtxSyntaxError(f"parenthesis is not closed: {text[:80]}")

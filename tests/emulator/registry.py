@@ -6,7 +6,8 @@ collective is executed by whole warps, or by the lanes that its member mask name
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -20,12 +21,12 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Plain = Callable[["Active"], None]
 Control = Callable[["Wave", "Active", int, tuple[int, ...]], "int | None"]
 Members = Callable[["Active"], Array]
-Collective = "tuple[Plain, Members | None] | tuple[Plain, Members | None, int]"
+Collective: TypeAlias = "tuple[Plain, Members | None] | tuple[Plain, Members | None, int]"
 
-PLAIN: dict[tuple[str, str], Callable[[Instruction, "Scope"], Plain]] = {}
-CONTROL: dict[str, Callable[[Instruction, "Scope"], Control]] = {}
-FINAL_CHECKS: list[Callable[["Wave"], None]] = []  # run when all threads of a wave have ended
-COLLECTIVE: dict[str, Callable[[Instruction, "Scope"], Collective]] = {}
+PLAIN: dict[tuple[str, str], Callable[[Instruction, Scope], Plain]] = {}
+CONTROL: dict[str, Callable[[Instruction, Scope], Control]] = {}
+FINAL_CHECKS: list[Callable[[Wave], None]] = []  # run when all threads of a wave have ended
+COLLECTIVE: dict[str, Callable[[Instruction, Scope], Collective]] = {}
 
 
 def plain(
@@ -48,7 +49,9 @@ def plain_builder(instruction: Instruction) -> Callable[[Instruction, Scope], Pl
     return PLAIN.get((instruction.opcode, type_name)) or PLAIN.get((instruction.opcode, ""))
 
 
-def control(*opcodes: str) -> Callable[[Callable[[Instruction, Scope], Control]], Callable[[Instruction, Scope], Control]]:
+def control(
+    *opcodes: str,
+) -> Callable[[Callable[[Instruction, Scope], Control]], Callable[[Instruction, Scope], Control]]:
     """Register the builder of a control instruction. The guard is handled before it is called."""
 
     def register(builder: Callable[[Instruction, Scope], Control]) -> Callable[[Instruction, Scope], Control]:

@@ -28,10 +28,14 @@ _MANY = 255
 class Clocks:
     """Vector clocks of the warps of every cluster of a wave."""
 
-    def __init__(self, clusters: int, warps: int) -> None:
+    def __init__(self, clusters: int, blocks: int, warps: int) -> None:
         self.known = np.zeros((clusters, warps, warps), np.int32)
         self._diagonal = np.arange(warps)
         self.known[:, self._diagonal, self._diagonal] = 1
+        # Moments, for a quick answer: when all warps of a block and of a cluster last synchronised.
+        self.moment = 1
+        self.block_joined = np.zeros((clusters, blocks), np.int64)
+        self.cluster_joined = np.zeros(clusters, np.int64)
 
     def join_all(self, clusters: Array, warps: slice) -> None:
         """All warps of a range synchronise, in each of these clusters."""
@@ -40,6 +44,12 @@ class Clocks:
         self.known[clusters, warps] = part
         own = self._diagonal[warps]
         self.known[clusters[:, None], own, own] += 1
+        self.moment += 1
+        blocks = self.block_joined.shape[1]
+        of_block = len(self._diagonal) // blocks
+        self.block_joined[clusters, own[0] // of_block : own[-1] // of_block + 1] = self.moment
+        if len(own) == len(self._diagonal):
+            self.cluster_joined[clusters] = self.moment
 
     def join(self, cluster: int, sources: Array, targets: Array) -> None:
         """Targets learn what the sources know; everyone involved starts a new period."""
@@ -78,24 +88,37 @@ class SharedMemory:
         self.writer_clock = np.zeros(granules, np.int32)
         self.reader_clock = np.zeros((granules, warps), np.int32)
         self.reader_lane = np.zeros((granules, warps), np.uint8)
+        self.read_moment = np.zeros(granules, np.int64)  # of the last read by the block itself
+        self.foreign_moment = np.zeros(granules, np.int64)  # and by other blocks of the cluster
+        self.block_threads = warps // cluster_size * 32
 
     def check_range(self, blocks: Array, offsets: Array, width: int, alignment: int, lanes: Array, verb: str) -> Array:
         """Flat byte positions of accesses; faults for those out of bounds or not aligned."""
         crooked = np.flatnonzero(offsets & (alignment - 1))
         if len(crooked):
             first = int(crooked[0])
-            raise LaneFault("misaligned", f"{verb} of {width} bytes of shared memory", int(lanes[first]), int(offsets[first]))
+            raise LaneFault(
+                "misaligned", f"{verb} of {width} bytes of shared memory", int(lanes[first]), int(offsets[first])
+            )
         wrong = np.flatnonzero((offsets < 0) | (offsets > self.size - width))
         if len(wrong):
             first = int(wrong[0])
             raise LaneFault(
-                "out of bounds", f"{verb} of {width} bytes, the block has {self.size} bytes of shared memory",
-                int(lanes[first]), int(offsets[first]),
+                "out of bounds",
+                f"{verb} of {width} bytes, the block has {self.size} bytes of shared memory",
+                int(lanes[first]),
+                int(offsets[first]),
             )
         return blocks * self.stride + offsets
 
     def load(
-        self, blocks: Array, offsets: Array, dtype: np.dtype[Any], count: int, lanes: Array, threads: Array,
+        self,
+        blocks: Array,
+        offsets: Array,
+        dtype: np.dtype[Any],
+        count: int,
+        lanes: Array,
+        threads: Array,
         alignment: int = 0,
     ) -> Array:
         """Rows of `count` elements. `threads` are numbers inside the cluster."""
@@ -107,7 +130,13 @@ class SharedMemory:
         return self.data.view(dtype)[(flat // dtype.itemsize)[:, None] + np.arange(count)]
 
     def store(
-        self, blocks: Array, offsets: Array, values: Array, lanes: Array, threads: Array, flag: int = 0,
+        self,
+        blocks: Array,
+        offsets: Array,
+        values: Array,
+        lanes: Array,
+        threads: Array,
+        flag: int = 0,
         alignment: int = 0,
     ) -> None:
         """Store rows of elements."""
@@ -127,8 +156,10 @@ class SharedMemory:
             if len(lost):
                 first = int(lost[0])
                 raise LaneFault(
-                    "race", "two threads store different values to shared memory in one instruction",
-                    int(lanes[first]), int(offsets[first]),
+                    "race",
+                    "two threads store different values to shared memory in one instruction",
+                    int(lanes[first]),
+                    int(offsets[first]),
                 )
 
     # ------------------------------------------------------------------------------------------- order of accesses
@@ -147,8 +178,18 @@ class SharedMemory:
         warps = threads >> 5
         now = self.clocks.known[clusters, warps, warps]
         lane = (threads & 31).astype(np.uint8)
+        self.clocks.moment += 1
+        foreign = None
+        if self.cluster_size > 1:
+            foreign = threads // self.block_threads != blocks % self.cluster_size
+            foreign = foreign if foreign.any() else None
         for step in range(max(width // self.granule, 1)):
             place = first + step
+            if foreign is None:
+                self.read_moment[place] = self.clocks.moment
+            else:
+                self.read_moment[place[~foreign]] = self.clocks.moment
+                self.foreign_moment[place[foreign]] = self.clocks.moment
             writers = self.writer[place]
             if (writers != threads).any():
                 self._check_read(writers, place, clusters, flat, lanes, threads)
@@ -176,8 +217,10 @@ class SharedMemory:
             one = int(np.flatnonzero(~ordered)[0])
             other = int(writers[one] & (ASYNCHRONOUS - 1))
             raise LaneFault(
-                "race", f"read of shared memory that thread {other} wrote, without a barrier between",
-                int(lanes[one]), int(flat[one] % self.stride),
+                "race",
+                f"read of shared memory that thread {other} wrote, without a barrier between",
+                int(lanes[one]),
+                int(flat[one] % self.stride),
             )
 
     def note_write(
@@ -198,8 +241,10 @@ class SharedMemory:
                 if len(found):
                     one = int(found[0])
                     raise LaneFault(
-                        "missing wait", "write to shared memory that an asynchronous copy is still writing",
-                        int(lanes[one]), int(flat[one] % self.stride),
+                        "missing wait",
+                        "write to shared memory that an asynchronous copy is still writing",
+                        int(lanes[one]),
+                        int(flat[one] % self.stride),
                     )
                 bad = changed & ~self._ordered(writers, self.writer_clock[place], clusters, threads) & ~same
                 bad &= (writers & ASYNCHRONOUS) == 0
@@ -208,15 +253,30 @@ class SharedMemory:
                 if bad.any():
                     one = int(np.flatnonzero(bad)[0])
                     raise LaneFault(
-                        "race", f"write to shared memory that thread {int(writers[one]) & (ASYNCHRONOUS - 1)} wrote, "
-                        "without a barrier between", int(lanes[one]), int(flat[one] % self.stride),
+                        "race",
+                        f"write to shared memory that thread {int(writers[one]) & (ASYNCHRONOUS - 1)} wrote, "
+                        "without a barrier between",
+                        int(lanes[one]),
+                        int(flat[one] % self.stride),
                     )
-            self._check_readers(place, clusters, warps, lane, lanes, flat, same)
+            rows = np.flatnonzero(self._recently_read(place, blocks, clusters, threads) & ~same)
+            if len(rows):
+                self._check_readers(place[rows], clusters[rows], warps[rows], lane[rows], lanes[rows], flat[rows])
             self.writer[place] = threads | flag
             self.writer_clock[place] = now
 
+    def _recently_read(self, place: Array, blocks: Array, clusters: Array, threads: Array) -> Array:
+        """Whether a place was read since all who could have read it last synchronised with these threads."""
+        cluster_joined = self.clocks.cluster_joined[clusters]
+        if self.cluster_size == 1:
+            return self.read_moment[place] > cluster_joined
+        rank = blocks % self.cluster_size
+        own = threads // self.block_threads == rank
+        joined = np.where(own, self.clocks.block_joined[clusters, rank], cluster_joined)
+        return (self.read_moment[place] > joined) | (self.foreign_moment[place] > cluster_joined)
+
     def _check_readers(
-        self, place: Array, clusters: Array, warps: Array, lane: Array, lanes: Array, flat: Array, same: Array
+        self, place: Array, clusters: Array, warps: Array, lane: Array, lanes: Array, flat: Array
     ) -> None:
         reads = self.reader_clock[place]
         known = self.clocks.known[clusters, warps]
@@ -226,12 +286,13 @@ class SharedMemory:
         late[rows, warps] = (
             (reads[rows, warps] == own_clock) & (own_clock > 0) & (self.reader_lane[place, warps] != lane)
         )
-        late[same] = False
         if late.any():
             one, warp = (int(v[0]) for v in np.nonzero(late))
             raise LaneFault(
-                "race", f"write to shared memory that warp {warp} read, without a barrier between",
-                int(lanes[one]), int(flat[one] % self.stride),
+                "race",
+                f"write to shared memory that warp {warp} read, without a barrier between",
+                int(lanes[one]),
+                int(flat[one] % self.stride),
             )
 
     # --------------------------------------------------------------------------------------- asynchronous copies

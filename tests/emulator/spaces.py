@@ -1,8 +1,9 @@
 """Where generic addresses of each state space lie, and how an address names a block of the cluster.
 
-Global, constant and parameter memory are host memory at its own address, always below 2^48. Shared and local memory
-have windows above that. Inside the shared window an address is `offset` for the executing block, and
-`(rank + 1) << 24 | offset` for the block of that rank in the cluster, so it fits in 32 bits as on the hardware.
+Global and constant memory are host memory at its own address, always below 2^48; a parameter's address is its offset
+among the parameters until cvta.param makes it a host address. Shared and local memory have windows above those. Inside
+the shared window an address is `rank << 24 | offset`, with the block's rank in its cluster, as on the hardware: kernels
+clear bit 24 to name the even one of two neighbours.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 SPACE_SHIFT = 56
 SHARED_WINDOW, LOCAL_WINDOW = 0x11, 0x12
-GENERIC = {"global": 0, "const": 0, "param": 0, "shared": SHARED_WINDOW << SPACE_SHIFT, "local": LOCAL_WINDOW << SPACE_SHIFT}
+GENERIC = {
+    "global": 0,
+    "const": 0,
+    "param": 0,
+    "shared": SHARED_WINDOW << SPACE_SHIFT,
+    "local": LOCAL_WINDOW << SPACE_SHIFT,
+}
 RANK_SHIFT = 24
 
 
@@ -27,4 +34,4 @@ def window_of(space: str) -> int:
 def in_block(address: Array, rank: Array) -> Array:
     """A shared address, moved into the block of a rank."""
     offset = address & np.uint64((1 << RANK_SHIFT) - 1)
-    return offset | ((rank.astype(np.uint64) + np.uint64(1)) << np.uint64(RANK_SHIFT))
+    return offset | (rank.astype(np.uint64) << np.uint64(RANK_SHIFT))

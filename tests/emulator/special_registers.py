@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -88,8 +89,11 @@ def _vector(name: str, axis: str) -> Callable[[Wave], Array] | None:
         "ntid": lambda w: _axis(w.launch.block, axis),
         "ctaid": lambda w: _split(w.block_numbers[w.block_of_lane], w.launch.grid, axis),
         "nctaid": lambda w: _axis(w.launch.grid, axis),
-        "clusterid": lambda w: _split(w.block_numbers[w.block_of_lane], w.launch.grid, axis)
-        // _axis(w.launch.cluster, axis) if axis != "w" else np.array([0]),
+        "clusterid": lambda w: (
+            _split(w.block_numbers[w.block_of_lane], w.launch.grid, axis) // _axis(w.launch.cluster, axis)
+            if axis != "w"
+            else np.array([0])
+        ),
         "nclusterid": lambda w: _axis(clusters(w), axis),
         "cluster_ctaid": lambda w: _split(w.block_of_lane % w.cluster_size, w.launch.cluster, axis),
         "cluster_nctaid": lambda w: _axis(w.launch.cluster, axis),

@@ -7,7 +7,7 @@ that stands in for cuTensorMapEncodeTiled calls `TensorMap.pack`; the kernel get
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,35 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _MAGIC = b"emulated"
 _LAYOUT = "<8sQBBBB5Q4Q5H5B"
 
+# Codes of tensormap.replace: bytes of each element type, and widths of the swizzle modes.
+ELEMENT_SIZES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 4, 9: 8, 10: 2, 11: 4, 12: 4}
+SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}
+
+_FIELDS = {
+    "magic": (0, 8),
+    "global_address": (8, 8),
+    "element_size": (16, 1),
+    "rank": (17, 1),
+    "swizzle_mode": (18, 1),
+    "global_dim": (20, 8),
+    "global_stride": (60, 8),
+    "box_dim": (92, 2),
+    "element_stride": (102, 1),
+}
+
+
+def place_of_field(name: str, index: int) -> tuple[int, int]:
+    """First byte and size of a field, of its element `index` if it is a list."""
+    start, size = _FIELDS[name]
+    return start + index * size, size
+
 
 @dataclass(frozen=True)
 class TensorMap:
     """A tiled tensor map. Sizes are in elements, innermost first; strides in bytes, without the innermost one.
 
     swizzle: 0, 32, 64 or 128, the width in bytes of the pattern in shared memory. Elements outside the tensor are read
-    as zero and not written.
+    as zero and not written. element_size 0 stands for 4 bits, two elements to a byte.
     """
 
     address: int
@@ -42,8 +64,17 @@ class TensorMap:
         rank = len(self.sizes)
         steps = self.element_strides or (1,) * rank
         data = struct.pack(
-            _LAYOUT, _MAGIC, self.address, self.element_size, rank, self.swizzle, 0, *_pad(self.sizes, 5),
-            *_pad(self.strides, 4), *_pad(self.box, 5), *_pad(steps, 5),
+            _LAYOUT,
+            _MAGIC,
+            self.address,
+            self.element_size,
+            rank,
+            self.swizzle,
+            0,
+            *_pad(self.sizes, 5),
+            *_pad(self.strides, 4),
+            *_pad(self.box, 5),
+            *_pad(steps, 5),
         )
         return data.ljust(128, b"\0")
 
@@ -55,7 +86,18 @@ class TensorMap:
             raise LaneFault("invalid operand", "the tensor map was not made by the emulator's TensorMap.pack")
         address, element, rank, swizzle = fields[1:5]
         sizes, strides, box, steps = fields[6:11], fields[11:15], fields[15:20], fields[20:25]
-        return cls(address, element, sizes[:rank], strides[:rank - 1], box[:rank], swizzle, steps[:rank])
+        return cls(address, element, sizes[:rank], strides[: rank - 1], box[:rank], swizzle, steps[:rank])
+
+    def in_bytes(self, coordinates: list[int], lane: int) -> tuple[TensorMap, list[int]]:
+        """The same copy with whole bytes as elements, if the elements are of 4 bits."""
+        if self.element_size:
+            return self, coordinates
+        if coordinates[0] % 2 or self.sizes[0] % 2 or self.box[0] % 2:
+            raise LaneFault("misaligned", "tensor copy of 4-bit elements from the middle of a byte", lane)
+        halved = replace(
+            self, element_size=1, sizes=(self.sizes[0] // 2, *self.sizes[1:]), box=(self.box[0] // 2, *self.box[1:])
+        )
+        return halved, [coordinates[0] // 2, *coordinates[1:]]
 
     @property
     def box_bytes(self) -> int:
@@ -65,12 +107,21 @@ class TensorMap:
     def check(self, coordinates: list[int], lane: int) -> None:
         """What the hardware asks of map and coordinates."""
         if len(coordinates) != len(self.sizes):
-            raise LaneFault("invalid operand", f"{len(coordinates)} coordinates for a map of rank {len(self.sizes)}", lane)
+            raise LaneFault(
+                "invalid operand", f"{len(coordinates)} coordinates for a map of rank {len(self.sizes)}", lane
+            )
         inner = self.box[0] * self.element_size
         if self.address % 16 or any(s % 16 for s in self.strides) or inner % 16:
-            raise LaneFault("misaligned", "tensor map: address, strides and inner box must be multiples of 16 bytes", lane, self.address)
+            raise LaneFault(
+                "misaligned",
+                "tensor map: address, strides and inner box must be multiples of 16 bytes",
+                lane,
+                self.address,
+            )
         if self.swizzle and inner > self.swizzle:
-            raise LaneFault("invalid operand", f"tensor map: an inner box of {inner} bytes with a swizzle of {self.swizzle}", lane)
+            raise LaneFault(
+                "invalid operand", f"tensor map: an inner box of {inner} bytes with a swizzle of {self.swizzle}", lane
+            )
         if any(s != 1 for s in self.element_strides):
             raise LaneFault("invalid operand", "tensor map: element strides other than 1 are not implemented", lane)
 

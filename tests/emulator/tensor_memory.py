@@ -6,6 +6,7 @@ polled. Stores are in flight until their warp waits for them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LANES, COLUMNS = 128, 512
+
+
+@dataclass(eq=False)
+class Commit:
+    """A tcgen05.commit whose mbarrier has not been told yet: products up to `number` of the blocks."""
+
+    blocks: tuple[int, ...]
+    number: int
+    barrier: Any
+    knowledge: Array
+    lane: int
 
 
 class TensorMemory:
@@ -35,6 +47,7 @@ class TensorMemory:
         self.operands: list[list[tuple[int, Array, Array, int]]] = [[] for _ in range(wave.block_count)]
         self.allocations: list[dict[int, int]] = [{} for _ in range(wave.block_count)]
         self.may_allocate = np.ones(wave.block_count, np.bool_)
+        self.commits: list[Commit] = []
         self.loads: list[tuple[Array, list[int]]] = []
 
     def allocate(self, block: int, columns: int, lane: int) -> int:
@@ -47,15 +60,17 @@ class TensorMemory:
         for start in range(0, COLUMNS, columns):
             if all(start + columns <= other or start >= other + width for other, width in taken.items()):
                 taken[start] = columns
-                self.written[block, :, start:start + columns] = False
+                self.written[block, :, start : start + columns] = False
                 return start
         raise LaneFault("deadlock", f"no {columns} free columns of tensor memory, and nobody else can free any", lane)
 
     def free(self, block: int, start: int, columns: int, lane: int) -> None:
         """End of an allocation."""
         if self.allocations[block].get(start) != columns:
-            raise LaneFault("invalid operand", f"tensor memory {start} to {start + columns} was not allocated as such", lane)
-        if (self.product[block, :, start:start + columns] > self.completed[block]).any():
+            raise LaneFault(
+                "invalid operand", f"tensor memory {start} to {start + columns} was not allocated as such", lane
+            )
+        if (self.product[block, :, start : start + columns] > self.completed[block]).any():
             raise LaneFault("missing wait", "tensor memory is freed while products write it", lane)
         del self.allocations[block][start]
 
@@ -65,20 +80,24 @@ class TensorMemory:
             if start <= column and column + count <= start + width:
                 return
         raise LaneFault(
-            "out of bounds", f"tensor memory columns {column} to {column + count}, allocated are {self.allocations[block]}", lane
+            "out of bounds",
+            f"tensor memory columns {column} to {column + count}, allocated are {self.allocations[block]}",
+            lane,
         )
 
     def check_read(self, block: int, rows: Array, columns: Array, lane: int, by_product: bool) -> None:
         """Cells that are read must be written and not in flight; products are in order among themselves."""
-        where = np.ix_([block], rows, columns)
+        where = (block, rows, columns)
         if (self.storing[where] > 0).any():
             raise LaneFault("missing wait", "tensor memory is read before tcgen05.wait::st", lane)
         if not self.written[where].all():
             raise LaneFault("uninitialised", "read of tensor memory that was never written", lane)
         if not by_product and (self.product[where] > self.completed[block]).any():
-            raise LaneFault("missing wait", "tensor memory is read before the products that write it are complete", lane)
+            raise LaneFault(
+                "missing wait", "tensor memory is read before the products that write it are complete", lane
+            )
 
-    def begin(self, block: int) -> int:
+    def begin(self) -> int:
         """The number of a new product or copy."""
         self.issued += 1
         return self.issued
@@ -92,7 +111,8 @@ class TensorMemory:
                 rest.append(one)
             elif not np.array_equal(wave.shared.data[flat], seen):
                 raise LaneFault(
-                    "missing wait", f"shared memory changed while the tcgen05 instruction of line {line} was reading it",
+                    "missing wait",
+                    f"shared memory changed while the tcgen05 instruction of line {line} was reading it",
                     block * wave.threads,
                 )
         self.operands[block] = rest
@@ -114,7 +134,9 @@ def _check_freed(wave: Wave) -> None:
         return
     for block, left in enumerate(memory.allocations):
         if left:
-            raise LaneFault("leak", f"tensor memory was not freed: {left} (first column: columns)", block * wave.threads)
+            raise LaneFault(
+                "leak", f"tensor memory was not freed: {left} (first column: columns)", block * wave.threads
+            )
 
 
 FINAL_CHECKS.append(_check_freed)

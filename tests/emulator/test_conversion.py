@@ -53,27 +53,60 @@ def test_eight_bit_formats(name: str) -> None:
     got = compute(f"cvt.rn.satfinite.{name}x2.f32 R, A, B;", "b16", ("f32", a), ("f32", a[::-1]))
     largest = LARGEST[name]
     expected = np.clip(a, -largest, largest).astype(SMALL[name]).view(np.uint8)
-    assert ((got >> 8) == expected).all() and ((got & 255) == expected[::-1]).all()
+    assert ((got >> 8) == expected).all()
+    assert ((got & 255) == expected[::-1]).all()
     assert compute(f"cvt.rn.satfinite.{name}x2.f32 R, A, A;", "b16", ("f32", [np.nan])).tolist() == [0x7F7F]
     codes = np.arange(256, dtype=np.uint16)
-    back = compute(f"cvt.rn.f16x2.{name}x2 R, A;", "b32", ("b16", codes | (codes[::-1] << 8))).view(np.float16).reshape(-1, 2)
+    back = (
+        compute(f"cvt.rn.f16x2.{name}x2 R, A;", "b32", ("b16", codes | (codes[::-1] << 8)))
+        .view(np.float16)
+        .reshape(-1, 2)
+    )
     table = codes.astype(np.uint8).view(SMALL[name]).astype(np.float16)
-    assert np.array_equal(back[:, 0], table, equal_nan=True) and np.array_equal(back[:, 1], table[::-1], equal_nan=True)
+    assert np.array_equal(back[:, 0], table, equal_nan=True)
+    assert np.array_equal(back[:, 1], table[::-1], equal_nan=True)
 
 
 def test_four_bit_format() -> None:
     """Every midpoint goes to the even code; the first operand is the upper nibble; NaN is the largest value."""
-    values = [0, 0.25, 0.26, 0.5, 0.75, 0.76, 1, 1.25, 1.5, 1.75, 1.76, 2, 2.5, 2.51, 3, 3.5, 3.51, 4, 5, 5.01, 6, 7, 1e9, np.inf]
+    values = [
+        0,
+        0.25,
+        0.26,
+        0.5,
+        0.75,
+        0.76,
+        1,
+        1.25,
+        1.5,
+        1.75,
+        1.76,
+        2,
+        2.5,
+        2.51,
+        3,
+        3.5,
+        3.51,
+        4,
+        5,
+        5.01,
+        6,
+        7,
+        1e9,
+        np.inf,
+    ]
     codes = [0, 0, 1, 1, 2, 2, 2, 2, 3, 4, 4, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 7]
     text = "cvt.rn.satfinite.e2m1x2.f32 %c1, A, B; mov.b16 R, {%c1, 0};"
     got = compute(text, "b16", ("f32", values), ("f32", [-float(v) for v in values]), arch="sm_100a")
-    assert [int(v) >> 4 for v in got] == codes and [int(v) & 15 for v in got] == [c | 8 for c in codes]
+    assert [int(v) >> 4 for v in got] == codes
+    assert [int(v) & 15 for v in got] == [c | 8 for c in codes]
     assert compute(text, "b16", ("f32", [np.nan]), ("f32", [0.0]), arch="sm_100a").tolist() == [0x70]
     unpack = "mov.b16 {%c1, %c2}, A; cvt.rn.f16x2.e2m1x2 R, %c1;"
     every = np.arange(256, dtype=np.uint16)
     back = compute(unpack, "b32", ("b16", every), arch="sm_100a").view(np.float16).reshape(-1, 2)
     table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float16)
-    assert (back[:, 0] == table[every & 15]).all() and (back[:, 1] == table[every >> 4]).all()
+    assert (back[:, 0] == table[every & 15]).all()
+    assert (back[:, 1] == table[every >> 4]).all()
 
 
 def test_exponent_format() -> None:
@@ -82,7 +115,9 @@ def test_exponent_format() -> None:
     up = compute("cvt.rp.satfinite.ue8m0x2.f32 R, A, A;", "b16", ("f32", values), arch="sm_100a")
     assert (down & 255).tolist() == [127, 127, 128, 126, 0, 0, 254, 254]
     assert (up >> 8).tolist() == [127, 128, 128, 127, 0, 0, 254, 254]
-    assert compute("cvt.rp.satfinite.ue8m0x2.f32 R, A, A;", "b16", ("f32", [np.nan]), arch="sm_100a").tolist() == [0xFFFF]
+    assert compute("cvt.rp.satfinite.ue8m0x2.f32 R, A, A;", "b16", ("f32", [np.nan]), arch="sm_100a").tolist() == [
+        0xFFFF
+    ]
     codes = np.arange(255, dtype=np.uint16)
     back = compute("cvt.rn.bf16x2.ue8m0x2 R, A;", "b32", ("b16", codes | (codes << 8)), arch="sm_100a")
     low = (back << 16).astype(np.uint32).view(np.float32)
@@ -99,14 +134,25 @@ def test_float_to_integer_rounds_and_clamps() -> None:
     }
     for mode, row in expected.items():
         assert compute(f"cvt.{mode}.s32.f32 R, A;", "s32", ("f32", a)).tolist() == row, mode
-    assert compute("cvt.rzi.u32.f32 R, A;", "u32", ("f32", a)).tolist() == [0, 1, 0, 0, 2, 0, 3000000000, 0, 0, 2**32 - 1]
+    assert compute("cvt.rzi.u32.f32 R, A;", "u32", ("f32", a)).tolist() == [
+        0,
+        1,
+        0,
+        0,
+        2,
+        0,
+        3000000000,
+        0,
+        0,
+        2**32 - 1,
+    ]
     assert compute("cvt.rzi.u64.f64 R, A;", "u64", ("f64", [1e30, -1.0, np.nan])).tolist() == [2**64 - 1, 0, 2**63]
 
 
 def test_integer_to_float() -> None:
     a = RANDOM.integers(-(2**63), 2**63 - 1, 300, dtype=np.int64)
     got = compute("cvt.rn.f32.s64 R, A;", "f32", ("s64", a))
-    for x, value in zip(a, got):
+    for x, value in zip(a, got, strict=False):
         below, above = (float(np.nextafter(value, np.float32(s))) for s in (-np.inf, np.inf))
         assert abs(int(x) - int(value)) <= min(abs(int(x) - int(below)), abs(int(x) - int(above)))
     assert compute("cvt.rz.f32.u32 R, A;", "f32", ("u32", [0xFFFFFFFF])).tolist() == [4294967040.0]
@@ -131,12 +177,50 @@ def test_rounding_to_integral_values() -> None:
 
 def test_tf32_drops_thirteen_bits() -> None:
     a = np.array([0x3F800FFF, 0x3F801000, 0x3F803000, 0x3F802FFF], np.uint32)
-    assert compute("cvt.rna.tf32.f32 R, A;", "u32", ("u32", a)).tolist() == [0x3F800000, 0x3F802000, 0x3F804000, 0x3F802000]
-    assert compute("cvt.rn.tf32.f32 R, A;", "u32", ("u32", a)).tolist() == [0x3F800000, 0x3F800000, 0x3F804000, 0x3F802000]
+    assert compute("cvt.rna.tf32.f32 R, A;", "u32", ("u32", a)).tolist() == [
+        0x3F800000,
+        0x3F802000,
+        0x3F804000,
+        0x3F802000,
+    ]
+    assert compute("cvt.rn.tf32.f32 R, A;", "u32", ("u32", a)).tolist() == [
+        0x3F800000,
+        0x3F800000,
+        0x3F804000,
+        0x3F802000,
+    ]
 
 
 def test_double_to_single_rounds_once() -> None:
     a = RANDOM.normal(size=300)
     assert (compute("cvt.rn.f32.f64 R, A;", "f32", ("f64", a)) == a.astype(np.float32)).all()
     down, up = (compute(f"cvt.{m}.f32.f64 R, A;", "f32", ("f64", a)).astype(np.float64) for m in ("rm", "rp"))
-    assert (down <= a).all() and (up >= a).all() and (np.nextafter(down.astype(np.float32), np.float32(9)) >= up).all()
+    assert (down <= a).all()
+    assert (up >= a).all()
+    assert (np.nextafter(down.astype(np.float32), np.float32(9)) >= up).all()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_directed_rounding_of_halves(kind: str) -> None:
+    dtype = ml_dtypes.bfloat16 if kind == "bf16" else np.float16
+    a = RANDOM.normal(size=300).astype(np.float32)
+    exact = a.astype(np.float64)
+    down, up, cut = (
+        compute(f"cvt.{mode}.{kind}.f32 R, A;", "b16", ("f32", a)).view(dtype).astype(np.float64)
+        for mode in ("rm", "rp", "rz")
+    )
+    assert (down <= exact).all()
+    assert (up >= exact).all()
+    assert (cut == np.where(exact > 0, down, up)).all()
+    step = np.spacing(np.abs(down).astype(dtype)).astype(np.float64)
+    assert (up - down <= 2 * step).all()
+    assert ((up == down) == (exact == down)).all()
+
+
+def test_comparison_of_packed_halves() -> None:
+    a, b = np.array([1, 5, np.nan, 2], np.float16), np.array([1, 2, np.nan, 9], np.float16)
+    packed = [("b32", v.view(np.uint32)) for v in (a, b)]
+    assert compute("set.eq.f16x2.f16x2 R, A, B;", "b32", *packed).view(np.float16).tolist() == [1, 0, 0, 0]
+    assert compute("set.lt.u32.f16x2 R, A, B;", "b32", *packed).view(np.uint16).tolist() == [0, 0, 0, 0xFFFF]
+    text = "setp.gt.f16x2 %p5|%p6, A, B; selp.u32 R, 1, 0, %p5; @%p6 add.u32 R, R, 2;"
+    assert compute(text, "u32", *packed).tolist() == [2, 0]

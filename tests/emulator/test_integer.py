@@ -1,4 +1,5 @@
 """Integer and bit instructions against Python's integers."""
+# ruff: noqa: E501 (PTX in strings)
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def test_binary(name: str, type_name: str) -> None:
     bits, signed = int(type_name[1:]), type_name[0] == "s"
     a, b = pairs(bits, signed)
     got = compute(f"{name}.{type_name} R, A, B;", type_name, (type_name, a), (type_name, b))
-    for x, y, value in zip(a, b, got):
+    for x, y, value in zip(a, b, got, strict=False):
         exact = BINARY[name](x, y, bits)
         if exact is not None and not (name in ("div", "rem") and x == -(1 << (bits - 1)) and y == -1):
             assert int(value) == wrap(exact, bits, signed), (name, type_name, x, y)
@@ -67,17 +68,17 @@ def test_wide_products(type_name: str) -> None:
     a, b = pairs(32, signed)
     wide = type_name[0] + "64"
     got = compute(f"mul.wide.{type_name} R, A, B;", wide, (type_name, a), (type_name, b))
-    assert [int(v) for v in got] == [x * y for x, y in zip(a, b)]
+    assert [int(v) for v in got] == [x * y for x, y in zip(a, b, strict=False)]
     got = compute(f"mad.wide.{type_name} R, A, B, C;", wide, (type_name, a), (type_name, b), (wide, [5]))
-    assert [int(v) for v in got] == [wrap(x * y + 5, 64, signed) for x, y in zip(a, b)]
+    assert [int(v) for v in got] == [wrap(x * y + 5, 64, signed) for x, y in zip(a, b, strict=False)]
     got = compute(f"mad.lo.{type_name} R, A, B, B;", type_name, (type_name, a), (type_name, b))
-    assert [int(v) for v in got] == [wrap(x * y + y, 32, signed) for x, y in zip(a, b)]
+    assert [int(v) for v in got] == [wrap(x * y + y, 32, signed) for x, y in zip(a, b, strict=False)]
 
 
 def test_saturation_and_signs() -> None:
     a, b = pairs(32, True)
     got = compute("add.sat.s32 R, A, B;", "s32", ("s32", a), ("s32", b))
-    assert [int(v) for v in got] == [max(-(2**31), min(2**31 - 1, x + y)) for x, y in zip(a, b)]
+    assert [int(v) for v in got] == [max(-(2**31), min(2**31 - 1, x + y)) for x, y in zip(a, b, strict=False)]
     assert [int(v) for v in compute("abs.s32 R, A;", "u32", ("s32", a))] == [wrap(abs(x), 32, False) for x in a]
     assert [int(v) for v in compute("neg.s32 R, A;", "s32", ("s32", a))] == [wrap(-x, 32, True) for x in a]
 
@@ -88,9 +89,13 @@ def test_carry_chain() -> None:
         mov.b64 {%r10, %r11}, A; mov.b64 {%r12, %r13}, B;
         add.cc.u32 %r14, %r10, %r12; addc.u32 %r15, %r11, %r13; mov.b64 R, {%r14, %r15};
     """
-    assert [int(v) for v in compute(text, "u64", ("u64", a), ("u64", b))] == [(x + y) % 2**64 for x, y in zip(a, b)]
+    assert [int(v) for v in compute(text, "u64", ("u64", a), ("u64", b))] == [
+        (x + y) % 2**64 for x, y in zip(a, b, strict=False)
+    ]
     text = text.replace("add.cc", "sub.cc").replace("addc", "subc")
-    assert [int(v) for v in compute(text, "u64", ("u64", a), ("u64", b))] == [(x - y) % 2**64 for x, y in zip(a, b)]
+    assert [int(v) for v in compute(text, "u64", ("u64", a), ("u64", b))] == [
+        (x - y) % 2**64 for x, y in zip(a, b, strict=False)
+    ]
 
 
 def test_shifts_clamp_their_amount() -> None:
@@ -108,7 +113,7 @@ def test_shifts_clamp_their_amount() -> None:
 def test_funnel_shift() -> None:
     a, b = pairs(32, False)
     for amount in (0, 5, 31, 32, 40):
-        joined = [(y << 32) | x for x, y in zip(a, b)]
+        joined = [(y << 32) | x for x, y in zip(a, b, strict=False)]
         got = compute("shf.l.wrap.b32 R, A, B, C;", "u32", ("u32", a), ("u32", b), ("u32", [amount]))
         assert [int(v) for v in got] == [(j << (amount & 31) >> 32) & 0xFFFFFFFF for j in joined]
         got = compute("shf.r.clamp.b32 R, A, B, C;", "u32", ("u32", a), ("u32", b), ("u32", [amount]))
@@ -121,7 +126,7 @@ def test_lop3_is_its_truth_table() -> None:
     for table, function in ((0x80, lambda x, y, z: x & y & z), (0x96, lambda x, y, z: x ^ y ^ z),
                             (0xEA, lambda x, y, z: (x & y) | z), (0xCA, lambda x, y, z: (x & y) | (~x & z))):  # fmt: skip
         got = compute(f"lop3.b32 R, A, B, C, {table:#x};", "u32", ("u32", a), ("u32", b), ("u32", c))
-        assert [int(v) for v in got] == [function(x, y, z) & 0xFFFFFFFF for x, y, z in zip(a, b, c)]
+        assert [int(v) for v in got] == [function(x, y, z) & 0xFFFFFFFF for x, y, z in zip(a, b, c, strict=False)]
 
 
 def test_permute_picks_bytes_and_signs() -> None:
@@ -142,14 +147,16 @@ def test_counting(bits: int) -> None:
     kind = f"u{bits}"
     assert [int(v) for v in compute(f"popc.b{bits} R, A;", "u32", (kind, a))] == [x.bit_count() for x in a]
     assert [int(v) for v in compute(f"clz.b{bits} R, A;", "u32", (kind, a))] == [bits - x.bit_length() for x in a]
-    assert [int(v) for v in compute(f"brev.b{bits} R, A;", kind, (kind, a))] == [int(f"{x:0{bits}b}"[::-1], 2) for x in a]
+    assert [int(v) for v in compute(f"brev.b{bits} R, A;", kind, (kind, a))] == [
+        int(f"{x:0{bits}b}"[::-1], 2) for x in a
+    ]
     assert [int(v) for v in compute(f"bfind.u{bits} R, A;", "s32", (kind, a))] == [x.bit_length() - 1 for x in a]
     signed = [wrap(x, bits, True) for x in a]
     expected = [(x if x >= 0 else ~x).bit_length() - 1 for x in signed]
     assert [int(v) for v in compute(f"bfind.s{bits} R, A;", "s32", (kind, a))] == expected
 
 
-@pytest.mark.parametrize("place,length", [(0, 32), (3, 5), (28, 10), (31, 1), (5, 0), (40, 3)])
+@pytest.mark.parametrize(("place", "length"), [(0, 32), (3, 5), (28, 10), (31, 1), (5, 0), (40, 3)])
 def test_fields(place: int, length: int) -> None:
     a, b = pairs(32, False)
     got = compute("bfe.u32 R, A, B, C;", "u32", ("u32", a), ("u32", [place]), ("u32", [length]))
@@ -157,7 +164,7 @@ def test_fields(place: int, length: int) -> None:
     assert [int(v) for v in got] == [(x >> place) & mask for x in a]
     inside = (mask << place) & 0xFFFFFFFF
     got = compute("bfi.b32 R, A, B, C, D;", "u32", ("u32", a), ("u32", b), ("u32", [place]), ("u32", [length]))
-    assert [int(v) for v in got] == [((x << place) & inside) | (y & ~inside) for x, y in zip(a, b)]
+    assert [int(v) for v in got] == [((x << place) & inside) | (y & ~inside) for x, y in zip(a, b, strict=False)]
 
 
 def test_signed_field_is_extended_from_its_top_bit() -> None:
@@ -174,7 +181,7 @@ def test_dot_of_bytes() -> None:
             return wrap(x >> (8 * byte), 8, signed)  # noqa: B023
 
         assert [int(v) for v in got] == [
-            (sum(element(x, i) * element(y, i) for i in range(4)) + 7) & 0xFFFFFFFF for x, y in zip(a, b)
+            (sum(element(x, i) * element(y, i) for i in range(4)) + 7) & 0xFFFFFFFF for x, y in zip(a, b, strict=False)
         ]
 
 
@@ -189,9 +196,9 @@ def test_setp(name: str) -> None:
     for type_name in ("u32", "s32", "s64"):
         bits, signed = int(type_name[1:]), type_name[0] == "s"
         a, b = pairs(bits, signed)
-        b = [x if i % 3 == 0 else y for i, (x, y) in enumerate(zip(a, b))]
+        b = [x if i % 3 == 0 else y for i, (x, y) in enumerate(zip(a, b, strict=False))]
         got = compute(f"setp.{name}.{type_name} R, A, B;", "pred", (type_name, a), (type_name, b))
-        assert [bool(v) for v in got] == [COMPARISONS[name](x, y) for x, y in zip(a, b)]
+        assert [bool(v) for v in got] == [COMPARISONS[name](x, y) for x, y in zip(a, b, strict=False)]
 
 
 def test_setp_of_floats_with_nan() -> None:
@@ -209,3 +216,16 @@ def test_setp_second_destination_and_combination() -> None:
     text = "setp.lt.u32 %p1|%p2, A, 5; setp.gt.and.u32 R, A, 1, %p1; @%p2 setp.eq.u32 R, A, 9;"
     got = compute(text, "pred", ("u32", list(range(12))))
     assert got.tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0]
+
+
+def test_packed_halves() -> None:
+    a, b = pairs(32, False)
+    for name, function in (("min", min), ("max", max), ("add", lambda x, y: x + y)):
+        for kind, signed in (("u16x2", False), ("s16x2", True)):
+            got = compute(f"{name}.{kind} R, A, B;", "u32", ("u32", a), ("u32", b))
+            for x, y, value in zip(a, b, got, strict=True):
+                expected = 0
+                for half in (0, 16):
+                    result = function(wrap(x >> half, 16, signed), wrap(y >> half, 16, signed))
+                    expected |= (result & 0xFFFF) << half
+                assert int(value) == expected

@@ -1,4 +1,5 @@
 """Loads, stores and addresses of every state space; calls; parameters."""
+# ruff: noqa: E501 (PTX in strings)
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ INDEX = "mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x; mad.l
 
 def element(pointer: str, parameter: str, width: int) -> str:
     """%d<n> = parameter + index * width"""
-    return f"ld.param.u64 {pointer}, [{parameter}]; mul.wide.u32 %d63, %r0, {width}; add.u64 {pointer}, {pointer}, %d63;"
+    return (
+        f"ld.param.u64 {pointer}, [{parameter}]; mul.wide.u32 %d63, %r0, {width}; add.u64 {pointer}, {pointer}, %d63;"
+    )
 
 
-@pytest.mark.parametrize("vector,count", [("", 1), (".v2", 2), (".v4", 4)])
+@pytest.mark.parametrize(("vector", "count"), [("", 1), (".v2", 2), (".v4", 4)])
 @pytest.mark.parametrize("width", [8, 16, 32])
 def test_vectors_move_all_elements(vector: str, count: int, width: int) -> None:
     prefix = {8: "%h", 16: "%h", 32: "%r"}[width]
@@ -41,7 +44,8 @@ def test_loads_extend_by_their_type() -> None:
                   "@%p1 st.global.u64 [%d1+8], %d7;", [".u64 x", ".u64 y"])  # fmt: skip
     y = np.zeros(2, np.int64)
     run(text, np.array([0xFF, 0xFF], np.uint8), y)
-    assert y.view(np.int32)[:2].tolist() == [-1, 255] and y[1] == -1
+    assert y.view(np.int32)[:2].tolist() == [-1, 255]
+    assert y[1] == -1
 
 
 def test_shared_local_constant_and_generic_addresses() -> None:

@@ -1,14 +1,14 @@
 """The parser on the shapes of text that nvcc, Triton and the CuTe DSL emit."""
+# ruff: noqa: E501 (PTX in strings)
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from . import PtxSyntaxError, UnknownInstruction, parse
 from .harness import kernel, run
 from .ptx_parser import Address, Immediate, Pair, Register, Symbol, Vector
-
-import numpy as np
 
 
 def body(text: str) -> list[object]:
@@ -39,7 +39,8 @@ def test_header_and_parameters() -> None:
     foo = module.kernels["foo"]
     assert (module.target, module.version) == ("sm_100a", "9.0")
     assert [(p.size, p.alignment) for p in foo.parameters] == [(8, 8), (24, 8), (4, 4)]
-    assert foo.directives["reqntid"] == (128,) and foo.directives["maxntid"] == (256, 2, 1)
+    assert foo.directives["reqntid"] == (128,)
+    assert foo.directives["maxntid"] == (256, 2, 1)
 
 
 def test_variables_and_initial_values() -> None:
@@ -53,22 +54,31 @@ def test_variables_and_initial_values() -> None:
         """
     )
     v = module.variables
-    assert v["counter"].size == 4 and v["table"].initial == bytes([1, 255, 3, 0, 0, 0])
-    assert v["pointer"].references == ((0, "counter", 0),) and v["pointer"].initial == bytes(8) + bytes([5]) + bytes(7)
-    assert v["dynamic"].external and v["dynamic"].size == 0 and v["half"].initial == bytes.fromhex("0000003f")
+    assert v["counter"].size == 4
+    assert v["table"].initial == bytes([1, 255, 3, 0, 0, 0])
+    assert v["pointer"].references == ((0, "counter", 0),)
+    assert v["pointer"].initial == bytes(8) + bytes([5]) + bytes(7)
+    assert v["dynamic"].external
+    assert v["dynamic"].size == 0
+    assert v["half"].initial == bytes.fromhex("0000003f")
 
 
 def test_operands() -> None:
     (d, a) = body("ld.global.v2.u32 {%r1, %r2}, [%d1+-16];")
-    assert isinstance(d, Vector) and isinstance(a, Address) and a.offset == -16 and isinstance(a.base, Register)
+    assert isinstance(d, Vector)
+    assert isinstance(a, Address)
+    assert a.offset == -16
+    assert isinstance(a.base, Register)
     (d, *_) = body("shfl.sync.bfly.b32 %r1|%p1, %r2, 1, 31, -1;")
     assert isinstance(d, Pair)
     (_, a, b) = body("add.f32 %r1, 0f3F800000, -1.5;")
-    assert a == Immediate(0x3F800000, 32) and b == Immediate(-1.5)
+    assert a == Immediate(0x3F800000, 32)
+    assert b == Immediate(-1.5)
     (_, a) = body("mov.u32 %r1, name+8;")
     assert a == Symbol("name", 8)
     (_, a, _) = body("cp.async.bulk.tensor.2d.x [%r1], [%d1, {%r2, %r3}], [%r4 + 8];")
-    assert isinstance(a, Address) and isinstance(a.extra[0], Vector)
+    assert isinstance(a, Address)
+    assert isinstance(a.extra[0], Vector)
 
 
 def test_scopes_may_repeat_registers_and_labels() -> None:
@@ -90,7 +100,9 @@ def test_scopes_may_repeat_registers_and_labels() -> None:
 def test_line_numbers_and_texts() -> None:
     text = kernel("nop;\n\n  @!%p1   add.u32\n  %r1, %r2,\n  %r3;")
     instruction = parse(text).kernels["k"].body[1]
-    assert instruction.text == "@!%p1 add.u32 %r1, %r2, %r3" and instruction.guard is not None and instruction.guard[1]
+    assert instruction.text == "@!%p1 add.u32 %r1, %r2, %r3"
+    assert instruction.guard is not None
+    assert instruction.guard[1]
     assert "@!%p1" in text.split("\n")[instruction.line - 1]
 
 
@@ -99,7 +111,7 @@ def test_debug_directives_are_skipped() -> None:
           + "\n.section .debug_abbrev\n{\n.b8 1,2,3;\n.b8 4;\n}\n")  # fmt: skip
 
 
-@pytest.mark.parametrize("text,error", [
+@pytest.mark.parametrize(("text", "error"), [
     ("add.u32 %r1, %nothing, %r2;", PtxSyntaxError), ("bra NOWHERE;", PtxSyntaxError), (".reg .v4 .b32 %q;", UnknownInstruction),
     ("@%p99 add.u32 %r1, %r2, %r3;", PtxSyntaxError), ("mov.u32 %r1, %unknown.x;", PtxSyntaxError),
 ])  # fmt: skip

@@ -1,4 +1,5 @@
 """Divergence, barriers, atomics, and blocks that wait for each other."""
+# ruff: noqa: E501 (PTX in strings)
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def test_last_block_sums_what_all_have_stored() -> None:
     for seed in range(3):
         x = np.zeros(102, np.uint32)
         run(text, x, grid=100, seed=seed)
-        assert x[1] == 5050 and x[0] == 100
+        assert x[1] == 5050
+        assert x[0] == 100
 
 
 def test_named_barriers_of_some_warps() -> None:
@@ -123,11 +125,16 @@ def test_atomics_of_all_threads_on_one_address(operation: str) -> None:
     x = np.zeros(threads + 1, np.uint32)
     run(text, x, grid=2, block=64)
     final, old = ATOMICS[operation](threads)
-    assert x[0] == final and (old is None or set(x[1:].tolist()) == old)
+    assert x[0] == final
+    assert old is None or set(x[1:].tolist()) == old
 
 
 def test_compare_and_swap_lets_one_win() -> None:
-    text = kernel(START + "add.u32 %r4, %r3, 1; atom.global.cas.b32 %r5, [%d0], 0, %r4; setp.eq.u32 %p0, %r5, 0; @%p0 atom.global.exch.b32 %r6, [%d0+4], %r4;", [".u64 x"])
+    text = kernel(
+        START
+        + "add.u32 %r4, %r3, 1; atom.global.cas.b32 %r5, [%d0], 0, %r4; setp.eq.u32 %p0, %r5, 0; @%p0 atom.global.exch.b32 %r6, [%d0+4], %r4;",
+        [".u64 x"],
+    )
     winners = set()
     for seed in range(8):
         x = np.zeros(2, np.uint32)
@@ -152,11 +159,16 @@ def test_packed_and_vector_additions() -> None:
         "red.global.add.v2", "mov.b32 %r4, 0f3F800000; mov.b32 %r5, 0f40000000; red.global.add.v2"), [".u64 x"])  # fmt: skip
     x = np.zeros(4, np.uint32)
     run(text, x)
-    assert x[0] == 0x42004200 and x.view(np.float32)[2:].tolist() == [32.0, 64.0]
+    assert x[0] == 0x42004200
+    assert x.view(np.float32)[2:].tolist() == [32.0, 64.0]
 
 
 def test_the_block_order_depends_on_the_seed_and_results_do_not() -> None:
-    text = kernel(START + "setp.eq.u32 %p0, %r0, 0; @%p0 atom.global.add.u32 %r5, [%d0], 1; mul.wide.u32 %d2, %r1, 4; add.u64 %d2, %d0, %d2; @%p0 st.global.u32 [%d2+4], %r5;", [".u64 x"])
+    text = kernel(
+        START
+        + "setp.eq.u32 %p0, %r0, 0; @%p0 atom.global.add.u32 %r5, [%d0], 1; mul.wide.u32 %d2, %r1, 4; add.u64 %d2, %d0, %d2; @%p0 st.global.u32 [%d2+4], %r5;",
+        [".u64 x"],
+    )
     orders = set()
     for seed in range(3):
         x = np.zeros(21, np.uint32)
@@ -176,3 +188,16 @@ def test_three_dimensional_geometry() -> None:
     assert (x == np.arange(len(x))).all()
 
 
+def test_waiting_for_a_thread_that_computes_for_long() -> None:
+    """Polling while another thread loops without touching memory is no deadlock."""
+    text = kernel(
+        START
+        + """
+        setp.eq.u32 %p0, %r0, 0; @%p0 bra WAIT; setp.ne.u32 %p1, %r0, 32; @%p1 exit; mov.u32 %r5, 0;
+        LOOP: add.u32 %r5, %r5, 1; setp.lt.u32 %p2, %r5, 20000; @%p2 bra LOOP; st.release.gpu.global.u32 [%d0], %r5; exit;
+        WAIT: ld.acquire.gpu.global.u32 %r6, [%d0]; setp.eq.u32 %p3, %r6, 0; @%p3 bra WAIT; st.global.u32 [%d0+4], %r6;""",
+        [".u64 x"],
+    )
+    x = np.zeros(64, np.uint32)
+    run(text, x, block=64)
+    assert x[1] == 20000

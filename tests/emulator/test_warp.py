@@ -1,4 +1,5 @@
 """Warp collectives against definitions written out lane by lane."""
+# ruff: noqa: E501 (PTX in strings)
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from .harness import Array, compute, kernel, run
 VALUES = np.random.default_rng(7).integers(0, 2**32, 64, dtype=np.uint64).astype(np.uint32)
 
 
-@pytest.mark.parametrize("mode,amount,clamp,source", [
+@pytest.mark.parametrize(("mode", "amount", "clamp", "source"), [
     ("bfly", 5, 31, lambda i: i ^ 5), ("idx", 7, 31, lambda i: 7), ("up", 3, 0, lambda i: i - 3 if i >= 3 else None),
     ("down", 4, 31, lambda i: i + 4 if i + 4 < 32 else None),
     # segments of 8 lanes: mask 0x18 in bits 8 to 12
@@ -42,21 +43,23 @@ def test_votes() -> None:
     some = compute("setp.lt.u32 %p5, A, 3; vote.sync.any.pred R, %p5, -1;", "pred", ("u32", np.arange(64)))
     every = compute("setp.lt.u32 %p5, A, 32; vote.sync.all.pred R, %p5, -1;", "pred", ("u32", np.arange(64)))
     same = compute("setp.lt.u32 %p5, A, 40; vote.sync.uni.pred R, %p5, -1;", "pred", ("u32", np.arange(64)))
-    assert some.tolist() == [1] * 32 + [0] * 32 and every.tolist() == [1] * 32 + [0] * 32 and same.tolist() == [1] * 32 + [0] * 32
+    assert some.tolist() == [1] * 32 + [0] * 32
+    assert every.tolist() == [1] * 32 + [0] * 32
+    assert same.tolist() == [1] * 32 + [0] * 32
 
 
 def test_match() -> None:
     small = VALUES % 5
     got = compute("match.any.sync.b32 R, A, -1;", "u32", ("u32", small))
     for lane in range(64):
-        warp = small[lane // 32 * 32:lane // 32 * 32 + 32]
+        warp = small[lane // 32 * 32 : lane // 32 * 32 + 32]
         assert int(got[lane]) == bits(warp == small[lane])
     equal = np.where(np.arange(64) < 32, 9, small)
     got = compute("match.all.sync.b32 R|%p5, A, -1; @%p5 sub.u32 R, R, 1;", "u32", ("u32", equal))
     assert got.tolist() == [0xFFFFFFFE] * 32 + [0] * 32
 
 
-@pytest.mark.parametrize("operation,function", [
+@pytest.mark.parametrize(("operation", "function"), [
     ("add.u32", lambda w: int(w.astype(np.uint64).sum()) & 0xFFFFFFFF), ("min.u32", lambda w: int(w.min())),
     ("max.s32", lambda w: int(w.view(np.int32).max()) & 0xFFFFFFFF), ("xor.b32", lambda w: int(np.bitwise_xor.reduce(w))),
     ("and.b32", lambda w: int(np.bitwise_and.reduce(w))), ("or.b32", lambda w: int(np.bitwise_or.reduce(w))),
@@ -112,5 +115,23 @@ def test_elect_chooses_one_lane() -> None:
 def test_activemask_and_lane_numbers() -> None:
     assert compute("activemask.b32 R;", "u32", ("u32", VALUES)).tolist() == [0xFFFFFFFF] * 64
     assert compute("mov.u32 R, %lanemask_lt;", "u32", ("u32", VALUES)).tolist() == [(1 << i) - 1 for i in range(32)] * 2
-    assert compute("mov.u32 R, %lanemask_ge;", "u32", ("u32", VALUES)).tolist() == [0xFFFFFFFF & ~((1 << i) - 1) for i in range(32)] * 2
+    assert (
+        compute("mov.u32 R, %lanemask_ge;", "u32", ("u32", VALUES)).tolist()
+        == [0xFFFFFFFF & ~((1 << i) - 1) for i in range(32)] * 2
+    )
     assert compute("mov.u32 R, %warpid;", "u32", ("u32", VALUES)).tolist() == [0] * 32 + [1] * 32
+
+
+def test_a_warp_barrier_may_be_reached_at_two_places() -> None:
+    """Even and odd lanes wait for each other at different instructions; each then sees what the other stored."""
+    text = kernel(
+        """.shared .align 4 .b8 s[128]; mov.u32 %r0, %tid.x; mov.u32 %r1, s; shl.b32 %r2, %r0, 2; add.u32 %r2, %r1, %r2;
+        st.shared.u32 [%r2], %r0; and.b32 %r3, %r0, 1; setp.eq.u32 %p0, %r3, 0; @%p0 bra EVEN;
+        bar.warp.sync -1; bra END; EVEN: bar.warp.sync -1;
+        END: xor.b32 %r4, %r2, 4; ld.shared.u32 %r5, [%r4]; ld.param.u64 %d0, [x]; mul.wide.u32 %d1, %r0, 4;
+        add.u64 %d0, %d0, %d1; st.global.u32 [%d0], %r5;""",
+        [".u64 x"],
+    )
+    x = np.zeros(32, np.uint32)
+    run(text, x)
+    assert x.tolist() == [i ^ 1 for i in range(32)]

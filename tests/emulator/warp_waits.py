@@ -22,7 +22,9 @@ def lane_bits(mask: Array) -> Array:
 class _Rendezvous:
     """Lanes that wait at one collective instruction until all members of their warp are there."""
 
-    def __init__(self, pc: int, stack: Stack, instruction: Instruction, run: Plain, members: Members | None, span: int) -> None:
+    def __init__(
+        self, pc: int, stack: Stack, instruction: Instruction, run: Plain, members: Members | None, span: int
+    ) -> None:
         self.pc, self.stack = pc, stack
         self.span = span
         self.instruction = instruction
@@ -36,12 +38,14 @@ class _Rendezvous:
         here = lane_bits(self.mask)
         alive = lane_bits(wave.alive)
         if self.members is None:
-            broken = np.flatnonzero((here != 0) & (alive != np.uint32(0xFFFFFFFF)))
+            full = alive.reshape(-1, self.span // 32) == np.uint32(0xFFFFFFFF)
+            broken = np.flatnonzero((here.reshape(full.shape) != 0).any(axis=1) & ~full.all(axis=1))
             if len(broken):
-                warp = int(broken[0])
+                first = int(broken[0]) * self.span
                 raise LaneFault(
-                    "divergent warp", "the instruction needs all 32 threads of the warp, some have exited or do not exist",
-                    int(np.flatnonzero(self.mask[32 * warp:32 * warp + 32])[0]) + 32 * warp,
+                    "divergent warp",
+                    f"the instruction needs all {self.span} threads together, some have exited or do not exist",
+                    int(np.flatnonzero(self.mask[first : first + self.span])[0]) + first,
                 )
             whole = (here == alive).reshape(-1, self.span // 32).all(axis=1)
             return np.repeat(whole, self.span) & self.mask
@@ -80,8 +84,10 @@ class _Rendezvous:
         lanes = np.flatnonzero(self.mask)
         kind = "divergent warp" if self.members is None else "deadlock"
         return (
-            kind, f"{len(lanes)} threads wait at line {self.instruction.line} ({self.instruction.text}) for others of "
-            "their warp", int(lanes[0]),
+            kind,
+            f"{len(lanes)} threads wait at line {self.instruction.line} ({self.instruction.text}) for others of "
+            "their warp",
+            int(lanes[0]),
         )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from .faults import EmulatorFault, LaneFault
 from .shared_memory import Clocks, SharedMemory
+from .spaces import RANK_SHIFT
 
 if TYPE_CHECKING:
     from .launch import Launch
@@ -44,7 +45,7 @@ class Waiter(Protocol):
 
 
 class InFlight:
-    """A register that an asynchronous instruction writes: for the lanes in `mask` nobody may touch it before the wait."""
+    """A register that an asynchronous instruction writes: the lanes in `mask` may not touch it before the wait."""
 
     def __init__(self, value: Array, mask: Array, what: str) -> None:
         self.value = value
@@ -55,7 +56,9 @@ class InFlight:
         """The value for lanes that the instruction does not concern; a fault for the others."""
         early = np.flatnonzero(self.mask & mask)
         if len(early):
-            raise LaneFault("missing wait", f"use of a register that {self.what} has not been waited for", int(early[0]))
+            raise LaneFault(
+                "missing wait", f"use of a register that {self.what} has not been waited for", int(early[0])
+            )
         return self.value
 
 
@@ -66,7 +69,7 @@ class Active:
     other layout ('wide') for all lanes of the wave.
     """
 
-    __slots__ = ("wave", "registers", "mask", "count", "whole", "compact", "_index", "_blocks", "_threads")
+    __slots__ = ("_blocks", "_index", "_threads", "compact", "count", "mask", "registers", "wave", "whole")
 
     def __init__(self, wave: Wave, mask: Array, compact: bool | None = None) -> None:
         self.wave = wave
@@ -177,23 +180,29 @@ class Wave:
         thread = np.arange(self.lanes) % self.threads
         self.thread_of_lane = thread
         self.block_of_lane = np.arange(self.lanes) // self.threads
+        self.rank_bits = (self.block_of_lane % self.cluster_size).astype(np.uint64) << np.uint64(RANK_SHIFT)
         self.alive = thread < launch.block_size
         self.live_count = int(np.count_nonzero(self.alive))
         self.registers: list[Any] = [POISON[bits] for bits in program.register_bits]
         self.parameters: dict[tuple[str, str], Array] = {}
         self.local = np.zeros((self.lanes, program.local_size), np.uint8) if program.local_size else None
         warps = self.threads // 32 * self.cluster_size
-        self.clocks = Clocks(self.block_count // self.cluster_size, warps)
+        self.clocks = Clocks(self.block_count // self.cluster_size, self.cluster_size, warps)
         self.shared = SharedMemory(
             self.block_count, launch.shared_size, warps, program.granule, self.clocks, self.cluster_size
         )
+        self.cluster_base = launch.next_cluster  # numbers clusters over all waves, from 1
+        launch.next_cluster += self.block_count // self.cluster_size
+        self.synchronised = np.zeros(self.block_count, np.bool_)
         self.state: dict[str, Any] = {}  # of instruction groups: mbarriers, copies in flight, tensor memory
         self.waiters: dict[Any, Waiter] = {}
         self.groups: dict[Key, Array] = {(program.entry, ()): self.alive.copy()}
         self.tired: dict[Key, Array] = {}
         self.streak = 0
         self.polls = 0
-        self.quiet_rounds = 0
+        self.worked = False  # in this round a group looped without polling
+        self.quiet_rounds = 0  # rounds in which all groups only polled, and nothing changed
+        self.idle_rounds = 0  # rounds in which nothing changed
         self.seen_progress = -1
         self.coordinates: dict[str, Array] = {}
         self.executed = 0
@@ -230,7 +239,7 @@ class Wave:
             if not self.groups and not self._refill():
                 return True
             if self.quiet_rounds and not self.streak:
-                if self.quiet_rounds > (SPIN_ROUNDS if self.polls else LOOP_ROUNDS):
+                if self.quiet_rounds > SPIN_ROUNDS and not self.launch.others_wait(self):
                     self._no_progress()
                 if self.launch.others_wait(self):
                     self.quiet_rounds = 0
@@ -242,17 +251,21 @@ class Wave:
         """Find lanes to run when no group is ready. False: all have ended."""
         if self.tired:
             self.groups, self.tired = self.tired, {}
-            if self.seen_progress == self.launch.progress:
-                self.quiet_rounds += 1
+            if self.seen_progress != self.launch.progress:
+                self.quiet_rounds = self.idle_rounds = 0
             else:
-                self.quiet_rounds = 0
-                self.polls = 0
+                self.idle_rounds += 1
+                self.quiet_rounds = 0 if self.worked else self.quiet_rounds + 1
+                if self.idle_rounds > LOOP_ROUNDS:
+                    self._no_progress()
+            self.worked = False
             self.seen_progress = self.launch.progress
             self.streak = 0
             return True
         if self.live_count == 0:
             return False
-        if any([waiter.retry(self) for waiter in list(self.waiters.values())]):
+        released = [waiter.retry(self) for waiter in list(self.waiters.values())]
+        if any(released):
             return bool(self.groups or self._refill())
         self._deadlock()
         return False
@@ -262,6 +275,7 @@ class Wave:
         active = Active(self, mask)
         stop = min((k[0] for k in self.groups if k[1] == stack and k[0] > pc), default=-1)
         crowd = bool(self.groups)
+        polls = self.polls
         try:
             while True:
                 step = steps[pc]
@@ -280,6 +294,7 @@ class Wave:
                     self.streak += 1
                     if self.streak > SPIN_STREAK:
                         self.streak = 0
+                        self.worked |= self.polls == polls
                         self.step_aside(target, stack, mask)
                         return
                 elif crowd and stop != -1 and target >= stop:
@@ -288,6 +303,8 @@ class Wave:
                 pc = target
         except LaneFault as fault:
             raise self.fault(fault, pc, active) from fault
+        except KeyError as missing:
+            raise steps[pc].instruction.unknown(f"no form for {missing}") from missing
 
     # ----------------------------------------------------------------------------------------------------- faults
 
@@ -306,8 +323,14 @@ class Wave:
         block, thread = self.place(lane) if lane is not None else (None, None)
         instruction = self.program.steps[pc].instruction
         return EmulatorFault(
-            fault.kind, fault.detail, kernel=self.program.name, line=instruction.line, text=instruction.text,
-            block=block, thread=thread, address=fault.address,
+            fault.kind,
+            fault.detail,
+            kernel=self.program.name,
+            line=instruction.line,
+            text=instruction.text,
+            block=block,
+            thread=thread,
+            address=fault.address,
         )
 
     def _deadlock(self) -> None:
@@ -325,6 +348,11 @@ class Wave:
         waiting = [r[1] for r in (w.explain(self) for w in self.waiters.values()) if r is not None]
         instruction = self.program.steps[pc].instruction
         raise EmulatorFault(
-            "deadlock", "; ".join(["threads loop for ever and nothing changes", *waiting]), kernel=self.program.name,
-            line=instruction.line, text=instruction.text, block=block, thread=thread,
+            "deadlock",
+            "; ".join(["threads loop for ever and nothing changes", *waiting]),
+            kernel=self.program.name,
+            line=instruction.line,
+            text=instruction.text,
+            block=block,
+            thread=thread,
         )

@@ -1,16 +1,16 @@
 """Run what exists of one DeepSeek-V4 layer outside attention, on real shapes.
 
-At this point: a batch of tokens goes through the router of a hash layer and of a dense layer. Weights are random (seeded),
-or read from a safetensors checkpoint by the models' tensor names; token ids are random, or a text's by any Hugging Face
-tokenizer.json. Every result is checked against float64; the table says what ran where, how long it took, and how far it is
-from the floor, which is the time to move the fewest bytes at the bandwidth of a large copy. Exit status 0 if all is right.
+At this point: a batch of tokens goes through the router of a hash layer and of a dense layer. Weights are random
+(seeded), or read from a safetensors checkpoint by the models' tensor names; token ids are random, or a text's by any
+Hugging Face tokenizer.json. Every result is checked against float64; the table says what ran where, how long it took,
+and how far it is from the floor, which is the time to move the fewest bytes at the bandwidth of a large copy. Exit
+status 0 if all is right.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dsv4_kernels.cases import Verdict
-from dsv4_kernels.checkpoint import CheckpointError, Gate, load_gate
+from dsv4_kernels.cases import Verdict, Yardstick
+from dsv4_kernels.checkpoint import CheckpointError
 from dsv4_kernels.cli.machine import default_device, describe, image_for
 from dsv4_kernels.cli.timing import ceilings, seconds_per_call
-from dsv4_kernels.op_table import OPS
 from dsv4_kernels.presets import PRESETS, Preset
-from dsv4_kernels.router.cases import YARDSTICKS, gate_inputs, plain_logits
+from dsv4_kernels.router import Router
+from dsv4_kernels.router.cases import YARDSTICKS, gate_inputs
+from dsv4_kernels.router.router import Mode
 
-DECODE_TOKENS = 64  # the most that dense_router_decode takes at once
+# Functions of the router that are no op of their own, by the op whose kernel they run beside torch's product.
+KERNELS = {"dense_router_prefill": "activation_topk"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="batch size with random token ids (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="safetensors file or folder to read the gate from")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="safetensors file or folder to read the gate from"
+    )
     parser.add_argument("--layer", type=int, default=0, metavar="N", help="layer of the checkpoint (default: 0)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="text whose tokens to route; needs --tokenizer")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a Hugging Face tokenizer.json")
@@ -46,23 +50,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """One op of the layer, on the batch in as many calls as the op needs."""
+    """A batch through the router of one layer."""
 
     layer: str
-    op: str
-    calls: list[tuple[Any, ...]]
+    router: Router
+    token_ids: Tensor
+    hidden: Tensor
 
-    def run(self) -> list[tuple[Tensor, ...]]:
-        op = OPS[self.op]
-        return [op(arguments, (None,) * len(op.results)) for arguments in self.calls]
+    @property
+    def op(self) -> str:
+        """The function that the router picks for the batch."""
+        return self.router.op_for(len(self.token_ids))
 
-    def worst(self) -> Verdict:
-        """The verdict of the call that is nearest to its limit, or beyond it."""
-        verdicts = [YARDSTICKS[self.op].verdict(*call) for call in zip(self.calls, self.run(), strict=True)]
-        return max(verdicts, key=lambda verdict: verdict.error - verdict.limit)
+    def run(self) -> tuple[Tensor, ...]:
+        return self.router(self.hidden, self.token_ids)  # type: ignore[no-any-return]
+
+    def problem(self) -> tuple[Yardstick, tuple[Any, ...]]:
+        """What the batch asks for, whichever function answers: how to judge it, and the arguments."""
+        gate, weighing = self.router, (self.router.renormalize, self.router.scale, self.router.epsilon)
+        if gate.mode == "hash":
+            arguments = (self.token_ids, gate.tid2eid, self.hidden, gate.weight, None, *weighing)
+            return YARDSTICKS["hash_router_fused"], arguments
+        return YARDSTICKS["dense_router_decode"], (self.hidden, gate.weight, gate.bias, gate.top_k, *weighing)
+
+    def verdict(self) -> Verdict:
+        yardstick, arguments = self.problem()
+        return yardstick.verdict(arguments, self.run())
 
     def moved_bytes(self) -> int:
-        return sum(YARDSTICKS[self.op].moved_bytes(*arguments) for arguments in self.calls)
+        yardstick, arguments = self.problem()
+        return yardstick.moved_bytes(*arguments)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -72,23 +89,22 @@ def run(options: argparse.Namespace) -> int:
     generator = torch.Generator().manual_seed(options.seed)
     try:
         token_ids = read_token_ids(options, preset, generator).to(device)
-        gates = read_gates(options, preset, generator)
+        routers = make_routers(options, preset, device, generator)
     except (CheckpointError, OSError, ValueError) as error:
         print(f"demo: {error}")
         return 2
     hidden = gate_inputs(generator, len(token_ids), preset.hidden_size, 1)[0].to(device)
-    steps = [step for layer, gate in gates.items() for step in layer_steps(layer, gate, preset, token_ids, hidden)]
+    steps = [Step(layer, router, token_ids, hidden) for layer, router in routers.items()]
     best = ceilings(device)
     rows = []
     for step in steps:
-        verdict = step.worst()
+        verdict = step.verdict()
         rows.append(
             {
                 "layer": step.layer,
                 "op": step.op,
-                "calls": len(step.calls),
                 "device": device,
-                "image": image_for(step.op, device),
+                "image": image_for(KERNELS.get(step.op, step.op), device),
                 "time_us": seconds_per_call([step.run], device) * 1e6,
                 "floor_us": best.floor(step.moved_bytes()) * 1e6,
                 "worst_error": verdict.error,
@@ -121,36 +137,26 @@ def read_token_ids(options: argparse.Namespace, preset: Preset, generator: torch
     return torch.tensor(encoded.ids, dtype=torch.int64)
 
 
-def read_gates(options: argparse.Namespace, preset: Preset, generator: torch.Generator) -> dict[str, Gate]:
-    """The gates to route through, by what to call their layer: the checkpoint's, or a random one of each kind."""
+def make_routers(
+    options: argparse.Namespace, preset: Preset, device: str, generator: torch.Generator
+) -> dict[str, Router]:
+    """The routers to send the batch through, by what to call their layer: the checkpoint's, or a random one of each
+    mode that the model has.
+    """
     if options.checkpoint is not None:
-        gate = load_gate(options.checkpoint, options.layer, preset)
-        return {f"{options.layer} ({'hash' if gate.bias is None else 'dense'})": gate}
-    gates = {}
-    if preset.hash_layers:
-        _, weight, _ = gate_inputs(generator, 1, preset.hidden_size, preset.experts)
-        table = torch.randint(preset.experts, (preset.vocab_size, preset.top_k), generator=generator)
-        gates["hash"] = Gate(weight, None, table)
-    _, weight, bias = gate_inputs(generator, 1, preset.hidden_size, preset.experts)
-    gates["dense"] = Gate(weight, bias, None)
-    return gates
-
-
-def layer_steps(layer: str, gate: Gate, preset: Preset, token_ids: Tensor, hidden: Tensor) -> list[Step]:
-    """What routing a batch through one layer runs."""
-    weight = gate.weight.to(hidden.device)
-    k, weighing = preset.top_k, (True, preset.routed_scaling, 0.0)
-    if gate.tid2eid is not None:
-        table = gate.tid2eid.to(hidden.device)
-        logits = plain_logits(hidden, weight)
-        scored = (token_ids, table, logits, None, *weighing)
-        return [
-            Step(layer, "hash_router", [(token_ids, table, None)]),
-            Step(layer, "hash_router_scored", [scored]),
-        ]
-    bias = gate.bias.to(hidden.device) if gate.bias is not None else None
-    batches = hidden.split(DECODE_TOKENS)
-    return [Step(layer, "dense_router_decode", [(batch, weight, bias, k, *weighing) for batch in batches])]
+        router = Router.from_checkpoint(options.checkpoint, options.layer, preset, device=device)
+        return {f"{options.layer} ({router.mode})": router}
+    modes: tuple[Mode, ...] = ("hash", "dense") if preset.hash_layers else ("dense",)
+    routers: dict[str, Router] = {}
+    for mode in modes:
+        _, weight, bias = gate_inputs(generator, 1, preset.hidden_size, preset.experts)
+        tensors: dict[str, Any] = {"weight": weight, "bias": bias}
+        if mode == "hash":
+            table = torch.randint(preset.experts, (preset.vocab_size, preset.top_k), generator=generator)
+            tensors = {"weight": weight, "tid2eid": table}
+        routers[mode] = Router.from_preset(mode, preset, device=device)
+        routers[mode].load_state_dict(tensors)
+    return routers
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -159,12 +165,12 @@ def print_report(report: dict[str, Any]) -> None:
     machine = report["machine"]["device"]
     console.print(f"{report['preset']}: {report['tokens']} tokens through the router on {machine}", highlight=False)
     table = Table(box=None)
-    for name in ("layer", "op", "image", "calls", "time us", "floor us", "worst error", ""):
+    for name in ("layer", "op", "image", "time us", "floor us", "error", ""):
         table.add_column(name, justify="left" if name in ("layer", "op", "image", "") else "right")
     for row in report["steps"]:
         figures = [f"{row['time_us']:.1f}", f"{row['floor_us']:.1f}", f"{row['worst_error']:.1e}"]
         verdict = "[green]right" if row["passed"] else f"[red]WRONG: {row['what']}"
-        table.add_row(row["layer"], row["op"], row["image"], str(row["calls"]), *figures, verdict)
+        table.add_row(row["layer"], row["op"], row["image"], *figures, verdict)
     console.print(table)
     if any(row["device"] == "cpu" for row in report["steps"]):
         console.print("No CUDA device: this ran the CPU implementations, not the kernels.")

@@ -15,6 +15,7 @@ from . import (
     mbarrier,
     move,
     tcgen05,
+    tensor_maps,
     warp,
     wgmma,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "mbarrier",
     "move",
     "tcgen05",
+    "tensor_maps",
     "warp",
     "wgmma",
 ]

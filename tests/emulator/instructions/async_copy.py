@@ -36,7 +36,9 @@ class Copies:
 
     def part(self, rows: Array) -> Copies:
         """Some of the rows."""
-        return Copies(self.lanes[rows], self.flat[rows], self.sources[rows], self.lengths[rows], self.group[rows], self.width)
+        return Copies(
+            self.lanes[rows], self.flat[rows], self.sources[rows], self.lengths[rows], self.group[rows], self.width
+        )
 
 
 class AsyncCopies:
@@ -118,7 +120,19 @@ def _commit(active: Active) -> None:
 
 
 def _copy(instruction: Instruction, scope: Scope) -> Plain:
-    allow(instruction, "async", "ca", "cg", "shared", "shared::cta", "global", "L2::64B", "L2::128B", "L2::256B", "L2::cache_hint")
+    allow(
+        instruction,
+        "async",
+        "ca",
+        "cg",
+        "shared",
+        "shared::cta",
+        "global",
+        "L2::64B",
+        "L2::128B",
+        "L2::256B",
+        "L2::cache_hint",
+    )
     operands = list(instruction.operands)
     if instruction.has("L2::cache_hint"):
         operands.pop()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import number_formats as nf
 from ..faults import LaneFault
+from ..global_order import Observer, synchronises
 from ..ptx_parser import Instruction, Register, Sink, Vector
 from ..registry import Plain, plain
-from ..shared_memory import ATOMIC
+from ..shared_memory import ATOMIC, NEVER
 from ..spaces import SHARED_WINDOW, SPACE_SHIFT
 from ..values import DTYPES
 from .elementwise import allow
@@ -23,17 +25,36 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 Operation = Callable[[Array, Array, Array], Array]  # (old, operand, second operand) -> new
 
-_SCOPES = ("relaxed", "acquire", "release", "acq_rel", "cta", "cluster", "gpu", "sys", "global", "shared", "shared::cta",
-           "shared::cluster", "noftz", "L2::cache_hint", "L1::no_allocate")  # fmt: skip
+_SCOPES = (
+    "relaxed",
+    "acquire",
+    "release",
+    "acq_rel",
+    "cta",
+    "cluster",
+    "gpu",
+    "sys",
+    "global",
+    "shared",
+    "shared::cta",
+    "shared::cluster",
+    "noftz",
+    "L2::cache_hint",
+    "L1::no_allocate",
+)
 
 
 def _half_add(is_bf16: bool) -> Operation:
     def run(old: Array, operand: Array, _: Array) -> Array:
         a, b = (np.ascontiguousarray(v).view(np.uint16) for v in (old, operand))
         if is_bf16:
-            result = nf.f64_to_bf16(nf.odd_sum(nf.bf16_to_f32(a).astype(np.float64), nf.bf16_to_f32(b).astype(np.float64)))
+            result = nf.f64_to_bf16(
+                nf.odd_sum(nf.bf16_to_f32(a).astype(np.float64), nf.bf16_to_f32(b).astype(np.float64))
+            )
         else:
-            result = nf.f16_code(nf.odd_sum(a.view(np.float16).astype(np.float64), b.view(np.float16).astype(np.float64)))
+            result = nf.f16_code(
+                nf.odd_sum(a.view(np.float16).astype(np.float64), b.view(np.float16).astype(np.float64))
+            )
         return result.view(old.dtype)
 
     return run
@@ -58,58 +79,99 @@ def operation(name: str, type_name: str) -> Operation:
     return table[name]
 
 
-def apply(active: Active, rows: Array, addresses: Array, space: str, function: Operation, operands: list[Array]) -> Array:
-    """Perform an atomic for the active lanes; returns the old values. `rows` gives element type and count by shape."""
-    wave = active.wave
-    count, dtype = rows.shape[1], rows.dtype
-    if space == "generic":
-        windows = np.unique(addresses >> np.uint64(SPACE_SHIFT))
-        if len(windows) > 1:
-            raise LaneFault("invalid operand", "one atomic on addresses of several state spaces")
-        space = "shared" if int(windows[0]) == SHARED_WINDOW else "global"
-        addresses = addresses & np.uint64((1 << SPACE_SHIFT) - 1)
-    order = wave.launch.random.permutation(active.count)
-    old = np.empty((active.count, count), dtype)
-    # Lanes with distinct addresses go together: first every address's first lane, then its second, and so on.
-    _, group = np.unique(addresses[order], return_inverse=True)
-    turn = _occurrence(group)
-    lanes, threads = active.index, active.threads
-    for step in range(int(turn.max()) + 1):
-        now = order[turn == step]
-        if space == "shared":
-            blocks, offsets = shared_place(active, addresses)
-            shared = wave.shared
-            width = dtype.itemsize * count
-            flat = shared.check_range(blocks[now], offsets[now], width, width, lanes[now], "atomic")
-            place = flat // width
-            view = shared.data.view(dtype).reshape(-1, count)
-            if (shared.writer[flat // shared.granule] == -1).any():
-                raise LaneFault("uninitialised", "atomic on shared memory that was never written", int(lanes[now][0]),
-                                int(offsets[now][0]))
-            before = view[place]
-            after = function(before, operands[0][now], operands[1][now])
-            nothing = np.zeros(len(now), np.bool_)
-            shared.note_write(flat, width, blocks[now], lanes[now], threads[now], ATOMIC, nothing)
-            view[place] = after
-        else:
-            before = wave.launch.memory.load(addresses[now], dtype, count, lanes[now])
-            after = function(before, operands[0][now], operands[1][now])
-            wave.launch.memory.store(addresses[now], after.astype(dtype, copy=False), lanes[now])
-        old[now] = before
-        if not np.array_equal(before, after):
-            wave.launch.progress += 1
+class _Place:
+    """Where an atomic works: the stored values of the active lanes, and how to write new ones."""
+
+    def __init__(self, active: Active, space: str, addresses: Array, dtype: np.dtype[Any], count: int) -> None:
+        self.active, self.dtype, self.count = active, dtype, count
+        if space == "generic":
+            windows = np.unique(addresses >> np.uint64(SPACE_SHIFT))
+            if len(windows) > 1:
+                raise LaneFault("invalid operand", "one atomic on addresses of several state spaces")
+            space = "shared" if int(windows[0]) == SHARED_WINDOW else "global"
+            addresses = addresses & np.uint64((1 << SPACE_SHIFT) - 1)
+        self.shared = active.wave.shared if space == "shared" else None
+        self.keys = addresses
+        if self.shared is None:
+            synchronises(active)
+            return
+        width = dtype.itemsize * count
+        self.blocks, offsets = shared_place(active, addresses)
+        flat = self.shared.check_range(self.blocks, offsets, width, width, active.index, "atomic")
+        fresh = np.flatnonzero(self.shared.writer[flat // self.shared.granule] == NEVER)
+        if len(fresh):
+            one = int(fresh[0])
+            raise LaneFault(
+                "uninitialised",
+                "atomic on shared memory that was never written",
+                int(active.index[one]),
+                int(offsets[one]),
+            )
+        self.keys = flat
+
+    def load(self, rows: Array) -> Array:
+        """Stored values for some of the active lanes."""
+        if self.shared is None:
+            memory = self.active.wave.launch.memory
+            return memory.load(self.keys[rows], self.dtype, self.count, self.active.index[rows])
+        width = self.dtype.itemsize * self.count
+        return self.shared.data.view(self.dtype).reshape(-1, self.count)[self.keys[rows] // width]
+
+    def store(self, rows: Array, values: Array) -> None:
+        """Store the final values, one row for each distinct address."""
+        active = self.active
+        if self.shared is None:
+            observer = Observer(active, exempt=True).part(rows)
+            active.wave.launch.memory.store(self.keys[rows], values, active.index[rows], observer)
+            return
+        width = self.dtype.itemsize * self.count
+        nothing = np.zeros(active.count, np.bool_)
+        self.shared.note_write(self.keys, width, self.blocks, active.index, active.threads, ATOMIC, nothing)
+        self.shared.data.view(self.dtype).reshape(-1, self.count)[self.keys[rows] // width] = values
+
+
+def apply(place: _Place, sums: bool, function: Operation, operands: list[Array]) -> Array:
+    """Perform an atomic for the active lanes; returns the old values. Lanes of one address follow in a seeded order.
+
+    sums: it is an addition of integers, of which all can be done at once.
+    """
+    launch = place.active.wave.launch
+    order = launch.random.permutation(place.active.count)
+    order = order[np.argsort(place.keys[order], kind="stable")]
+    keys = place.keys[order]
+    starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
+    sizes = np.diff(np.r_[starts, len(keys)])
+    initial = place.load(order[starts])
+    first, second = operands[0][order], operands[1][order]
+    if (sizes == 1).all():
+        before, final = initial, function(initial, first, second).astype(place.dtype, copy=False)
+    elif sums:
+        running = np.cumsum(first, axis=0, dtype=place.dtype) - first  # wraps around as the sums themselves do
+        before = running + np.repeat(initial - running[starts], sizes, axis=0)
+        ends = starts + sizes - 1
+        final = before[ends] + first[ends]
+    else:
+        before, final = _one_by_one(initial, starts, sizes, function, first, second)
+    place.store(order[starts], final)
+    if not np.array_equal(initial, final):
+        launch.progress += 1
+    old = np.empty_like(before)
+    old[order] = before
     return old
 
 
-def _occurrence(group: Array) -> Array:
-    """For each element how often its value occurred before."""
-    order = np.argsort(group, kind="stable")
-    sorted_group = group[order]
-    start = np.flatnonzero(np.r_[True, sorted_group[1:] != sorted_group[:-1]])
-    counts = np.diff(np.r_[start, len(group)])
-    result = np.empty(len(group), np.int64)
-    result[order] = np.arange(len(group)) - np.repeat(start, counts)
-    return result
+def _one_by_one(
+    initial: Array, starts: Array, sizes: Array, function: Operation, first: Array, second: Array
+) -> tuple[Array, Array]:
+    """Old values of all lanes and final values of all addresses: every address's first lane, then its second, ..."""
+    current = initial.copy()
+    before = np.empty_like(first)
+    for turn in range(int(sizes.max())):
+        here = np.flatnonzero(sizes > turn)
+        rows = starts[here] + turn
+        before[rows] = current[here]
+        current[here] = function(current[here], first[rows], second[rows])
+    return before, current
 
 
 @plain("atom", "red")
@@ -135,6 +197,7 @@ def atom(instruction: Instruction, scope: Scope) -> Plain:
     targets = target.items if isinstance(target, Vector) else (target,)
     puts = [scope.destination(t, kind) if isinstance(t, Register) else None for t in targets]
     dtype = DTYPES[kind]
+    sums = name == "add" and type_name[0] in "us"
 
     def run(active: Active) -> None:
         values = []
@@ -144,7 +207,8 @@ def atom(instruction: Instruction, scope: Scope) -> Plain:
                 block[:, column] = active.rows(source(active))
             values.append(block)
         values = (values + values)[:2] if len(values) == 1 else values
-        old = apply(active, values[0], active.rows(address(active)), space, function, values)
+        place = _Place(active, space, active.rows(address(active)), dtype, count)
+        old = apply(place, sums, function, values)
         wide = active.layout(old)
         for column, put in enumerate(puts):
             if put is not None:

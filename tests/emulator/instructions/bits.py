@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -134,7 +135,9 @@ def extract(instruction: Instruction, scope: Scope) -> Plain:
     def run(a: Array, b: Array, c: Array) -> Array:
         position, length = (b & np.uint32(255)).astype(np.int64), (c & np.uint32(255)).astype(np.int64)
         result = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), np.uint64)
-        value = a.astype(f"i{width // 8}").astype(np.int64).view(np.uint64) if type_name[0] == "s" else a.astype(np.uint64)
+        value = (
+            a.astype(f"i{width // 8}").astype(np.int64).view(np.uint64) if type_name[0] == "s" else a.astype(np.uint64)
+        )
         last = np.minimum(position + length - 1, width - 1)
         sign = (value >> last.astype(np.uint64)) & np.uint64(1) if type_name[0] == "s" else np.zeros(1, np.uint64)
         sign = np.where(length == 0, np.uint64(0), sign)
@@ -155,7 +158,10 @@ def insert(instruction: Instruction, scope: Scope) -> Plain:
     d, *sources = instruction.operands
 
     def run(a: Array, b: Array, c: Array, e: Array) -> Array:
-        position, length = (c & np.uint32(255)).astype(np.uint64), np.minimum(e & np.uint32(255), np.uint32(64)).astype(np.uint64)
+        position, length = (
+            (c & np.uint32(255)).astype(np.uint64),
+            np.minimum(e & np.uint32(255), np.uint32(64)).astype(np.uint64),
+        )
         ones = np.where(length >= 64, ~np.uint64(0), (np.uint64(1) << np.minimum(length, np.uint64(63))) - np.uint64(1))
         reachable = position < np.uint64(width)
         place = np.minimum(position, np.uint64(63))

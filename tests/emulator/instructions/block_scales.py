@@ -7,7 +7,8 @@ chooses one lane of the four; it holds the scales of column lane/4. byte-id is t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +28,9 @@ _DEFAULT = {"mxf8f6f4": 1, "mxf4": 2}
 def mma_scales(instruction: Instruction, scope: Scope, operands: list[Any], type_name: str, k: int) -> Scales:
     """A function that gives the scales of A as (warps, 16, blocks) and of B as (warps, blocks, 8)."""
     kind = next(q[6:] for q in instruction.qualifiers if q.startswith("kind::"))
-    vector = next((int(q[len("scale_vec::"):-1]) for q in instruction.qualifiers if q.startswith("scale_vec::")), None)
+    vector = next(
+        (int(q[len("scale_vec::") : -1]) for q in instruction.qualifiers if q.startswith("scale_vec::")), None
+    )
     count = vector or _DEFAULT[kind]
     table = nf.DECODE["ue4m3" if type_name == "ue4m3" else "ue8m0"]
     data_a, ids_a, data_b, ids_b = operands
@@ -61,5 +64,3 @@ def _constant(scope: Scope, operand: Any, instruction: Instruction) -> int:
     if not isinstance(operand, Immediate):
         raise instruction.unknown("selector that is not a constant")
     return int(operand.value)
-
-

@@ -1,11 +1,12 @@
 """cp.async.bulk: copies of many bytes by one thread, plain and through tensor maps, signalled by an mbarrier or a
-bulk group. They complete as late as allowed: loads when their mbarrier is polled, stores when their group is waited for.
+bulk group. They complete as late as allowed: loads when their mbarrier is polled, stores when their group is awaited.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -74,7 +75,9 @@ def finish_stores(wave: Wave) -> None:
         if store.data is None:
             block, thread = wave.place(store.lane)
             raise LaneFault(
-                "missing wait", f"block {block}, thread {thread} ended before its bulk copy had read shared memory", store.lane
+                "missing wait",
+                f"block {block}, thread {thread} ended before its bulk copy had read shared memory",
+                store.lane,
             )
         store.write(store.data)
     groups.stores = []
@@ -113,14 +116,34 @@ def _one_lane(active: Active, value: Array) -> list[int]:
 
 def _check_plain(size: int, source: int, target: int, lane: int) -> None:
     if size % 16 or source % 16 or target % 16:
-        raise LaneFault("misaligned", f"bulk copy of {size} bytes: size and addresses must be multiples of 16", lane, source)
+        raise LaneFault(
+            "misaligned", f"bulk copy of {size} bytes: size and addresses must be multiples of 16", lane, source
+        )
 
 
 def _load(instruction: Instruction, scope: Scope) -> Plain:
     """Global to shared memory of this block, of another one or of several (multicast), signalled by an mbarrier."""
-    tensor = instruction.has("tensor")
-    known = ("async", "bulk", "tensor", "shared", "shared::cluster", "shared::cta", "global", "tile",
-             "mbarrier::complete_tx::bytes", "multicast::cluster", "L2::cache_hint", "cta_group::1", "1d", "2d", "3d", "4d", "5d")  # fmt: skip
+    tensor, pairs = instruction.has("tensor"), instruction.has("cta_group::2")
+    known = (
+        "async",
+        "bulk",
+        "tensor",
+        "shared",
+        "shared::cluster",
+        "shared::cta",
+        "global",
+        "tile",
+        "mbarrier::complete_tx::bytes",
+        "multicast::cluster",
+        "L2::cache_hint",
+        "cta_group::1",
+        "cta_group::2",
+        "1d",
+        "2d",
+        "3d",
+        "4d",
+        "5d",
+    )
     for qualifier in instruction.qualifiers:
         if qualifier not in known:
             raise instruction.unknown(f"qualifier .{qualifier}")
@@ -152,13 +175,17 @@ def _load(instruction: Instruction, scope: Scope) -> Plain:
             fetch: Callable[[], Array]
             if tensor:
                 map_ = TensorMap.unpack(wave.launch.memory.read_bytes(sources[row], 128))
-                at = [int(w[row]) for w in where]
+                map_, at = map_.in_bytes([int(w[row]) for w in where], lane)
                 length = map_.box_bytes
                 map_.check(at, lane)
                 if int(offsets[row]) % 128:
-                    raise LaneFault("misaligned", "tensor copy to an address that is not a multiple of 128", lane, int(offsets[row]))
+                    raise LaneFault(
+                        "misaligned", "tensor copy to an address that is not a multiple of 128", lane, int(offsets[row])
+                    )
 
-                def fetch(map_: TensorMap = map_, at: list[int] = at, lane: int = lane, offset: int = int(offsets[row])) -> Array:
+                def fetch(
+                    map_: TensorMap = map_, at: list[int] = at, lane: int = lane, offset: int = int(offsets[row])
+                ) -> Array:
                     return map_.load(wave.launch.memory, at, offset, lane)
             elif from_shared:
                 length = sizes[row]
@@ -181,13 +208,21 @@ def _load(instruction: Instruction, scope: Scope) -> Plain:
                 first = int(active.blocks[row]) - int(active.blocks[row]) % wave.cluster_size
                 block = int(blocks[row]) if rank is None else first + rank
                 signal_block = barrier_block if rank is None else first + rank
+                if pairs and rank is not None:  # the block of the pair that the barrier's address names
+                    signal_block = first + rank - rank % 2 + (barrier_block - first) % 2
                 _begin(wave, block, int(offsets[row]), length, fetch, signal_block, barrier_offset, lane)
 
     return run
 
 
 def _begin(
-    wave: Wave, block: int, offset: int, length: int, fetch: Callable[[], Array], barrier_block: int, barrier_offset: int,
+    wave: Wave,
+    block: int,
+    offset: int,
+    length: int,
+    fetch: Callable[[], Array],
+    barrier_block: int,
+    barrier_offset: int,
     lane: int,
 ) -> None:
     """Mark the destination as in flight and leave the delivery with the mbarrier."""
@@ -212,13 +247,27 @@ def _begin(
 
 def _shared_bytes(wave: Wave, block: int, offset: int, length: int) -> Array:
     flat = block * wave.shared.stride + offset
-    return wave.shared.data[flat:flat + length].copy()
+    return wave.shared.data[flat : flat + length].copy()
 
 
 def _store(instruction: Instruction, scope: Scope) -> Plain:
     """Shared to global memory, as part of a bulk group; cp.reduce is not implemented."""
     tensor = instruction.has("tensor")
-    known = ("async", "bulk", "tensor", "shared::cta", "global", "tile", "bulk_group", "L2::cache_hint", "1d", "2d", "3d", "4d", "5d")
+    known = (
+        "async",
+        "bulk",
+        "tensor",
+        "shared::cta",
+        "global",
+        "tile",
+        "bulk_group",
+        "L2::cache_hint",
+        "1d",
+        "2d",
+        "3d",
+        "4d",
+        "5d",
+    )
     for qualifier in instruction.qualifiers:
         if qualifier not in known:
             raise instruction.unknown(f"qualifier .{qualifier}")
@@ -247,11 +296,13 @@ def _store(instruction: Instruction, scope: Scope) -> Plain:
             write: Callable[[Array], None]
             if tensor:
                 map_ = TensorMap.unpack(wave.launch.memory.read_bytes(targets[row], 128))
-                at = [int(w[row]) for w in where]
+                map_, at = map_.in_bytes([int(w[row]) for w in where], lane)
                 length = map_.box_bytes
                 map_.check(at, lane)
 
-                def write(data: Array, map_: TensorMap = map_, at: list[int] = at, offset: int = offset, lane: int = lane) -> None:
+                def write(
+                    data: Array, map_: TensorMap = map_, at: list[int] = at, offset: int = offset, lane: int = lane
+                ) -> None:
                     map_.store(wave.launch.memory, at, offset, data, lane)
             else:
                 length = sizes[row]
@@ -278,7 +329,6 @@ def _check_readable(wave: Wave, block: int, offset: int, length: int, lane: int)
     where, lanes = np.full(len(starts), block), np.full(len(starts), lane)
     flat = wave.shared.check_range(where, starts, 16, 16, lanes, "bulk copy")
     wave.shared.note_read(flat, 16, where, lanes, np.full(len(starts), lane % (wave.threads * wave.cluster_size)))
-
 
 
 FINAL_CHECKS.append(finish_stores)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -106,12 +107,8 @@ def _setp_pair(instruction: Instruction, scope: Scope, comparison: str, type_nam
     put_low, put_high = scope.destination(low, "pred"), scope.destination(high, "pred")
     first, second = (scope.source(o, "b32") for o in instruction.operands[1:3])
 
-    def halves(value: Array) -> Array:
-        codes = np.ascontiguousarray(value).view(np.uint16).reshape(-1, 2)
-        return bf16_to_f32(codes) if type_name == "bf16x2" else codes.view(np.float16).astype(np.float32)
-
     def run(active: Active) -> None:
-        result = compare(halves(first(active)), halves(second(active)))
+        result = compare(_halves(first(active), type_name), _halves(second(active), type_name))
         put_low(active, result[:, 0])
         put_high(active, result[:, 1])
 
@@ -123,16 +120,46 @@ def set_value(instruction: Instruction, scope: Scope) -> Plain:
     """set.CmpOp.dtype.stype: all ones or 1.0 where the comparison holds"""
     comparison, *rest = instruction.qualifiers
     out_type, type_name = rest[-2:]
+    d, *sources = instruction.operands
+    if any(q in _COMBINE for q in rest):
+        raise instruction.unknown("combination with a predicate")
+    if type_name in ("f16x2", "bf16x2"):
+        return _set_pair(instruction, scope, comparison, out_type, type_name)
     compare, prepare = _comparison(comparison, type_name), _prepare(type_name, "ftz" in rest)
     dtype = DTYPES[out_type]
-    true = dtype.type(1.0) if dtype.kind == "f" else ~dtype.type(0)
-    if out_type in ("bf16", "bf16x2", "f16x2") or any(q in _COMBINE for q in rest):
-        raise instruction.unknown()
-    d, *sources = instruction.operands
+    true = {"f16": 1.0, "f32": 1.0, "bf16": 0x3F80}.get(out_type, ~dtype.type(0) if dtype.kind != "f" else 1.0)
+    yes, no = np.array([true]).astype(dtype), np.zeros(1, dtype)
+    kind = "b16" if type_name == "bf16" else type_name
     return elementwise(
-        scope, d, out_type, sources, type_name,
-        lambda a, b: np.where(compare(prepare(a), prepare(b)), true, dtype.type(0)),
+        scope,
+        d,
+        "b16" if out_type == "bf16" else out_type,
+        sources,
+        kind,
+        lambda a, b: np.where(compare(prepare(a), prepare(b)), yes, no),
     )
+
+
+_ONE = {"f16x2": 0x3C00, "bf16x2": 0x3F80}
+
+
+def _set_pair(instruction: Instruction, scope: Scope, comparison: str, out_type: str, type_name: str) -> Plain:
+    """set of two packed halves: ones or 1.0 in each."""
+    compare = _comparison(comparison, "f32")
+    true = np.uint16(_ONE.get(out_type, 0xFFFF))
+    d, *sources = instruction.operands
+
+    def run(a: Array, b: Array) -> Array:
+        result = np.where(compare(_halves(a, type_name), _halves(b, type_name)), true, np.uint16(0))
+        return result.view(np.uint32).reshape(-1)
+
+    return elementwise(scope, d, "b32", sources, "b32", run)
+
+
+def _halves(value: Array, type_name: str) -> Array:
+    """Both halves of packed values as float32."""
+    codes = np.ascontiguousarray(value).view(np.uint16).reshape(-1, 2)
+    return bf16_to_f32(codes) if type_name == "bf16x2" else codes.view(np.float16).astype(np.float32)
 
 
 @plain("selp")

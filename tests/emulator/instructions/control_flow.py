@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..faults import LaneFault
 from ..calls import CallSite
+from ..faults import LaneFault
 from ..ptx_parser import Group, Instruction, Symbol
 from ..registry import Control, Plain, control, plain
 
@@ -39,7 +39,9 @@ def brx(instruction: Instruction, scope: Scope) -> Control:
         for value in np.unique(values):
             lanes = active.index[values == value]
             if value >= len(targets):
-                raise LaneFault("invalid operand", f"branch table has {len(targets)} entries, index {value}", int(lanes[0]))
+                raise LaneFault(
+                    "invalid operand", f"branch table has {len(targets)} entries, index {value}", int(lanes[0])
+                )
             mask = np.zeros(wave.lanes, np.bool_)
             mask[lanes] = True
             wave.add(targets[int(value)], stack, mask)
@@ -100,8 +102,10 @@ def call(instruction: Instruction, scope: Scope) -> Control:
     places = [(caller, a.name) for a in arguments if isinstance(a, Symbol)]
     if len(places) != len(arguments) or len(places) != len(callee.parameters) or len(results) != len(callee.returns):
         raise instruction.unknown("arguments")
-    copies = [(place, (callee.name, p.name)) for place, p in zip(places, callee.parameters)]
-    site = CallSite(scope.pc + 1, [((callee.name, r.name), (caller, o.name)) for r, o in zip(callee.returns, results)])  # type: ignore[union-attr]
+    copies = [(place, (callee.name, p.name)) for place, p in zip(places, callee.parameters, strict=False)]
+    site = CallSite(
+        scope.pc + 1, [((callee.name, r.name), (caller, o.name)) for r, o in zip(callee.returns, results, strict=False)]
+    )  # type: ignore[union-attr]
     number = len(scope.program.call_sites)
     scope.program.call_sites.append(site)
     entry = scope.program.entries[callee.name]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -164,7 +165,7 @@ def _float_to_integer(
         if ftz and a.dtype == np.float32:
             a = nf.flush(a)
         value = integral(decode(a))
-        above, below = value >= float(info.max) + (0 if bits < 64 else 0), value <= float(info.min)
+        above, below = value >= float(info.max), value <= float(info.min)
         inside = np.where(above | below | np.isnan(value), 0.0, value)
         result = inside.astype(target)
         result = np.where(above, target.type(info.max), np.where(below, target.type(info.min), result))
@@ -187,7 +188,9 @@ def _packed(instruction: Instruction, scope: Scope, modifiers: list[str], out: s
             if relu:
                 value = np.where((value > 0) | np.isnan(value), value, np.float32(0))
             if form == "bf16":
-                return _finite(nf.f32_to_bf16(value, rounding), 0x7F7F) if satfinite else nf.f32_to_bf16(value, rounding)
+                return (
+                    _finite(nf.f32_to_bf16(value, rounding), 0x7F7F) if satfinite else nf.f32_to_bf16(value, rounding)
+                )
             if form == "f16":
                 return _finite(nf.f16_code(value, rounding), 0x7BFF) if satfinite else nf.f16_code(value, rounding)
             if form == "ue8m0":
@@ -198,7 +201,11 @@ def _packed(instruction: Instruction, scope: Scope, modifiers: list[str], out: s
 
         shift = DTYPES[kind].type(4 if narrow else 8 if kind == "b16" else 16)
         return elementwise(
-            scope, d, kind, operands, "f32",
+            scope,
+            d,
+            kind,
+            operands,
+            "f32",
             lambda a, b: (code(a).astype(DTYPES[kind]) << shift) | code(b).astype(DTYPES[kind]),
         )
     if out in ("f16x2", "bf16x2") and len(operands) == 1:
@@ -213,8 +220,15 @@ def _packed(instruction: Instruction, scope: Scope, modifiers: list[str], out: s
             codes = np.where((codes & 0x8000) & (~np.isnan(table)) * 0x8000, 0, codes).astype(np.uint32)
         shift, mask = (4, 15) if narrow else (8, len(codes) - 1)
         return elementwise(
-            scope, d, "b32", operands, "b8" if narrow else "b16",
-            lambda a: (codes[(a >> a.dtype.type(shift)) & a.dtype.type(mask)] << np.uint32(16)) | codes[a & a.dtype.type(mask)],
+            scope,
+            d,
+            "b32",
+            operands,
+            "b8" if narrow else "b16",
+            lambda a: (
+                (codes[(a >> a.dtype.type(shift)) & a.dtype.type(mask)] << np.uint32(16))
+                | codes[a & a.dtype.type(mask)]
+            ),
         )
     if source in ("f16x2", "bf16x2") and out[:-2] in nf.SMALL_FORMATS and len(operands) == 1:
         form = out[:-2]
@@ -237,5 +251,3 @@ def _finite(code: Array, largest: int) -> Array:
     """.satfinite of 16-bit formats: infinities become the largest finite value."""
     magnitude = code & np.uint16(0x7FFF)
     return np.where(magnitude == largest + 1, (code & np.uint16(0x8000)) | np.uint16(largest), code).astype(np.uint16)
-
-

@@ -7,7 +7,8 @@ inside the error that the PTX ISA documents for each (2 ulp and more), but need 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -97,6 +98,9 @@ def build(instruction: Instruction, scope: Scope, f32: Function, f64: Function, 
     type_name = instruction.qualifiers[-1]
     allow(instruction, *COMMON)
     d, *sources = instruction.operands
+    named = [q for q in instruction.qualifiers if q in FLOATS]
+    if len(named) == 2:
+        return _mixed(instruction, scope, named, f32)
     if type_name == "f64":
         return elementwise(scope, d, "f64", sources, "f64", f64)
     if type_name == "f32":
@@ -107,6 +111,22 @@ def build(instruction: Instruction, scope: Scope, f32: Function, f64: Function, 
     if type_name in ("f16", "bf16"):
         return elementwise(scope, d, "b16", sources, "b16", half)
     return elementwise(scope, d, "b32", sources, "b32", _packed(half, "u2"))
+
+
+def _mixed(instruction: Instruction, scope: Scope, named: list[str], f32: Function) -> Plain:
+    """add, sub and fma of f32 whose operands but the last are f16 or bf16, which are converted exactly."""
+    if named[0] != "f32" or named[1] not in ("f16", "bf16") or instruction.opcode not in ("add", "sub", "fma"):
+        raise instruction.unknown("types")
+    function = _f32(f32, instruction)
+
+    def run(*operands: Array) -> Array:
+        wide = [
+            nf.bf16_to_f32(o) if named[1] == "bf16" else o.view(np.float16).astype(np.float32) for o in operands[:-1]
+        ]
+        return function(*wide, operands[-1])
+
+    d, *sources = instruction.operands
+    return elementwise(scope, d, "f32", sources, ["b16"] * (len(sources) - 1) + ["f32"], run)
 
 
 def _sum32(rounding: str) -> Function:
@@ -139,7 +159,10 @@ def sub(instruction: Instruction, scope: Scope) -> Plain:
     """sub{.rnd}{.ftz}{.sat}"""
     total = _sum32(_rounding(instruction))
     return build(
-        instruction, scope, lambda a, b: total(a, -b), _f64_only_rn(instruction, np.subtract),
+        instruction,
+        scope,
+        lambda a, b: total(a, -b),
+        _f64_only_rn(instruction, np.subtract),
         lambda a, b: nf.odd_sum(a, -b),
     )
 
@@ -162,7 +185,10 @@ def fma(instruction: Instruction, scope: Scope) -> Plain:
     """fma.rnd{.ftz}{.sat}{.relu}; mad.f32 and mad.f64 are the same"""
     rounding = _rounding(instruction)
     return build(
-        instruction, scope, lambda a, b, c: nf.fma32(a, b, c, rounding), _f64_only_rn(instruction, nf.fma64),
+        instruction,
+        scope,
+        lambda a, b, c: nf.fma32(a, b, c, rounding),
+        _f64_only_rn(instruction, nf.fma64),
         lambda a, b, c: nf.odd_sum(a * b, c),
     )
 
@@ -196,7 +222,12 @@ def div(instruction: Instruction, scope: Scope) -> Plain:
 def _without(instruction: Instruction, *names: str) -> Instruction:
     kept = tuple(q for q in instruction.qualifiers if q not in names)
     return Instruction(
-        instruction.opcode, kept, instruction.operands, instruction.guard, instruction.line, instruction.text,
+        instruction.opcode,
+        kept,
+        instruction.operands,
+        instruction.guard,
+        instruction.line,
+        instruction.text,
         instruction.scopes,
     )
 
@@ -209,7 +240,9 @@ def _unary(name: str, function: Function, *exact_roundings: str) -> None:
         if _rounding(instruction) != "rn":
             raise instruction.unknown("rounding")
         instruction = _without(instruction, "approx", "full")
-        return build(instruction, scope, lambda a: function(a.astype(np.float64)).astype(np.float32), function, function)
+        return build(
+            instruction, scope, lambda a: function(a.astype(np.float64)).astype(np.float32), function, function
+        )
 
     builder.__doc__ = f"{name}{{.approx}}{{.rn}}{{.ftz}}"
 

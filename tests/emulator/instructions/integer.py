@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -133,7 +134,7 @@ def mul24(instruction: Instruction, scope: Scope) -> Plain:
     shift = DTYPES[type_name].type(8)
 
     def product(a: Array, b: Array) -> Array:
-        return (((a << shift) >> shift) * ((b << shift) >> shift))
+        return ((a << shift) >> shift) * ((b << shift) >> shift)
 
     if instruction.opcode == "mul24":
         return elementwise(scope, d, type_name, sources, type_name, product)
@@ -183,6 +184,26 @@ def min_max(instruction: Instruction, scope: Scope) -> Plain:
     return elementwise(scope, d, type_name, sources, type_name, function)
 
 
+@plain("add", "min", "max", types=("u16x2", "s16x2"))
+def halves(instruction: Instruction, scope: Scope) -> Plain:
+    """add, min, max of two packed 16-bit integers, with .relu for s16x2"""
+    type_name = instruction.qualifiers[-1]
+    allow(instruction, "relu", type_name)
+    dtype = np.dtype("u2" if type_name[0] == "u" else "i2")
+    function: Callable[[Array, Array], Array] = {"add": np.add, "min": np.minimum, "max": np.maximum}[
+        instruction.opcode
+    ]
+    relu = instruction.has("relu")
+
+    def run(a: Array, b: Array) -> Array:
+        parts = [np.ascontiguousarray(v).view(dtype).reshape(-1, 2) for v in (a, b)]
+        result = function(*parts)
+        return (np.maximum(result, dtype.type(0)) if relu else result).view(np.uint32).reshape(-1)
+
+    d, *sources = instruction.operands
+    return elementwise(scope, d, "b32", sources, "b32", run)
+
+
 @plain("abs", types=INTEGERS)
 def absolute(instruction: Instruction, scope: Scope) -> Plain:
     """abs of integers; the most negative value stays as it is"""
@@ -224,7 +245,9 @@ def dp4a(instruction: Instruction, scope: Scope) -> Plain:
     d, *sources = instruction.operands
 
     def dot(a: Array, b: Array, c: Array) -> Array:
-        total = (_lanes_of(a, a_type[0].replace("s", "i") + "1") * _lanes_of(b, b_type[0].replace("s", "i") + "1")).sum(1)
+        total = (_lanes_of(a, a_type[0].replace("s", "i") + "1") * _lanes_of(b, b_type[0].replace("s", "i") + "1")).sum(
+            1
+        )
         return (total + c).astype(np.uint64).astype(np.uint32).view(DTYPES[out])
 
     return elementwise(scope, d, out, sources, ["b32", "b32", out], dot)

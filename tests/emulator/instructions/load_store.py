@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..faults import LaneFault
+from ..global_order import Observer, synchronises
 from ..ptx_parser import Address, Instruction, Operand, Register, Symbol, Vector
 from ..registry import Plain, plain
 from ..spaces import LOCAL_WINDOW, RANK_SHIFT, SHARED_WINDOW, SPACE_SHIFT
@@ -21,47 +22,90 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # Caching, scope and ordering qualifiers do not change what the emulator does: stores are visible at once.
 _HINTS = (
-    "weak", "volatile", "relaxed", "acquire", "release", "mmio", "cta", "cluster", "gpu", "sys", "ca", "cg", "cs", "lu", "cv",
-    "wb", "wt", "nc", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last",
-    "L1::no_allocate", "L2::evict_last", "L2::evict_normal", "L2::evict_first", "L2::cache_hint", "L2::64B", "L2::128B", "L2::256B", "unified", "level::eviction_priority",
-)  # fmt: skip
+    "weak",
+    "volatile",
+    "relaxed",
+    "acquire",
+    "release",
+    "mmio",
+    "cta",
+    "cluster",
+    "gpu",
+    "sys",
+    "ca",
+    "cg",
+    "cs",
+    "lu",
+    "cv",
+    "wb",
+    "wt",
+    "nc",
+    "L1::evict_normal",
+    "L1::evict_unchanged",
+    "L1::evict_first",
+    "L1::evict_last",
+    "L1::no_allocate",
+    "L2::evict_last",
+    "L2::evict_normal",
+    "L2::evict_first",
+    "L2::cache_hint",
+    "L2::64B",
+    "L2::128B",
+    "L2::256B",
+    "unified",
+    "level::eviction_priority",
+)
 _POLLS = ("volatile", "acquire", "relaxed")
-SPACES = ("global", "shared", "shared::cta", "shared::cluster", "local", "const", "param", "param::entry", "param::func")
+SPACES = (
+    "global",
+    "shared",
+    "shared::cta",
+    "shared::cluster",
+    "local",
+    "const",
+    "param",
+    "param::entry",
+    "param::func",
+)
 
 
 def shared_place(active: Active, addresses: Array) -> tuple[Array, Array]:
     """Block of the wave and offset for shared addresses, which may name another block of the cluster."""
     ranks = (addresses >> np.uint64(RANK_SHIFT)).astype(np.int64)
     offsets = (addresses & np.uint64((1 << RANK_SHIFT) - 1)).astype(np.int64)
-    blocks = active.blocks
-    if not ranks.any():
-        return blocks, offsets
     size = active.wave.cluster_size
-    wrong = np.flatnonzero(ranks > size)
+    wrong = np.flatnonzero(ranks >= size)
     if len(wrong):
         one = int(wrong[0])
-        raise LaneFault("out of bounds", f"shared address outside the cluster of {size} blocks",
-                        int(active.index[one]), int(addresses[one]))
-    return np.where(ranks > 0, blocks - blocks % size + ranks - 1, blocks), offsets
+        raise LaneFault(
+            "out of bounds",
+            f"shared address outside the cluster of {size} blocks",
+            int(active.index[one]),
+            int(addresses[one]),
+        )
+    return active.blocks if size == 1 else active.blocks // size * size + ranks, offsets
 
 
-def load_rows(active: Active, space: str, addresses: Array, dtype: np.dtype[Any], count: int) -> Array:
-    """Rows of elements from a state space, one row for each active lane."""
+def load_rows(
+    active: Active, space: str, addresses: Array, dtype: np.dtype[Any], count: int, exempt: bool = False
+) -> Array:
+    """Rows of elements from a state space, one row for each active lane. exempt: not checked for races."""
     if space == "generic":
-        return _by_window(active, addresses, dtype, count, None)
+        return _by_window(active, addresses, dtype, count, None, exempt)
     wave = active.wave
     if space == "shared":
         blocks, offsets = shared_place(active, addresses)
         return wave.shared.load(blocks, offsets, dtype, count, active.index, active.threads)
     if space == "local":
         return _local(active, addresses, dtype, count)[0]
-    return wave.launch.memory.load(addresses, dtype, count, active.index)
+    observer = Observer(active, exempt) if wave.launch.writers else None
+    return wave.launch.memory.load(addresses, dtype, count, active.index, observer)
 
 
-def store_rows(active: Active, space: str, addresses: Array, values: Array) -> None:
+def store_rows(active: Active, space: str, addresses: Array, values: Array, exempt: bool = False) -> None:
     """Store rows of elements."""
     if space == "generic":
-        _by_window(active, addresses, values.dtype, values.shape[1], values)
+        _by_window(active, addresses, values.dtype, values.shape[1], values, exempt)
         return
     wave = active.wave
     if space == "shared":
@@ -71,7 +115,7 @@ def store_rows(active: Active, space: str, addresses: Array, values: Array) -> N
         _, view, places = _local(active, addresses, values.dtype, values.shape[1])
         view[places] = values
     else:
-        wave.launch.memory.store(addresses, values, active.index)
+        wave.launch.memory.store(addresses, values, active.index, Observer(active, exempt))
 
 
 def _local(active: Active, addresses: Array, dtype: np.dtype[Any], count: int) -> tuple[Array, Array, Array]:
@@ -82,8 +126,12 @@ def _local(active: Active, addresses: Array, dtype: np.dtype[Any], count: int) -
     if local is None or len(wrong):
         one = int(wrong[0]) if len(wrong) else 0
         kind = "misaligned" if int(addresses[one]) + width <= size else "out of bounds"
-        raise LaneFault(kind, f"access of {width} bytes, the thread has {size} bytes of local memory",
-                        int(active.index[one]), int(addresses[one]))
+        raise LaneFault(
+            kind,
+            f"access of {width} bytes, the thread has {size} bytes of local memory",
+            int(active.index[one]),
+            int(addresses[one]),
+        )
     padded = -(-size // 16) * 16
     if padded != size:
         active.wave.local = local = np.pad(local, ((0, 0), (0, padded - size)))
@@ -93,7 +141,7 @@ def _local(active: Active, addresses: Array, dtype: np.dtype[Any], count: int) -
 
 
 def _by_window(
-    active: Active, addresses: Array, dtype: np.dtype[Any], count: int, values: Array | None
+    active: Active, addresses: Array, dtype: np.dtype[Any], count: int, values: Array | None, exempt: bool
 ) -> Array:
     """Generic addresses: split the lanes by state space."""
     windows = (addresses >> np.uint64(SPACE_SHIFT)).astype(np.int64)
@@ -109,9 +157,9 @@ def _by_window(
             rows = np.flatnonzero(windows == kind)  # type: ignore[assignment]
             part = subset(active, active.index[rows])
         if values is None:
-            result[rows] = load_rows(part, space, place[rows], dtype, count)
+            result[rows] = load_rows(part, space, place[rows], dtype, count, exempt)
         else:
-            store_rows(part, space, place[rows], values[rows])
+            store_rows(part, space, place[rows], values[rows], exempt)
     return result
 
 
@@ -157,17 +205,21 @@ def ld(instruction: Instruction, scope: Scope) -> Plain:
     address = scope.address(a)
     polls = any(q in _POLLS for q in instruction.qualifiers)
     place = "global" if space in ("const", "param") else space
+    parameter = space == "param"
 
     def run(active: Active) -> None:
         addresses = address(active)
-        if place == "global" and addresses.shape[0] == 1 and active.count > 1:
+        if parameter:
+            addresses = addresses + np.uint64(active.wave.launch.parameter_address)
+        if place == "global" and addresses.shape[0] == 1 and active.count > 1 and not active.wave.launch.writers:
             values = active.wave.launch.memory.load(addresses, dtype, count, active.index[:1])
         else:
-            values = active.layout(load_rows(active, place, active.rows(addresses), dtype, count))
+            values = active.layout(load_rows(active, place, active.rows(addresses), dtype, count, polls))
         for column, put in enumerate(puts):
             put(active, values[:, column])
         if polls:
             active.wave.poll()
+            synchronises(active)
 
     return run
 
@@ -197,7 +249,7 @@ def _ld_parameter(scope: Scope, a: Address, puts: list[Any], dtype: np.dtype[Any
         stored = active.wave.parameters[key]
         for number, put in enumerate(puts):
             at = offset + number * width
-            part = np.ascontiguousarray(stored[:, at:at + width]).view(dtype).reshape(-1)
+            part = np.ascontiguousarray(stored[:, at : at + width]).view(dtype).reshape(-1)
             put(active, part[active.index] if active.compact and len(part) > 1 else part)
 
     return run_call
@@ -205,7 +257,11 @@ def _ld_parameter(scope: Scope, a: Address, puts: list[Any], dtype: np.dtype[Any
 
 @plain("st")
 def st(instruction: Instruction, scope: Scope) -> Plain:
-    """st{.space}{.vec}.type [a], b"""
+    """st{.space}{.vec}.type [a], b; st.async is in async_store"""
+    if instruction.has("async"):
+        from .async_store import async_store
+
+        return async_store(instruction, scope)
     type_name = instruction.qualifiers[-1]
     count = vector_length(instruction)
     allow(instruction, *_HINTS, *SPACES, "v2", "v4", "v8", type_name)
@@ -224,12 +280,13 @@ def st(instruction: Instruction, scope: Scope) -> Plain:
     if space in ("const", "param"):
         raise instruction.unknown("store to this space")
     address = scope.address(a)
+    exempt = any(q in ("volatile", "relaxed", "release") for q in instruction.qualifiers)
 
     def run(active: Active) -> None:
         values = np.empty((active.count, count), dtype)
         for column, source in enumerate(sources):
             values[:, column] = active.rows(source(active)).view(dtype)
-        store_rows(active, space, active.rows(address(active)), values)
+        store_rows(active, space, active.rows(address(active)), values, exempt)
         active.wave.launch.progress += 1
 
     return run
@@ -249,7 +306,7 @@ def _st_parameter(scope: Scope, a: Address, sources: list[Any], dtype: np.dtype[
         for number, source in enumerate(sources):
             rows = np.ascontiguousarray(active.rows(source(active))).view(np.uint8).reshape(-1, width)
             at = offset + number * width
-            stored[active.index, at:at + width] = rows
+            stored[active.index, at : at + width] = rows
         wave.parameters[key] = stored
 
     return run

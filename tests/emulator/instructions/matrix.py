@@ -7,7 +7,8 @@ roundings that are not documented, so results agree within float32 summation err
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -116,7 +117,10 @@ def movmatrix(instruction: Instruction, scope: Scope) -> Collective:
         matrix[:, _GROUP, 2 * _QUAD] = value & np.uint32(0xFFFF)
         matrix[:, _GROUP, 2 * _QUAD + 1] = value >> np.uint32(16)
         matrix = matrix.swapaxes(1, 2)
-        put(active, spread(active, warps, matrix[:, _GROUP, 2 * _QUAD] | (matrix[:, _GROUP, 2 * _QUAD + 1] << np.uint32(16))))
+        put(
+            active,
+            spread(active, warps, matrix[:, _GROUP, 2 * _QUAD] | (matrix[:, _GROUP, 2 * _QUAD + 1] << np.uint32(16))),
+        )
 
     return run, None
 
@@ -193,18 +197,25 @@ _BITS_IN_REGISTER = {"mxf4": 4, "mxf4nvf4": 4}
 
 @collective("mma")
 def mma(instruction: Instruction, scope: Scope) -> Collective:
-    """mma.sync.aligned.m16n8kK.row.col of f16, bf16, tf32, 8-bit integers and formats of 8 bits and less; block scales"""
+    """mma.sync.aligned.m16n8kK of f16, bf16, tf32, bytes, and formats of 8 bits and less with block scales"""
     shape = next((re.match(r"m16n8k(\d+)$", q) for q in instruction.qualifiers if q.startswith("m16n8k")), None)
     if shape is None or instruction.has("sp") or any(q.startswith("sp::") for q in instruction.qualifiers):
         raise instruction.unknown("shape")
     k = int(shape.group(1))
-    types = instruction.qualifiers[instruction.qualifiers.index("col") + 1:]
+    types = instruction.qualifiers[instruction.qualifiers.index("col") + 1 :]
     types = tuple(t for t in types if t not in ("satfinite", "block_scale") and "::" not in t)
     d_type, a_type, b_type, c_type = types[:4]
     for qualifier in instruction.qualifiers:
-        if qualifier not in ("sync", "aligned", "row", "col", "satfinite", "block_scale", shape.group(0), *types) and not (
-            qualifier.startswith(("kind::", "scale_vec::"))
-        ):
+        if qualifier not in (
+            "sync",
+            "aligned",
+            "row",
+            "col",
+            "satfinite",
+            "block_scale",
+            shape.group(0),
+            *types,
+        ) and not (qualifier.startswith(("kind::", "scale_vec::"))):
             raise instruction.unknown(f"qualifier .{qualifier}")
     kind = next((q[6:] for q in instruction.qualifiers if q.startswith("kind::")), "")
     bits_a, decode_a = decoder(a_type)
@@ -229,9 +240,7 @@ def mma(instruction: Instruction, scope: Scope) -> Collective:
 
     def run(active: Active) -> None:
         warps = warps_of(active)
-        fragments = [
-            np.stack([s(active).reshape(-1, 32)[warps] for s in registers], axis=1) for registers in sources
-        ]
+        fragments = [np.stack([s(active).reshape(-1, 32)[warps] for s in registers], axis=1) for registers in sources]
         left = decode_a(assemble_a(fragments[0], bits_a, k))
         right = decode_b(assemble_b(fragments[1], bits_b, k))
         if scales is not None:
@@ -266,5 +275,3 @@ def _in_byte(type_name: str, decode: Callable[[Array], Array]) -> Callable[[Arra
     if type_name == "e2m1":
         return lambda c: decode(c >> np.uint32(2))
     return decode
-
-

@@ -6,8 +6,9 @@ complete when somebody polls it, one at a time, and the poll that completed one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -58,7 +59,9 @@ class Barriers:
         """Count arrivals."""
         if count > barrier.pending:
             raise LaneFault(
-                "invalid operand", f"{count} arrivals at an mbarrier that waits for {barrier.pending} more in this phase", lane
+                "invalid operand",
+                f"{count} arrivals at an mbarrier that waits for {barrier.pending} more in this phase",
+                lane,
             )
         barrier.pending -= count
         if knowledge is not None:
@@ -90,10 +93,11 @@ def locate(active: Active, addresses: Array) -> list[tuple[int, int, int, int]]:
     window = addresses & np.uint64(0xFFFFFFFF)
     blocks, offsets = shared_place(active, window)
     active.wave.shared.check_range(blocks, offsets, 8, 8, active.index, "mbarrier access")
-    return list(zip(range(active.count), active.index.tolist(), blocks.tolist(), offsets.tolist()))
+    return list(zip(range(active.count), active.index.tolist(), blocks.tolist(), offsets.tolist(), strict=False))
 
 
-def _warp(wave: Wave, lane: int) -> tuple[int, int]:
+def warp_in_cluster(wave: Wave, lane: int) -> tuple[int, int]:
+    """Cluster of the wave and warp inside it."""
     block = lane // wave.threads
     return block // wave.cluster_size, (block % wave.cluster_size * wave.threads + lane % wave.threads) // 32
 
@@ -134,7 +138,9 @@ def _inval(instruction: Instruction, scope: Scope) -> Plain:
         for _, lane, block, offset in locate(active, active.rows(address(active))):
             barrier = barriers_of(active.wave).find(block, offset, lane)
             if barrier.deliveries:
-                raise LaneFault("missing wait", "mbarrier invalidated while asynchronous operations signal it", lane, offset)
+                raise LaneFault(
+                    "missing wait", "mbarrier invalidated while asynchronous operations signal it", lane, offset
+                )
             del barriers_of(active.wave).objects[block, offset]
 
     return run
@@ -162,7 +168,7 @@ def _arrive(instruction: Instruction, scope: Scope) -> Plain:
                 barrier.bytes += int(counts[row])
             if drops:
                 barrier.expected -= 1
-            knowledge = wave.clocks.release(*_warp(wave, lane))
+            knowledge = wave.clocks.release(*warp_in_cluster(wave, lane))
             state.arrive(wave, barrier, 1 if expects else int(counts[row]), knowledge, lane)
         put(active, active.layout(tokens))
 
@@ -204,7 +210,7 @@ def _wait(instruction: Instruction, scope: Scope) -> Plain:
             if done:
                 result[row] = True
                 if barrier.completed is not None:
-                    wave.clocks.acquire(*_warp(wave, lane), barrier.completed)
+                    wave.clocks.acquire(*warp_in_cluster(wave, lane), barrier.completed)
             elif id(barrier) not in served:
                 served.add(id(barrier))
                 if barrier.deliveries:
@@ -236,12 +242,12 @@ def arrive_after_copies(instruction: Instruction, scope: Scope) -> Plain:
             alone = subset(active, np.array([lane]))
             limit = np.full(wave.lanes, copies.committed[lane] + 1)
 
-            def deliver(alone: Active = alone, limit: Array = limit, barrier: Barrier = barrier, lane: int = lane) -> None:
+            def deliver(
+                alone: Active = alone, limit: Array = limit, barrier: Barrier = barrier, lane: int = lane
+            ) -> None:
                 copies.complete(alone, limit)
-                barriers_of(wave).arrive(wave, barrier, 1, wave.clocks.release(*_warp(wave, lane)), lane)
+                barriers_of(wave).arrive(wave, barrier, 1, wave.clocks.release(*warp_in_cluster(wave, lane)), lane)
 
             barrier.deliveries.append(deliver)
 
     return run
-
-

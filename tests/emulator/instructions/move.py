@@ -64,7 +64,13 @@ def cvta(instruction: Instruction, scope: Scope) -> Plain:
     type_name = instruction.qualifiers[-1]
     window = np.uint64(GENERIC[space])
     operand = a
-    if space in ("global", "const", "param") or not window:
+    if space == "param":
+        source, put = scope.source(a, type_name), scope.destination(d, type_name)
+        sign = -1 if instruction.has("to") else 1
+        return lambda active: put(
+            active, source(active) + np.uint64((sign * active.wave.launch.parameter_address) % (1 << 64))
+        )
+    if space in ("global", "const") or not window:
         return elementwise(scope, d, type_name, [operand], type_name, lambda x: x)
     if instruction.has("to"):
         return elementwise(scope, d, type_name, [operand], type_name, lambda x: x - window)
@@ -88,15 +94,14 @@ def mapa(instruction: Instruction, scope: Scope) -> Plain:
     type_name = instruction.qualifiers[-1]
     d, a, rank = instruction.operands
     if instruction.qualifiers[0] == "shared::cluster":
-
         return elementwise(
-            scope, d, type_name, [a, rank], ["u64" if type_name == "u64" else "u32", "u32"],
+            scope,
+            d,
+            type_name,
+            [a, rank],
+            ["u64" if type_name == "u64" else "u32", "u32"],
             lambda x, r: in_block(x.astype(np.uint64), r).astype(DTYPES[type_name]),
         )
     window = np.uint64(GENERIC["shared"])
 
-    return elementwise(
-        scope, d, type_name, [a, rank], ["u64", "u32"], lambda x, r: in_block(x - window, r) + window
-    )
-
-
+    return elementwise(scope, d, type_name, [a, rank], ["u64", "u32"], lambda x, r: in_block(x - window, r) + window)

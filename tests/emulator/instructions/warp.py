@@ -42,7 +42,7 @@ def spread(active: Active, warps: Array, rows: Array) -> Array:
 
 @collective("shfl")
 def shfl(instruction: Instruction, scope: Scope) -> Collective:
-    """shfl.sync{.up,.down,.bfly,.idx}.b32 d|p, a, b, c, members. A lane that does not take part gives a poison value."""
+    """shfl.sync{.up,.down,.bfly,.idx}.b32 d|p, a, b, c, members. Lanes that do not take part give a poison value."""
     _, mode, _ = instruction.qualifiers
     allow(instruction, "sync", "up", "down", "bfly", "idx", "b32")
     d, a, b, c, m = instruction.operands
@@ -195,16 +195,3 @@ def activemask(instruction: Instruction, scope: Scope) -> Plain:
     """activemask: the lanes of the warp that execute this together; which those are is up to the schedule"""
     put = scope.destination(instruction.operands[0], "b32")
     return lambda active: put(active, active.from_wide(np.repeat(lane_bits(active.mask), 32)))
-
-
-def warp_barrier(instruction: Instruction, scope: Scope) -> Collective:
-    """bar.warp.sync members: orders the memory accesses of the warp"""
-    members = members_of(scope, instruction.operands[0])
-
-    def run(active: Active) -> None:
-        wave = active.wave
-        warps = warps_of(active)
-        per_cluster = wave.threads // 32 * wave.cluster_size
-        wave.clocks.tick(warps // per_cluster, warps % per_cluster)
-
-    return run, members

@@ -55,7 +55,8 @@ class Products:
             if due.any():
                 if not np.array_equal(wave.shared.data[product.flat], product.seen):
                     raise LaneFault(
-                        "missing wait", f"shared memory changed while the wgmma of line {product.line} was reading it",
+                        "missing wait",
+                        f"shared memory changed while the wgmma of line {product.line} was reading it",
                         int(np.flatnonzero(due)[0]),
                     )
                 product.mask = product.mask & ~due
@@ -109,7 +110,7 @@ def _multiply(instruction: Instruction, scope: Scope) -> Collective:
     if shape is None or instruction.has("sp"):
         raise instruction.unknown("shape")
     n, k = int(shape.group(1)), int(shape.group(2))
-    types = instruction.qualifiers[instruction.qualifiers.index(shape.group(0)) + 1:]
+    types = instruction.qualifiers[instruction.qualifiers.index(shape.group(0)) + 1 :]
     if len(types) != 3 or types[0] not in ("f32", "f16", "s32"):
         raise instruction.unknown("types")
     d_type, a_type, b_type = types
@@ -150,26 +151,39 @@ def _multiply(instruction: Instruction, scope: Scope) -> Collective:
         product = np.matmul(decode_a(left) * sign_a, right_values.swapaxes(1, 2))
         tiles = product.reshape(len(groups) * 4, 16, n // 8, 8).swapaxes(1, 2)  # (warps, n / 8, 16, 8)
         fragments = tiles[:, :, _C_ROW, _C_COLUMN]  # (warps, n / 8, 4, 32)
-        keep = accumulate(active).reshape(-1, 128)[groups, 0] if accumulate is not None else np.full(len(groups), always)
+        keep = (
+            accumulate(active).reshape(-1, 128)[groups, 0] if accumulate is not None else np.full(len(groups), always)
+        )
         _write(active, groups, fragments, keep, slots, d_type)
         flat = np.concatenate(seen) if seen else np.zeros(0, np.int64)
         products = products_of(wave)
         products.pending.append(
-            Product(active.mask, products.committed.copy(), slots, flat, wave.shared.data[flat].copy(), instruction.line)
+            Product(
+                active.mask, products.committed.copy(), slots, flat, wave.shared.data[flat].copy(), instruction.line
+            )
         )
 
     return run, None, 128
 
 
 def _operand(
-    active: Active, descriptors: Array, blocks: Array, lanes: Array, rows: int, k: int, bits: int, k_major: bool,
+    active: Active,
+    descriptors: Array,
+    blocks: Array,
+    lanes: Array,
+    rows: int,
+    k: int,
+    bits: int,
+    k_major: bool,
     seen: list[Array],
 ) -> Array:
     """Codes (groups, rows, k) of an operand in shared memory."""
     wave = active.wave
     size = bits // 8
     result = np.empty((len(lanes), rows, k), np.uint32)
-    for number, (bits_of, block, lane) in enumerate(zip(descriptors.tolist(), blocks.tolist(), lanes.tolist())):
+    for number, (bits_of, block, lane) in enumerate(
+        zip(descriptors.tolist(), blocks.tolist(), lanes.tolist(), strict=False)
+    ):
         places = Descriptor.hopper(bits_of).places(rows, k, bits, k_major)
         where, who = np.full(places.size, block), np.full(places.size, lane)
         flat = wave.shared.check_range(where, places.reshape(-1), size, size, who, "matrix operand")
@@ -202,7 +216,13 @@ def _write(active: Active, groups: Array, fragments: Array, keep: Array, slots: 
         before = wide[warps]
         if d_type == "f16":
             tile, part = divmod(number, 2)
-            pairs = np.ascontiguousarray(before).view(np.uint16).reshape(*before.shape, 2).view(np.float16).astype(np.float64)
+            pairs = (
+                np.ascontiguousarray(before)
+                .view(np.uint16)
+                .reshape(*before.shape, 2)
+                .view(np.float16)
+                .astype(np.float64)
+            )
             total = np.stack([fragments[:, tile, 2 * part + i] for i in range(halves)], axis=-1)
             code = nf.f16_code(total + np.where(kept[..., None], pairs, 0.0)).astype(np.uint32)
             value = code[..., 0] | (code[..., 1] << np.uint32(16))
@@ -211,7 +231,9 @@ def _write(active: Active, groups: Array, fragments: Array, keep: Array, slots: 
             kind = np.float32 if d_type == "f32" else np.int32
             start = np.where(kept, before.view(kind).astype(np.float64), 0.0)
             total = fragments[:, tile, part] + start
-            value = (nf.canonical(total.astype(np.float32)) if d_type == "f32" else total.astype(np.int64).astype(np.int32)).view(np.uint32)
+            value = (
+                nf.canonical(total.astype(np.float32)) if d_type == "f32" else total.astype(np.int64).astype(np.int32)
+            ).view(np.uint32)
         merged = wide.copy()
         merged[warps] = value
         mask = active.mask if flying is None else flying.mask | active.mask

@@ -1,0 +1,85 @@
+// Blocks of a cluster that hand values to one of them. Values travel as asynchronous stores that count themselves at
+// the receiver: a release at cluster scope would wait for every access of the thread, to global memory too.
+#pragma once
+
+#include <cstdint>
+
+namespace dsv4 {
+
+// In shared memory of the receiving block: completes once so many bytes have been stored with store_to_block().
+struct ByteBarrier {
+  uint64_t state;
+};
+
+__device__ inline uint32_t shared_address(const void* variable) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(variable));
+}
+
+// By one thread of the receiving block. The other blocks may store after a barrier of the cluster that follows.
+__device__ inline void expect_bytes(ByteBarrier* barrier, uint32_t bytes) {
+  const uint32_t address = shared_address(barrier);
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+}
+
+// Stores to the same variable as `place` in the cluster's block number `block`, and counts it at that block's barrier.
+__device__ inline void store_to_block(float* place, float value, ByteBarrier* barrier, uint32_t block) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote_place, remote_barrier;\n"
+      "mapa.shared::cluster.u32 remote_place, %0, %3;\n"
+      "mapa.shared::cluster.u32 remote_barrier, %2, %3;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [remote_place], %1, [remote_barrier];\n"
+      "}" ::"r"(shared_address(place)),
+      "f"(value), "r"(shared_address(barrier)), "r"(block)
+      : "memory");
+}
+
+// The same for an entry of 8 bytes.
+__device__ inline void store_to_block(uint64_t* place, uint64_t value, ByteBarrier* barrier, uint32_t block) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote_place, remote_barrier;\n"
+      "mapa.shared::cluster.u32 remote_place, %0, %3;\n"
+      "mapa.shared::cluster.u32 remote_barrier, %2, %3;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [remote_place], %1, [remote_barrier];\n"
+      "}" ::"r"(shared_address(place)),
+      "l"(value), "r"(shared_address(barrier)), "r"(block)
+      : "memory");
+}
+
+// What this thread wrote to shared memory, before add_to_block() reads it or writes over it. A barrier of the block
+// follows.
+__device__ inline void hand_to_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Adds `count` counters to those of the same variable as `place` in the cluster's block number `block`, and counts their
+// bytes at that block's barrier. By one thread; the memory of `from` must last until then.
+__device__ inline void add_to_block(uint32_t* place, const uint32_t* from, int count, ByteBarrier* barrier,
+                                    uint32_t block) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote_place, remote_barrier;\n"
+      "mapa.shared::cluster.u32 remote_place, %0, %4;\n"
+      "mapa.shared::cluster.u32 remote_barrier, %3, %4;\n"
+      "cp.reduce.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes.add.u32 [remote_place], [%1], %2, "
+      "[remote_barrier];\n"
+      "}" ::"r"(shared_address(place)),
+      "r"(shared_address(from)), "r"(count * static_cast<int>(sizeof(uint32_t))), "r"(shared_address(barrier)), "r"(block)
+      : "memory");
+}
+
+// By the receiving block: returns when all expected bytes are there, once in the life of the barrier. As for bulk
+// copies the default scope, the block, is enough: what was stored lies in its own shared memory.
+__device__ inline void wait_for_bytes(ByteBarrier* barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], 0;\n"
+      "@!complete bra again;\n"
+      "}" ::"r"(shared_address(barrier))
+      : "memory");
+}
+
+}  // namespace dsv4

@@ -1,0 +1,74 @@
+"""Routing of large batches: the gate's product by torch's library, the rest by one kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels.errors import InvalidArgumentError
+from dsv4_kernels.router.functions import activation_topk
+
+
+def gate_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden . weight^T of bfloat16 operands, with float32 products, sums and result: [tokens, experts]."""
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.to(torch.float32) @ weight.to(torch.float32).T
+
+
+def dense_router_prefill(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    *,
+    padding_mask: Tensor | None = None,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    epsilon: float = 0.0,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gate of a large batch: what dense_router_decode computes, for any number of tokens.
+
+    The product is the library's, with a float32 result: logits are not rounded to bfloat16. activation_topk does the
+    rest. Results equal dense_router_decode's up to the order of float32 sums.
+
+    Args:
+        hidden: [tokens, hidden_size] bfloat16.
+        weight: [experts, hidden_size] bfloat16, at most 1024 experts. `layers.N.ffn.gate.weight`.
+        bias: [experts] float32, for selection only, or None. `layers.N.ffn.gate.bias`.
+        k: experts a token, 1 to 32.
+        padding_mask: [tokens] bool, true for padding: ids -1 and weights 0.
+        renormalize: divide by the sum; a sum of 0 counts as 1.
+        scale: the model's routed scaling factor.
+        epsilon: added to the sum.
+        out_weights: [tokens, k] float32 to write to.
+        out_ids: [tokens, k] int32 to write to.
+
+    Returns:
+        weights [tokens, k] float32 and ids [tokens, k] int32, as dense_router_decode.
+    """
+    check_operand("dense_router_prefill", "hidden", hidden, None)
+    check_operand("dense_router_prefill", "weight", weight, hidden.shape[1])
+    return activation_topk(
+        gate_logits(hidden, weight),
+        bias,
+        k,
+        padding_mask=padding_mask,
+        renormalize=renormalize,
+        scale=scale,
+        epsilon=epsilon,
+        out_weights=out_weights,
+        out_ids=out_ids,
+    )
+
+
+def check_operand(op: str, name: str, tensor: Tensor, columns: int | None) -> None:
+    """InvalidArgumentError unless the tensor is a bfloat16 matrix with so many columns."""
+    if tensor.dtype != torch.bfloat16:
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise InvalidArgumentError(f"{op}: {name}: expected dtype bfloat16, got {got}")
+    if tensor.dim() != 2 or columns not in (None, tensor.shape[1]):
+        need = "any" if columns is None else columns
+        raise InvalidArgumentError(f"{op}: {name}: expected shape [any, {need}], got {list(tensor.shape)}")

@@ -1,0 +1,220 @@
+"""The router of one layer as a module: holds the gate's tensors and picks the op for each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from dsv4_kernels.checkpoint import CheckpointError, check_tensor, load_gate
+from dsv4_kernels.errors import InvalidArgumentError
+from dsv4_kernels.presets import PRESETS, Preset
+from dsv4_kernels.router.functions import dense_router_decode, hash_router_fused, hash_router_scored
+from dsv4_kernels.router.prefill import check_operand, dense_router_prefill, gate_logits
+
+Mode: TypeAlias = Literal["dense", "hash"]
+
+# What dense_router_decode takes.
+_DECODE_TOKENS = 64
+_DECODE_EXPERTS = 512
+_DECODE_HIDDEN_MULTIPLE = 64
+
+# hash_router_fused reads k rows of the gate for each token; the library's product reads every row once, but takes 6 to
+# 7 us before the weighing starts, whatever the batch. In that time the L2 cache hands out about so many bytes of rows.
+_FUSED_BYTES = 16 << 20
+
+# What a checkpoint may hold for each tensor.
+_DTYPES = {
+    "weight": (torch.bfloat16,),
+    "bias": (torch.float32,),
+    "tid2eid": (torch.int64, torch.int32),
+}
+
+
+class Router(torch.nn.Module):
+    """Which experts each token of a layer goes to, and with which weight, as the DeepSeek-V4 models route.
+
+    A dense layer chooses by its gate's scores; a hash layer looks the experts up by token id and weighs them by those
+    scores. The mode is fixed at construction. Parameters carry the models' names and dtypes, so a model's state dict
+    loads under the prefix `layers.N.ffn.gate.`: `weight` [experts, hidden_size] bfloat16; in dense layers `bias`
+    [experts] float32; in hash layers `tid2eid` [vocab_size, top_k]. Casting the module moves them but leaves their
+    dtypes alone. For inference: none of them takes a gradient.
+
+    Ids are the model's, of all experts, on every rank: expert and tensor parallel callers map them as they need.
+    Traces under torch.compile(fullgraph=True) and captures in CUDA graphs. One Router may run on several streams.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        *,
+        hidden_size: int,
+        experts: int,
+        top_k: int,
+        vocab_size: int | None = None,
+        scale: float = 1.0,
+        renormalize: bool = True,
+        epsilon: float = 0.0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """A router whose tensors are zero until a state dict is loaded.
+
+        Args:
+            mode: 'dense' or 'hash'.
+            hidden_size: width of the hidden states.
+            experts: routed experts.
+            top_k: experts a token.
+            vocab_size: token ids; hash mode needs it.
+            scale: the model's routed scaling factor.
+            renormalize: divide a token's scores by their sum.
+            epsilon: added to that sum.
+            device: where the tensors live.
+        """
+        super().__init__()
+        if mode not in ("dense", "hash"):
+            raise InvalidArgumentError(f"Router: mode: expected 'dense' or 'hash', got {mode!r}")
+        if (mode == "hash") != (vocab_size is not None):
+            need = "the number of token ids in hash mode" if mode == "hash" else "None in dense mode"
+            raise InvalidArgumentError(f"Router: vocab_size: expected {need}, got {vocab_size}")
+        self.mode = mode
+        self.hidden_size, self.experts, self.top_k, self.vocab_size = hidden_size, experts, top_k, vocab_size
+        self.scale, self.renormalize, self.epsilon = float(scale), renormalize, float(epsilon)
+
+        def parameter(name: str, *shape: int) -> Parameter:
+            return Parameter(torch.zeros(shape, dtype=_DTYPES[name][0], device=device), requires_grad=False)
+
+        self.weight = parameter("weight", experts, hidden_size)
+        if vocab_size is None:
+            self.bias = parameter("bias", experts)
+        else:
+            self.tid2eid = parameter("tid2eid", vocab_size, top_k)
+
+    @classmethod
+    def from_preset(cls, mode: Mode, preset: str | Preset, **options: Any) -> Router:
+        """A router of a public model's sizes; tensors are zero. options: scale, renormalize, epsilon, device."""
+        sizes = find_preset(preset)
+        return cls(
+            mode,
+            hidden_size=sizes.hidden_size,
+            experts=sizes.experts,
+            top_k=sizes.top_k,
+            vocab_size=sizes.vocab_size if mode == "hash" else None,
+            **{"scale": sizes.routed_scaling, **options},
+        )
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, layer: int, preset: str | Preset, **options: Any) -> Router:
+        """The router of a layer of a safetensors checkpoint; its mode is what the layer's tensors are for.
+
+        Args:
+            path: a .safetensors file, or a folder with one or with shards and their index.
+            layer: number of the layer.
+            preset: the model, by name or by its sizes.
+            options: scale, renormalize, epsilon, device.
+
+        Raises:
+            CheckpointError: naming the tensor, its shape and what was expected.
+        """
+        sizes = find_preset(preset)
+        gate = load_gate(Path(path), layer, sizes)
+        router = cls.from_preset("dense" if gate.tid2eid is None else "hash", sizes, **options)
+        tensors = {"weight": gate.weight, "bias": gate.bias, "tid2eid": gate.tid2eid}
+        router.load_state_dict({name: tensor for name, tensor in tensors.items() if tensor is not None})
+        return router
+
+    def forward(
+        self,
+        hidden: Tensor,
+        token_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        *,
+        out_weights: Tensor | None = None,
+        out_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Routes a batch.
+
+        Args:
+            hidden: [tokens, hidden_size] bfloat16.
+            token_ids: [tokens] int32 or int64. Hash mode needs them, dense mode ignores them.
+            padding_mask: [tokens] bool, true for padding: ids -1 and weights 0.
+            out_weights: [tokens, top_k] float32 to write to.
+            out_ids: [tokens, top_k] int32 to write to.
+
+        Returns:
+            weights [tokens, top_k] float32, ids [tokens, top_k] int32. The dense mode's are in descending order of
+            score + bias, the hash mode's in the table's order.
+        """
+        out: dict[str, Any] = {"out_weights": out_weights, "out_ids": out_ids}
+        out |= {"renormalize": self.renormalize, "scale": self.scale, "epsilon": self.epsilon}
+        op = self.op_for(hidden.shape[0], padded=padding_mask is not None)
+        if self.mode == "dense":
+            if op == "dense_router_decode":
+                return dense_router_decode(hidden, self.weight, self.bias, self.top_k, **out)
+            return dense_router_prefill(hidden, self.weight, self.bias, self.top_k, padding_mask=padding_mask, **out)
+        if token_ids is None:
+            raise InvalidArgumentError("Router: token_ids: expected a tensor in hash mode, got None")
+        out["padding_mask"] = padding_mask
+        if op == "hash_router_fused":
+            return hash_router_fused(token_ids, self.tid2eid, hidden, self.weight, **out)
+        check_operand("Router", "hidden", hidden, self.hidden_size)
+        return hash_router_scored(token_ids, self.tid2eid, gate_logits(hidden, self.weight), **out)
+
+    def op_for(self, tokens: int, padded: bool = False) -> str:
+        """The function that routes a batch of that size: dense_router_decode or dense_router_prefill,
+        hash_router_fused or hash_router_scored. padded: whether it comes with a padding mask.
+        """
+        if self.mode == "hash":
+            read = tokens * self.top_k * self.hidden_size * self.weight.element_size()
+            fused = read <= _FUSED_BYTES and self.hidden_size % 8 == 0
+            return "hash_router_fused" if fused else "hash_router_scored"
+        decode = (
+            not padded
+            and tokens <= _DECODE_TOKENS
+            and self.experts <= _DECODE_EXPERTS
+            and self.hidden_size % _DECODE_HIDDEN_MULTIPLE == 0
+        )
+        return "dense_router_decode" if decode else "dense_router_prefill"
+
+    def extra_repr(self) -> str:
+        """Mode and sizes."""
+        return (
+            f"mode={self.mode!r}, hidden_size={self.hidden_size}, experts={self.experts}, top_k={self.top_k}, "
+            f"scale={self.scale}"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        # What is missing is torch's to report: only there is it known whether the caller allows it.
+        for name, dtypes in _DTYPES.items():
+            tensor, parameter = state_dict.get(prefix + name), self._parameters.get(name)
+            if tensor is None:
+                continue
+            if parameter is None:
+                raise CheckpointError(
+                    f"Router: {prefix}{name}: expected no such tensor in {self.mode} mode, got {list(tensor.shape)}; "
+                    "it is the other mode's"
+                )
+            check_tensor("Router", prefix + name, tensor, tuple(parameter.shape), dtypes)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def find_preset(preset: str | Preset) -> Preset:
+    """A public model's sizes by its name. Sizes of one's own are passed through."""
+    if isinstance(preset, Preset):
+        return preset
+    if preset not in PRESETS:
+        raise InvalidArgumentError(f"Router: preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    return PRESETS[preset]
