@@ -1,9 +1,10 @@
 """The table of every image in the library: those of the aot step, and those that nvcc put into the CUDA C++ objects.
 
-    python -m aot.images --aot DIR --out DIR OBJECT...
+    python -m aot.images --aot DIR --nvcc-dir DIR --nvcc-version V --out DIR OBJECT...
 
-Writes images.cpp (compiled into the library) and images.json (installed beside it; what `info` prints). Runs in the
-build after the CUDA sources are compiled and before the library is linked. A kernel that spills fails the build here.
+Writes images.cpp (compiled into the library), images.json (installed beside it; what `info` prints), and ptx/: what
+each image was assembled from, which the tests' emulator runs and no wheel holds. Runs in the build after the CUDA
+sources are compiled and before the library is linked. A kernel that spills fails the build here.
 """
 
 from __future__ import annotations
@@ -40,6 +41,22 @@ def object_sidecars(path: Path, nvcc_version: str) -> list[Sidecar]:
     return sidecars
 
 
+def collect_ptx(aot: Path, nvcc_dir: Path, out: Path, sidecars: list[Sidecar]) -> None:
+    """Writes ARCHITECTURE/OP.ptx for each CUDA C++ source and ARCHITECTURE/NAME.ptx for each aot kernel."""
+    sources: dict[Path, Path] = {}
+    for sidecar in sidecars:
+        if sidecar.language == "cuda":
+            name = sidecar.op
+            source = nvcc_dir / name / f"{name}.{sidecar.architecture.replace('sm', 'compute')}.ptx"
+        else:
+            name = sidecar.name
+            source = aot / sidecar.architecture / f"{name}.ptx"
+        sources[out / sidecar.architecture / f"{name}.ptx"] = source
+    for target, source in sources.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_if_changed(target, source.read_text())
+
+
 def cpp_table(sidecars: list[Sidecar]) -> str:
     rows = "\n".join(
         f'    {{"{s.op}", "{s.symbol}", "{s.language}", "{s.architecture}", "{s.sha256}"}},' for s in sidecars
@@ -61,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m aot.images", description=__doc__)
     parser.add_argument("--aot", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--nvcc-dir", type=Path, required=True, help="where nvcc kept its intermediate files, by op")
     parser.add_argument("--nvcc-version", required=True)
     parser.add_argument("objects", type=Path, nargs="+")
     options = parser.parse_args()
@@ -69,6 +87,7 @@ def main() -> None:
     sidecars.sort(key=lambda s: (s.family, s.op, s.symbol, int(re.sub(r"\D", "", s.architecture))))
     options.out.mkdir(parents=True, exist_ok=True)
     write_if_changed(options.out / "images.cpp", cpp_table(sidecars))
+    collect_ptx(options.aot, options.nvcc_dir, options.out / "ptx", sidecars)
     write_if_changed(options.out / "images.json", json.dumps([asdict(s) for s in sidecars], indent=1) + "\n")
 
 

@@ -40,10 +40,25 @@ make_environment "$environment"
 export PATH=$environment/bin:$PATH
 failed=()
 ci/lint.sh || failed+=(lint)
+# The PTX that the images were assembled from, which the emulator of the tests runs; CMake left it in the build folder.
+tag=$(basename "$wheel" .whl)
+ptx=$root/build/${tag#*-*-}/images/ptx
+
 # The program pytest, and not `python -m pytest`, which would put the checkout on sys.path.
-DSV4_TEST_DIST=$output DSV4_TEST_BUILD_PYTHON=$build/bin/python \
-  pytest --junitxml="$output/tests.xml" "$@" || failed+=(tests)
-python ci/count_skipped.py "$output/tests.xml"
+run_tests() {
+  local report=$1
+  shift
+  DSV4_TEST_DIST=$output DSV4_TEST_BUILD_PYTHON=$build/bin/python DSV4_TEST_PTX=$ptx \
+    pytest --junitxml="$output/$report.xml" "$@"
+}
+if (($#)); then
+  run_tests tests "$@" || failed+=(tests)
+else
+  # First what measures time and builds, alone; then the rest, a process for each processor.
+  run_tests package tests/package tests/cpp || failed+=(package)
+  run_tests tests -n "$(nproc)" --ignore tests/package --ignore tests/cpp || failed+=(tests)
+fi
+python ci/count_skipped.py "$output"/*.xml
 if ((${#failed[@]})); then
   echo "test: FAILED: ${failed[*]}" >&2
   exit 1

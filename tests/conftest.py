@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-
 from dsv4_kernels import _native
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+from tests.emulated import ARCHITECTURES, emulated, ptx_folder
+
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def why_no_gpu() -> str | None:
@@ -26,7 +29,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """Where to run: the CPU implementation always, the kernels where there is a GPU."""
+@pytest.fixture(params=["cpu", *ARCHITECTURES, GPU])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where to run: the CPU implementation, the kernels of each architecture in the emulator, the kernels on a GPU.
+
+    Emulated kernels work on host tensors: the device is "cpu" then too.
+    """
+    if request.param in ARCHITECTURES:
+        ptx_folder()
+        with emulated(request.param):
+            yield "cpu"
+    else:
+        yield request.param
+
+
+@pytest.fixture(params=["cpu", GPU])
+def real_device(request: pytest.FixtureRequest) -> str:
+    """For tests of torch's own machinery, to which an emulated kernel is no different."""
     return request.param
