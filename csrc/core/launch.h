@@ -12,7 +12,6 @@ struct Geometry {
   dim3 grid;
   dim3 block;
   uint32_t dynamic_shared = 0;  // bytes
-  uint32_t cluster = 1;         // blocks along x that run together, unless the kernel itself says
 };
 
 // Launches `kernel` with `count` parameters of the given sizes. Returns before the kernel has run.

@@ -53,8 +53,8 @@ __device__ inline void store_to_block(uint64_t* place, uint64_t value, ByteBarri
 // follows.
 __device__ inline void hand_to_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Adds `count` counters to those of the same variable as `place` in the cluster's block number `block`, and counts their
-// bytes at that block's barrier. By one thread; the memory of `from` must last until then.
+// Adds `count` counters to those of the same variable as `place` in the cluster's block number `block`, and counts
+// their bytes at that block's barrier. By one thread; the memory of `from` must last until then.
 __device__ inline void add_to_block(uint32_t* place, const uint32_t* from, int count, ByteBarrier* barrier,
                                     uint32_t block) {
   asm volatile(
@@ -65,7 +65,8 @@ __device__ inline void add_to_block(uint32_t* place, const uint32_t* from, int c
       "cp.reduce.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes.add.u32 [remote_place], [%1], %2, "
       "[remote_barrier];\n"
       "}" ::"r"(shared_address(place)),
-      "r"(shared_address(from)), "r"(count * static_cast<int>(sizeof(uint32_t))), "r"(shared_address(barrier)), "r"(block)
+      "r"(shared_address(from)), "r"(count * static_cast<int>(sizeof(uint32_t))), "r"(shared_address(barrier)),
+      "r"(block)
       : "memory");
 }
 

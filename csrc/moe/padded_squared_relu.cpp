@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kColumnBlock = 1024;        // of aot/moe/padded_squared_relu.py
 constexpr int kBlocksPerMultiprocessor = 16;  // of 128 threads: fills a multiprocessor
 constexpr int64_t kMaxGridY = 65535;
-constexpr int64_t kVector = 16;               // what the aligned kernel's arguments are multiples of
+constexpr int64_t kVector = 16;  // what the aligned kernel's arguments are multiples of
 
 // The aligned kernel reads and writes 16 bytes a thread.
 bool is_aligned(const dsv4_tensor& tensor) {

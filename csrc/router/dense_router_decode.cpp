@@ -14,7 +14,7 @@ constexpr int64_t kExpertsPerBlock = 16;  // of aot/router/dense_router_decode.p
 constexpr int64_t kTokensPerGroup = 8;
 constexpr int64_t kHiddenMultiple = 64;
 constexpr int64_t kLoadBytes = 16;
-constexpr size_t kArrivalBytes = 64;     // a counter for each group, padded so that the logits behind stay aligned
+constexpr size_t kArrivalBytes = 64;  // a counter for each group, padded so that the logits behind stay aligned
 // Partial sums of a logit, each with a place in the workspace. More would read faster, but the last block adds them up:
 // 4 was fastest for every shape and batch measured on an H200, see NOTES.md.
 constexpr int64_t kMaxHiddenSplits = 4;
@@ -28,8 +28,9 @@ DecodeKernel kernel_for(int64_t experts) {
   return aot::dense_router_decode_experts512;
 }
 
-// Into how many parts hidden_size is split, so that few experts and tokens still keep the whole chip reading: at most one
-// block for each multiprocessor. Depends on shapes and the device alone, for the sums' order must not change between calls.
+// Into how many parts hidden_size is split, so that few experts and tokens still keep the whole chip reading: at most
+// one block for each multiprocessor. Depends on shapes and the device alone, for the sums' order must not change
+// between calls.
 uint32_t hidden_splits(const Device& device, int64_t hidden_size, int64_t other_blocks) {
   const int64_t most = std::min(kMaxHiddenSplits, hidden_size / kHiddenMultiple);
   return static_cast<uint32_t>(std::clamp<int64_t>(device.multiprocessors / other_blocks, 1, most));
@@ -75,8 +76,9 @@ extern "C" dsv4_status dsv4_dense_router_decode(const dsv4_dense_router_decode_a
   const uint32_t expert_blocks = blocks_for(experts, kExpertsPerBlock);
   const uint32_t groups = blocks_for(tokens, kTokensPerGroup);
   const dim3 grid(expert_blocks, hidden_splits(*target.device, hidden_size, int64_t{expert_blocks} * groups), groups);
-  return kernel_for(experts)(target, grid, args.hidden.data, args.weight.data, args.bias.data, workspace + kArrivalBytes,
-                            workspace, args.out_weights.data, args.out_ids.data, args.hidden.stride[0],
-                            args.weight.stride[0], static_cast<int32_t>(tokens), static_cast<int32_t>(hidden_size),
-                            static_cast<int32_t>(experts), args.top_k, args.renormalize, args.scale, args.epsilon);
+  return kernel_for(experts)(target, grid, args.hidden.data, args.weight.data, args.bias.data,
+                             workspace + kArrivalBytes, workspace, args.out_weights.data, args.out_ids.data,
+                             args.hidden.stride[0], args.weight.stride[0], static_cast<int32_t>(tokens),
+                             static_cast<int32_t>(hidden_size), static_cast<int32_t>(experts), args.top_k,
+                             args.renormalize, args.scale, args.epsilon);
 }

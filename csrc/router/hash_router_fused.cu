@@ -59,12 +59,15 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kTokenThreads /
     if (chunk + kTokenThreads < chunks) values[1] = token_hidden[chunk + kTokenThreads];
   };
   load_hidden(thread);
-  if (thread == 0) expect_bytes(&sums_complete, kTokenWarps * top_k * sizeof(float));
-  __cluster_barrier_arrive_relaxed();
+  if constexpr (Blocks > 1) {
+    if (thread == 0) expect_bytes(&sums_complete, kTokenWarps * top_k * sizeof(float));
+    __cluster_barrier_arrive_relaxed();
+  }
 
   // Lane j of every warp knows the expert of slot j. Where there is none, row 0 is read, and nobody uses the product.
   const int64_t entry = row >= 0 && lane < top_k ? table[row * top_k + lane] : kNoExpert;
-  __cluster_barrier_wait();  // the first block can receive; this costs nothing while the entry is on its way
+  if constexpr (Blocks > 1)
+    __cluster_barrier_wait();  // the first block can receive; this costs nothing while the entry is on its way
   const bool routed = entry >= 0 && entry < experts;
   const uint32_t expert = routed ? static_cast<uint32_t>(entry) : 0;
 
@@ -91,11 +94,17 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kTokenThreads /
     }
     const float sum = sum_each_over_warp(sums);
     const int slot = first + lane / 4;
-    if (lane % 4 == 0 && lane / 4 < kSlots && slot < top_k)
-      store_to_block(&warp_sums[thread / kWarpLanes][slot], sum, &sums_complete, 0);
+    if (lane % 4 == 0 && lane / 4 < kSlots && slot < top_k) {
+      float* const place = &warp_sums[thread / kWarpLanes][slot];
+      if constexpr (Blocks > 1)
+        store_to_block(place, sum, &sums_complete, 0);
+      else
+        *place = sum;
+    }
   }
+  if constexpr (Blocks == 1) __syncthreads();
   if (thread >= kWarpLanes) return;
-  wait_for_bytes(&sums_complete);
+  if constexpr (Blocks > 1) wait_for_bytes(&sums_complete);
 
   float score = 0.0f;
   if (routed) {

@@ -58,9 +58,9 @@ typedef enum dsv4_dtype {
 /* A view of memory that the caller owns. Shapes and strides count elements. */
 typedef struct dsv4_tensor {
   void* data;
-  int32_t dtype;  /* a dsv4_dtype */
-  int32_t device; /* CUDA device ordinal, or DSV4_HOST */
-  int32_t rank;   /* 0 for a scalar */
+  int32_t dtype;    /* a dsv4_dtype */
+  int32_t device;   /* CUDA device ordinal, or DSV4_HOST */
+  int32_t rank;     /* 0 for a scalar */
   int32_t reserved; /* 0 */
   int64_t shape[DSV4_MAX_RANK];
   int64_t stride[DSV4_MAX_RANK];

@@ -27,7 +27,7 @@ DSV4_API dsv4_status dsv4_hash_router(const dsv4_hash_router_args* args, dsv4_st
 /* Hash routing as the DeepSeek-V4 models do it: experts from the table, weights from the gate's logits.
  *     s = sqrt(softplus(logits[token, id])),  weight = scale * s / (sum of the row's s + epsilon)
  * The division only if renormalize; a sum of 0 counts as 1. A NaN logit has weight 0. Table entries outside
- * [0, experts) get id -1 and weight 0 and take no part in the sum. Token ids out of range and padding: as hash_router. */
+ * [0, experts) get id -1 and weight 0 and take no part in the sum. Token ids out of range, padding: as hash_router. */
 typedef struct dsv4_hash_router_scored_args {
   size_t struct_size;       /* sizeof(dsv4_hash_router_scored_args) */
   dsv4_tensor token_ids;    /* [tokens] int32 or int64 */
@@ -43,15 +43,36 @@ typedef struct dsv4_hash_router_scored_args {
 
 DSV4_API dsv4_status dsv4_hash_router_scored(const dsv4_hash_router_scored_args* args, dsv4_stream stream);
 
+/* hash_router_scored from what the logits are made of, in one launch: only the k logits of each token that its weights
+ * need are computed, so a small batch reads k rows of the gate for a token rather than all of it.
+ *     logit = hidden[token] . weight[id] in float32, summed in an order that is the same in every batch
+ * Everything else, also what is out of range, as hash_router_scored with `experts` the rows of weight. */
+typedef struct dsv4_hash_router_fused_args {
+  size_t struct_size;       /* sizeof(dsv4_hash_router_fused_args) */
+  dsv4_tensor token_ids;    /* [tokens] int32 or int64 */
+  dsv4_tensor hash_lut;     /* [vocab, k] int32 or int64, k <= 32 */
+  dsv4_tensor hidden;       /* [tokens, hidden_size] bfloat16, hidden_size a multiple of 8; rows may be strided */
+  dsv4_tensor weight;       /* [experts, hidden_size] bfloat16; rows may be strided */
+  dsv4_tensor padding_mask; /* [tokens] bool; may be absent */
+  dsv4_tensor out_weights;  /* [tokens, k] float32 */
+  dsv4_tensor out_ids;      /* [tokens, k] int32 */
+  int32_t renormalize;      /* 0 or 1 */
+  float scale;              /* the model's routed scaling factor */
+  float epsilon;            /* added to the sum; the models use 0, some engines 1e-20 */
+} dsv4_hash_router_fused_args;
+
+DSV4_API dsv4_status dsv4_hash_router_fused(const dsv4_hash_router_fused_args* args, dsv4_stream stream);
+
 /* Dense routing of a small batch in one launch: gate GEMM, activation, selection.
  *     logits = hidden . weight^T in float32,  s = sqrt(softplus(logits))
  *     ids = the k largest of s + bias in descending order, ties to the lower id, NaN lowest
- *     weight = scale * s[id] / (sum of the chosen s + epsilon), the division only if renormalize; a sum of 0 counts as 1
- * A NaN logit has weight 0. The workspace must be zeroed once before its first use; every call leaves it ready for the
- * next one on the same stream. Calls that may run at the same time need a workspace each. */
+ *     weight = scale * s[id] / (sum of the chosen s + epsilon)
+ * The division only if renormalize; a sum of 0 counts as 1. A NaN logit has weight 0. The workspace must be zeroed once
+ * before its first use; every call leaves it ready for the next one on the same stream. Calls that may run at the same
+ * time need a workspace each. */
 typedef struct dsv4_dense_router_decode_args {
   size_t struct_size;      /* sizeof(dsv4_dense_router_decode_args) */
-  dsv4_tensor hidden;      /* [tokens, hidden_size] bfloat16, tokens <= 64, hidden_size a multiple of 64; rows may be strided */
+  dsv4_tensor hidden;      /* [tokens <= 64, hidden_size] bfloat16, hidden_size a multiple of 64; rows may be strided */
   dsv4_tensor weight;      /* [experts, hidden_size] bfloat16, experts <= 512; rows may be strided */
   dsv4_tensor bias;        /* [experts] float32, used for selection only; may be absent */
   dsv4_tensor workspace;   /* [>= dsv4_dense_router_decode_workspace_size] uint8, zeroed once */
@@ -63,10 +84,42 @@ typedef struct dsv4_dense_router_decode_args {
   float epsilon;
 } dsv4_dense_router_decode_args;
 
-/* Bytes of workspace for a batch of that shape. */
+/* Bytes of workspace for a batch of that shape; 0 for one that the op refuses. */
 DSV4_API size_t dsv4_dense_router_decode_workspace_size(int64_t tokens, int64_t experts);
 
 DSV4_API dsv4_status dsv4_dense_router_decode(const dsv4_dense_router_decode_args* args, dsv4_stream stream);
+
+/* How a gate scores an expert from its logit. Softmax: over the experts of the token whose logit is not NaN. */
+typedef enum dsv4_score_function {
+  DSV4_SQRT_SOFTPLUS = 0, /* sqrt(log(1 + e^logit)): DeepSeek-V4 */
+  DSV4_SIGMOID = 1,
+  DSV4_SOFTMAX = 2
+} dsv4_score_function;
+
+/* Dense routing from the gate's logits: activation, selection, weights.
+ *     s = score_function(logits)
+ *     ids = the k largest of s + bias in descending order, ties to the lower id, NaN lowest
+ *     weight = scale * s[id] / (sum of the chosen s + epsilon)
+ * The division only if renormalize; a sum of 0 counts as 1. A NaN logit has weight 0; ids are valid and different in
+ * any case. A token that padding_mask marks gets ids -1 and weights 0. A token that bias_alt_mask marks is selected by
+ * bias_alt instead of bias. */
+typedef struct dsv4_activation_topk_args {
+  size_t struct_size;        /* sizeof(dsv4_activation_topk_args) */
+  dsv4_tensor logits;        /* [tokens, experts] float32 or bfloat16, experts <= 1024; rows may be strided */
+  dsv4_tensor bias;          /* [experts] float32, used for selection only; may be absent */
+  dsv4_tensor padding_mask;  /* [tokens] bool, true = padding; may be absent */
+  dsv4_tensor bias_alt;      /* [experts] float32; may be absent, together with bias_alt_mask */
+  dsv4_tensor bias_alt_mask; /* [tokens] bool */
+  dsv4_tensor out_weights;   /* [tokens, k] float32 */
+  dsv4_tensor out_ids;       /* [tokens, k] int32 or int64 */
+  int32_t top_k;             /* 1 to 32, at most experts */
+  int32_t score_function;    /* a dsv4_score_function */
+  int32_t renormalize;       /* 0 or 1 */
+  float scale;
+  float epsilon;
+} dsv4_activation_topk_args;
+
+DSV4_API dsv4_status dsv4_activation_topk(const dsv4_activation_topk_args* args, dsv4_stream stream);
 
 #ifdef __cplusplus
 }

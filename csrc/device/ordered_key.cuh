@@ -1,0 +1,25 @@
+// Floats as integers that compare as a selection orders them: the smaller the key, the better the value.
+#pragma once
+
+#include <cstdint>
+
+namespace dsv4 {
+
+constexpr uint32_t kNoKey = 0xffffffffu;   // no value at all; no value has this key
+constexpr uint32_t kNanKey = 0xfffffffeu;  // any NaN: behind every number, before nothing at all
+
+// Descending by value. -0 and +0 share a key: they are equal, so the column decides between them.
+__device__ inline uint32_t descending_key(float value) {
+  const uint32_t bits = __float_as_uint(value + 0.0f);  // -0 + 0 is +0
+  const uint32_t key = bits ^ (~static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) & 0x7fffffffu);
+  return isnan(value) ? kNanKey : key;
+}
+
+// A key and the column it was found in, as one number: among equal keys the lower column is the better entry. No two
+// entries of a row are equal, so their order does not hang on the order in which they are looked at.
+__device__ inline uint64_t make_entry(uint32_t key, uint32_t column) { return uint64_t{key} << 32 | column; }
+__device__ inline uint32_t entry_column(uint64_t entry) { return static_cast<uint32_t>(entry); }
+
+constexpr uint64_t kNoEntry = ~uint64_t{0};
+
+}  // namespace dsv4

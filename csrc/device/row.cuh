@@ -1,0 +1,76 @@
+// Rows of float32 or bfloat16, read four neighbouring columns at a time.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <dsv4/dsv4.h>
+
+#include "core/dtype.h"
+
+namespace dsv4 {
+
+constexpr int kFour = 4;
+
+template <typename T>
+struct alignas(kFour * sizeof(T)) Four {
+  T values[kFour];
+};
+
+// Whether rows can be read with vector loads: every group of four starts on a multiple of its size, and none hangs over
+// the end of a row.
+inline bool in_fours(const dsv4_tensor& tensor) {
+  const int last = tensor.rank - 1;
+  const uintptr_t bytes = kFour * static_cast<uintptr_t>(dtype_bytes(tensor.dtype));
+  const bool rows_apart = last > 0 && tensor.shape[0] > 1;
+  return reinterpret_cast<uintptr_t>(tensor.data) % bytes == 0 && tensor.shape[last] % kFour == 0 &&
+         (!rows_apart || tensor.stride[0] % kFour == 0);
+}
+
+// Columns `column` to `column + 3` of a row; 0 beyond its end. `fours` is what in_fours() said.
+template <typename T>
+__device__ inline Four<T> load_four(const T* row, int column, int columns, bool fours) {
+  Four<T> result;
+#pragma unroll
+  for (int j = 0; j < kFour; ++j) result.values[j] = T(0.0f);
+  if (fours) {
+    if (column < columns) result = *reinterpret_cast<const Four<T>*>(row + column);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kFour; ++j)
+      if (column + j < columns) result.values[j] = row[column + j];
+  }
+  return result;
+}
+
+// A row spread over a warp: the column that a lane holds in a slot. Ascends with the slot. The same whether or not the
+// row can be read with vector loads, so that sums over the lanes have one order.
+__device__ inline int warp_column(int lane, int slot) { return (slot / kFour * 32 + lane) * kFour + slot % kFour; }
+
+// A lane's part of a row of up to 32 * Slots columns; 0 beyond its end.
+template <int Slots, typename T>
+__device__ inline void load_warp_row(const T* row, int lane, int columns, bool fours, float (&values)[Slots]) {
+  Four<T> loaded[Slots / kFour];
+#pragma unroll
+  for (int i = 0; i < Slots / kFour; ++i) loaded[i] = load_four(row, warp_column(lane, i * kFour), columns, fours);
+#pragma unroll
+  for (int slot = 0; slot < Slots; ++slot) values[slot] = static_cast<float>(loaded[slot / kFour].values[slot % kFour]);
+}
+
+// Calls function with a zero of the C++ type of a float dtype that rows may have.
+template <typename Function>
+auto with_row_type(int32_t dtype, Function&& function) {
+  return dtype == DSV4_BFLOAT16 ? function(__nv_bfloat16{}) : function(float{});
+}
+
+// Calls function with the number of slots of a lane for rows of that many columns, as an integral constant. The models'
+// gates have 256 and 384 experts.
+template <typename Function>
+auto with_slots(int64_t columns, Function&& function) {
+  if (columns <= 256) return function(std::integral_constant<int, 8>{});
+  if (columns <= 384) return function(std::integral_constant<int, 12>{});
+  if (columns <= 512) return function(std::integral_constant<int, 16>{});
+  return function(std::integral_constant<int, 32>{});
+}
+
+constexpr int64_t kMaxWarpColumns = 1024;  // of with_slots()
+
+}  // namespace dsv4
