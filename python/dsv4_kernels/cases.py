@@ -36,8 +36,8 @@ class Verdict:
 class Yardstick:
     """What an op's results and times are measured against.
 
-    plain: the same computation in plain torch at the op's own precision, as an engine without this package would write it:
-        the benchmark's rival, and the measure of rounding. Takes and returns what the op does.
+    plain: the same computation in plain torch at the op's own precision, as an engine without this package would write
+        it: the benchmark's rival, and the measure of rounding. Takes and returns what the op does.
     judge: from (arguments where the op ran, its results and plain's on the CPU) to a Verdict against float64.
     moved_bytes: from the arguments to the fewest bytes that must move through device memory.
     """
@@ -105,7 +105,7 @@ def is_poison(tensor: Tensor) -> Tensor:
 
 
 def worst_relative_error(got: Tensor, expected: Tensor) -> float:
-    """max |got - expected| / |expected|, where 0 must be met exactly; NaN and infinity where only one of them has it."""
+    """max |got - expected| / |expected|, where 0 must be met exactly; NaN or infinity if only one of them has it."""
     got, expected = got.to(torch.float64), expected.to(torch.float64)
     same = (got == expected) | (got.isnan() & expected.isnan())
     error = torch.where(same, 0.0, (got - expected).abs() / expected.abs())

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 
 from dsv4_kernels import _native
 
-# While one of these holds, the dispatcher must see the call: torch.compile traces, a mode (fake tensors, make_fx) is active.
+# While one of these holds, the dispatcher must see the call: torch.compile traces, a mode (fake tensors) is active.
 # Anything but these types is a subclass that wants to see it too.
 _PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -51,7 +51,11 @@ class Op:
     ) -> tuple[torch.Tensor, ...]:
         """Runs the op. out holds a tensor to write to, or None to allocate one, for each result."""
         first = arguments[0]
-        if is_compiling() or _dispatch_modes() or (type(first) not in _PLAIN_TENSORS and isinstance(first, torch.Tensor)):
+        if (
+            is_compiling()
+            or _dispatch_modes()
+            or (type(first) not in _PLAIN_TENSORS and isinstance(first, torch.Tensor))
+        ):
             return self._call_torch_op(arguments, out)
         return self.run(arguments, out, workspace)
 
@@ -138,7 +142,8 @@ class Op:
         if not isinstance(arguments[0], torch.Tensor) and any(tensor is None for tensor in out):
             name = self.results[[tensor is None for tensor in out].index(True)]
             raise InvalidArgumentError(
-                f"{self.name}: {name}: expected a tensor to write to, got None; outputs are allocated for torch tensors only"
+                f"{self.name}: {name}: expected a tensor to write to, got None; "
+                "outputs are allocated for torch tensors only"
             ) from None
         # Outputs could not be allocated for these inputs: the C checks say why.
         self.native(*arguments, *((workspace,) if self.workspace_size else ()), *out)
@@ -155,7 +160,7 @@ def _is_tensor(value: object) -> bool:
 def _describe(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return f"a {value.device.type} tensor with layout {str(value.layout).removeprefix('torch.')}"
-    return str(value) if type(value) is int else type(value).__name__
+    return f"int {value}" if type(value) is int else type(value).__name__
 
 
 # Of each type in torch's schema language: what an argument must be, in words and as a test.

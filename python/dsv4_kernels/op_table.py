@@ -13,8 +13,8 @@ from dsv4_kernels.op import Op, OutputSpec
 OPS: dict[str, Op] = {}
 
 
-def _weights_and_ids(tokens: int, top_k: int) -> tuple[OutputSpec, ...]:
-    return ((tokens, top_k), torch.float32), ((tokens, top_k), torch.int32)
+def _weights_and_ids(tokens: int, top_k: int, id_type: torch.dtype = torch.int32) -> tuple[OutputSpec, ...]:
+    return ((tokens, top_k), torch.float32), ((tokens, top_k), id_type)
 
 
 def _add(op: Op) -> None:
@@ -43,11 +43,34 @@ _add(
 _add(
     Op(
         "router",
+        "hash_router_fused",
+        "Tensor token_ids, Tensor hash_lut, Tensor hidden, Tensor weight, Tensor? padding_mask=None, "
+        "bool renormalize=True, float scale=1.0, float epsilon=0.0",
+        ("out_weights", "out_ids"),
+        lambda token_ids, hash_lut, *_: _weights_and_ids(token_ids.shape[0], hash_lut.shape[1]),
+    )
+)
+_add(
+    Op(
+        "router",
         "dense_router_decode",
         "Tensor hidden, Tensor weight, Tensor? bias, int k, bool renormalize=True, float scale=1.0, float epsilon=0.0",
         ("out_weights", "out_ids"),
         lambda hidden, weight, bias, k, *_: _weights_and_ids(hidden.shape[0], k),
         lambda hidden, weight, *_: _native.dense_router_decode_workspace_size(hidden.shape[0], weight.shape[0]),
+    )
+)
+_add(
+    Op(
+        "router",
+        "activation_topk",
+        "Tensor logits, Tensor? bias, int k, int score_function=0, bool renormalize=True, float scale=1.0, "
+        "float epsilon=0.0, Tensor? padding_mask=None, Tensor? bias_alt=None, Tensor? bias_alt_mask=None, "
+        "bool int64_ids=False",
+        ("out_weights", "out_ids"),
+        lambda logits, bias, k, *rest: _weights_and_ids(
+            logits.shape[0], k, torch.int64 if rest[-1:] == (True,) else torch.int32
+        ),
     )
 )
 _add(

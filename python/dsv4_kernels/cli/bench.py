@@ -1,9 +1,9 @@
 """Time ops against their floor and against plain torch.
 
-The floor of a case is the time to move its fewest bytes at the bandwidth of a large copy, plus that of a kernel that does
-nothing; both are measured first, in the same run. Every op is timed by replays of a captured graph, on random inputs:
-"cold" takes inputs in turn that together exceed the L2 cache, "warm" one set. Rivals do the same work in the same run:
-torch eager, captured too, and torch.compile. Host cost of a call is timed apart.
+The floor of a case is the time to move its fewest bytes at the bandwidth of a large copy, plus that of a kernel that
+does nothing; both are measured first, in the same run. Every op is timed by replays of a captured graph, on random
+inputs: "cold" takes inputs in turn that together exceed the L2 cache, "warm" one set. Rivals do the same work in
+the same run: torch eager, captured too, and torch.compile. Host cost of a call is timed apart.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ MAX_SET_BYTES = 1 << 30
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("--device", help="cuda or cuda:N; cpu times the CPU implementations (default: cuda if there is one)")
+    parser.add_argument(
+        "--device", help="cuda or cuda:N; cpu times the CPU implementations (default: cuda if there is one)"
+    )
     parser.add_argument("--op", action="append", help="only this op; may be given several times")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--json", metavar="FILE", help="also write results to this file")
@@ -48,7 +50,10 @@ def run(options: argparse.Namespace) -> int:
         return 2
     console = Console()
     best = ceilings(device)
-    rows = [measure(c, device, best, not options.no_compile) for c in track(cases, "timing", console=console, transient=True)]
+    rows = [
+        measure(c, device, best, not options.no_compile)
+        for c in track(cases, "timing", console=console, transient=True)
+    ]
     calls = call_costs()
     report = {
         "machine": describe(device),
@@ -112,7 +117,8 @@ def calls_of(case: Case, sets: Sequence[tuple[Any, ...]]) -> list[Callable[[], o
 
 def call_costs() -> dict[str, float]:
     """What the host spends on one call of the smallest op, by the way in, in microseconds; on host tensors, with the
-    launch itself left out."""
+    launch itself left out.
+    """
     from dsv4_kernels.router import hash_router
 
     token_ids = torch.zeros(1, dtype=torch.int32)
@@ -139,7 +145,8 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     """Times, floors and ratios."""
     device = report["machine"]["device"]
     console.print(
-        f"{device}: copy {report['copy_bandwidth'] / 1e12:.2f} TB/s, empty kernel {report['launch_us']:.2f} us", highlight=False
+        f"{device}: copy {report['copy_bandwidth'] / 1e12:.2f} TB/s, empty kernel {report['launch_us']:.2f} us",
+        highlight=False,
     )
     table = Table(title="microseconds a call", box=None)
     for name in ("op", "case", "floor", "warm", "cold", "x floor", "eager", "compile"):

@@ -40,7 +40,9 @@ def run(options: argparse.Namespace) -> int:
         size = sum({row["sha256"]: row["bytes"] for row in rows}.values())
         registers = max(row["registers"] for row in rows)
         languages = "+".join(sorted({row["language"] for row in rows}))
-        table.add_row(op, languages, *(str(n) if n else "[red]none" for n in counts), str(registers), f"{size / 1024:.0f}")
+        table.add_row(
+            op, languages, *(str(n) if n else "[red]none" for n in counts), str(registers), f"{size / 1024:.0f}"
+        )
     console.print(table)
     compilers = {f"{name} {version}" for image in images for name, version in image["compilers"].items()}
     console.print("compilers: " + ", ".join(sorted(compilers)), highlight=False)

@@ -39,7 +39,7 @@ def describe(device: str) -> dict[str, Any]:
 def driver_version() -> str | None:
     """As NVML reports it, or None."""
     try:
-        import pynvml  # type: ignore[import-untyped]
+        import pynvml
 
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())

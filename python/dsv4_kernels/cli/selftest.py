@@ -1,7 +1,7 @@
 """Check every op against float64 on the device at hand.
 
-Runs each op's cases with the kernels of this device (on the CPU without one), from poisoned outputs and fixed seeds, and
-twice: the second run must give the same bits. Exit status 0 if every case passes.
+Runs each op's cases with the kernels of this device (on the CPU without one), from poisoned outputs and fixed seeds,
+and twice: the second run must give the same bits. Exit status 0 if every case passes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--op", action="append", help="only the cases of this op; may be given several times")
-    parser.add_argument("--judge-on-cpu", action="store_true", help="keep plain torch off the device: under a sanitizer, say")
+    parser.add_argument(
+        "--judge-on-cpu", action="store_true", help="keep plain torch off the device: under a sanitizer, say"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write results to this file; - for standard output")
 
 
@@ -35,7 +37,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"selftest: no op named {', '.join(options.op)}")
         return 2
     console = Console(stderr=options.json == "-")
-    results = [check(case, device, options.judge_on_cpu) for case in track(cases, "checking", console=console, transient=True)]
+    results = [
+        check(case, device, options.judge_on_cpu) for case in track(cases, "checking", console=console, transient=True)
+    ]
     failed = [result for result in results if not result["passed"]]
     report = {"machine": describe(device), "passed": not failed, "results": results}
     if options.json == "-":
@@ -69,11 +73,15 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     for op in dict.fromkeys(result["op"] for result in report["results"]):
         rows = [result for result in report["results"] if result["op"] == op]
         measured = [row for row in rows if row["error"] is not None]
-        worst = max(measured, key=lambda row: row["error"] / row["limit"] if row["limit"] else row["error"], default=None)
+        worst = max(
+            measured, key=lambda row: row["error"] / row["limit"] if row["limit"] else row["error"], default=None
+        )
         text = f"{worst['error']:.1e} / {worst['limit']:.1e} ({worst['what']})" if worst else "-"
         passed = all(row["passed"] for row in rows)
         table.add_row(op, rows[0]["image"], str(len(rows)), text, "[green]pass" if passed else "[red]FAIL")
     console.print(table)
     for row in report["results"]:
         if not row["passed"]:
-            console.print(f"[red]FAIL[/] {row['op']}[{row['case']}]: {row['what']}: {row['error']} > {row['limit']}", markup=True)
+            console.print(
+                f"[red]FAIL[/] {row['op']}[{row['case']}]: {row['what']}: {row['error']} > {row['limit']}", markup=True
+            )

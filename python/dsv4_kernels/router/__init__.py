@@ -2,12 +2,25 @@
 
 from dsv4_kernels import torch_ops
 from dsv4_kernels.router.functions import (
+    activation_topk,
     dense_router_decode,
     dense_router_decode_workspace_size,
     hash_router,
+    hash_router_fused,
     hash_router_scored,
 )
+from dsv4_kernels.router.prefill import dense_router_prefill
+from dsv4_kernels.router.router import Router
 
 torch_ops.register()
 
-__all__ = ["dense_router_decode", "dense_router_decode_workspace_size", "hash_router", "hash_router_scored"]
+__all__ = [
+    "Router",
+    "activation_topk",
+    "dense_router_decode",
+    "dense_router_decode_workspace_size",
+    "dense_router_prefill",
+    "hash_router",
+    "hash_router_fused",
+    "hash_router_scored",
+]

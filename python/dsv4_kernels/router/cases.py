@@ -15,6 +15,8 @@ from dsv4_kernels.router import reference
 
 TOKENS = (1, 16, 64, 1024, 8192)
 DECODE_TOKENS = (1, 8, 16, 33, 64)
+FUSED_TOKENS = (1, 16, 64)
+ACTIVATION_TOKENS = (1, 64, 128, 1024, 8192)
 
 # A weight is a handful of float32 operations: whatever plain torch loses, this much is always allowed.
 WEIGHT_LIMIT = 4 * FLOAT32_ULP
@@ -43,7 +45,8 @@ def judge_lookup(op: str) -> Callable[[tuple[Any, ...], tuple[Tensor, ...], tupl
 
 def judge_selection(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
     """A chosen expert is right if its float64 score is within rounding of the k-th best; so is their order. Weights are
-    judged for the experts that were chosen. Rounding is twice what plain float32 torch shows on the same inputs."""
+    judged for the experts that were chosen. Rounding is twice what plain float32 torch shows on the same inputs.
+    """
     plain_scores = reference.sqrt_softplus(plain_logits(arguments[0], arguments[1]).cpu())
     hidden, weight, bias, k, renormalize, scale, epsilon = to_cpu(arguments)
     exact_logits = hidden.to(torch.float64) @ weight.to(torch.float64).T
@@ -98,12 +101,78 @@ def plain_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.to(torch.float32) @ weight.to(torch.float32).T
 
 
+def plain_fused(
+    token_ids: Tensor, hash_lut: Tensor, hidden: Tensor, weight: Tensor, padding_mask: Tensor | None, *weighing: Any
+) -> tuple[Tensor, Tensor]:
+    """As engines do: all logits, then the chosen ones."""
+    return plain_lookup_scored(token_ids, hash_lut, plain_logits(hidden, weight), padding_mask, *weighing)
+
+
 def plain_dense(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, renormalize: bool, scale: float, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     scores = torch.nn.functional.softplus(plain_logits(hidden, weight)).sqrt()
     ids = (scores if bias is None else scores + bias).topk(k, dim=1).indices
     return plain_weigh(scores.gather(1, ids), renormalize, scale, epsilon), ids.to(torch.int32)
+
+
+def plain_activation_topk(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    score_function: int,
+    renormalize: bool,
+    scale: float,
+    epsilon: float,
+    padding_mask: Tensor | None,
+    bias_alt: Tensor | None,
+    bias_alt_mask: Tensor | None,
+    int64_ids: bool,
+) -> tuple[Tensor, Tensor]:
+    x = logits.to(torch.float32)
+    if score_function == reference.SOFTMAX:
+        scores = torch.softmax(x, dim=1)
+    elif score_function == reference.SIGMOID:
+        scores = torch.sigmoid(x)
+    else:
+        scores = torch.nn.functional.softplus(x).sqrt()
+    selection = scores if bias is None else scores + bias
+    if bias_alt is not None and bias_alt_mask is not None:
+        selection = torch.where(bias_alt_mask[:, None], scores + bias_alt, selection)
+    ids = selection.topk(k, dim=1).indices
+    weights = plain_weigh(scores.gather(1, ids), renormalize, scale, epsilon)
+    if padding_mask is not None:
+        ids, weights = torch.where(padding_mask[:, None], -1, ids), torch.where(padding_mask[:, None], 0.0, weights)
+    return weights, ids if int64_ids else ids.to(torch.int32)
+
+
+def judge_activation_topk(
+    arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]
+) -> Verdict:
+    """As judge_selection, from given logits: rounding is that of the scores alone."""
+    logits, bias, k, score_function, renormalize, scale, epsilon, padding, bias_alt, mask, _ = to_cpu(arguments)
+    scores = reference.activate(logits, score_function)
+    selection = reference.selection_scores(scores, bias, bias_alt, mask)
+    weights, ids = results[0], results[1].to(torch.int64)
+    if padding is not None:
+        if bool((ids[padding] != -1).any() | (weights[padding] != 0).any()):
+            return Verdict(float("inf"), 0.0, "padding")
+        scores, selection, weights, ids = scores[~padding], selection[~padding], weights[~padding], ids[~padding]
+    if bool(((ids < 0) | (ids >= logits.shape[1])).any()):
+        return Verdict(float("inf"), 0.0, "ids out of range")
+    if any(len(set(row)) != k for row in ids.tolist()):
+        return Verdict(float("inf"), 0.0, "ids chosen twice")
+    rounding = 8 * FLOAT32_ULP * float(selection.abs().max())
+    shortfall = float((selection.topk(k, dim=1).values - selection.gather(1, ids)).max())  # membership and order
+    if shortfall > rounding:
+        return Verdict(shortfall, rounding, "score of a chosen expert")
+    exact = reference.weigh(scores.gather(1, ids), renormalize, scale, epsilon)
+    limit = max(2 * worst_relative_error(plain[0] if padding is None else plain[0][~padding], exact), WEIGHT_LIMIT)
+    if not bool(
+        (results[1] == plain[1]).all()
+    ):  # plain torch chose others among near equals: its weights are no measure
+        limit = WEIGHT_LIMIT
+    return Verdict(worst_relative_error(weights, exact), limit, "weight, relative")
 
 
 RESULT_BYTES = 8  # of a routed slot: a float32 weight and an int32 id
@@ -119,15 +188,27 @@ def lookup_scored_bytes(token_ids: Tensor, hash_lut: Tensor, logits: Tensor, *_:
     return lookup_bytes(token_ids, hash_lut) + slots * logits.element_size()
 
 
+def fused_bytes(token_ids: Tensor, hash_lut: Tensor, hidden: Tensor, weight: Tensor, *_: Any) -> int:
+    """The rows of the gate that some token chose, each once."""
+    rows: int = hash_lut[token_ids].unique().numel() * weight.shape[1] * weight.element_size()
+    return lookup_bytes(token_ids, hash_lut) + hidden.numel() * hidden.element_size() + rows
+
+
 def dense_bytes(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, *_: Any) -> int:
     read = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in read) + hidden.shape[0] * k * RESULT_BYTES
 
 
+def activation_topk_bytes(logits: Tensor, bias: Tensor | None, k: int, *_: Any) -> int:
+    return logits.numel() * logits.element_size() + logits.shape[0] * k * RESULT_BYTES
+
+
 YARDSTICKS = {
     "hash_router": Yardstick(plain_lookup, judge_lookup("hash_router"), lookup_bytes),
     "hash_router_scored": Yardstick(plain_lookup_scored, judge_lookup("hash_router_scored"), lookup_scored_bytes),
+    "hash_router_fused": Yardstick(plain_fused, judge_lookup("hash_router_fused"), fused_bytes),
     "dense_router_decode": Yardstick(plain_dense, judge_selection, dense_bytes),
+    "activation_topk": Yardstick(plain_activation_topk, judge_activation_topk, activation_topk_bytes),
 }
 
 
@@ -174,6 +255,33 @@ def gate_inputs(
     return hidden, weight, bias
 
 
+def fused_case(
+    name: str,
+    tokens: int,
+    hidden_size: int,
+    experts: int,
+    k: int,
+    vocab_size: int,
+    scale: float = 1.0,
+    renormalize: bool = True,
+    benched: bool = False,
+) -> Case:
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        token_ids = torch.randint(vocab_size, (tokens,), generator=generator, dtype=torch.int32)
+        table = torch.randint(experts, (vocab_size, k), generator=generator)
+        hidden, weight, _ = gate_inputs(generator, tokens, hidden_size, experts)
+        return token_ids, table, hidden, weight, None, renormalize, scale, 0.0
+
+    return Case(
+        "hash_router_fused",
+        f"{name}, {tokens} tokens",
+        make,
+        YARDSTICKS["hash_router_fused"],
+        benched=benched,
+        labels={"preset": name, "tokens": tokens},
+    )
+
+
 def dense_case(
     name: str,
     tokens: int,
@@ -198,11 +306,53 @@ def dense_case(
     )
 
 
+def activation_case(
+    name: str,
+    tokens: int,
+    experts: int,
+    k: int,
+    score_function: int = reference.SQRT_SOFTPLUS,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    renormalize: bool = True,
+    with_options: bool = False,
+    benched: bool = False,
+) -> Case:
+    """with_options: padding, a bias for marked tokens and int64 ids."""
+
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        logits = (2 * torch.randn(tokens, experts, generator=generator)).to(dtype)
+        bias, bias_alt = 0.1 * torch.randn(2, experts, generator=generator)
+        settings = (logits, bias, k, score_function, renormalize, scale, 1e-20 if with_options else 0.0)
+        if not with_options:
+            return *settings, None, None, None, False
+        padding, marked = torch.randint(2, (2, tokens), generator=generator).to(torch.bool)
+        return *settings, padding & ~marked, bias_alt.clone(), marked, True
+
+    return Case(
+        "activation_topk",
+        f"{name}, {tokens} tokens, {str(dtype).removeprefix('torch.')}",
+        make,
+        YARDSTICKS["activation_topk"],
+        benched=benched,
+        labels={"preset": name, "tokens": tokens},
+    )
+
+
 CASES = (
     *(hash_router_case(PRESETS["v4-flash"], tokens, torch.int32) for tokens in TOKENS),
     *(hash_router_case(PRESETS["v4-pro"], tokens, torch.int64) for tokens in (1, 1000)),
     *(hash_router_scored_case(PRESETS["v4-flash"], tokens) for tokens in TOKENS),
     *(hash_router_scored_case(PRESETS["v4-pro"], tokens, torch.bfloat16) for tokens in (1, 1000)),
+    *(
+        fused_case(p.name, tokens, p.hidden_size, p.experts, p.top_k, p.vocab_size, p.routed_scaling, benched=True)
+        for p in PRESETS.values()
+        if p.hash_layers
+        for tokens in FUSED_TOKENS
+    ),
+    fused_case("rows beyond one step", 300, 17000, 19, 3, 50),
+    fused_case("one chunk, not renormalised", 33, 8, 7, 5, 11, 1.0, renormalize=False),
+    fused_case("largest k", 40, 1088, 129, 32, 70, 2.5),
     *(
         dense_case(p.name, tokens, p.hidden_size, p.experts, p.top_k, p.routed_scaling, benched=True)
         for p in PRESETS.values()
@@ -212,4 +362,16 @@ CASES = (
     dense_case("one expert", 2, 64, 1, 1),
     dense_case("most experts, largest k", 64, 192, 512, 32),
     dense_case("top-3 of 129", 17, 1088, 129, 3),
+    *(
+        activation_case(p.name, tokens, p.experts, p.top_k, scale=p.routed_scaling, benched=True)
+        for p in (PRESETS["v4-flash"], PRESETS["v4-pro"])
+        for tokens in ACTIVATION_TOKENS
+    ),
+    activation_case("v4-flash", 128, 256, 6, dtype=torch.bfloat16, scale=1.5, benched=True),
+    activation_case("every option", 77, 384, 6, dtype=torch.bfloat16, scale=2.5, with_options=True),
+    activation_case("sigmoid, top-8 of 160", 33, 160, 8, reference.SIGMOID, scale=2.5),
+    activation_case("softmax, top-4 of 60, not renormalised", 33, 60, 4, reference.SOFTMAX, renormalize=False),
+    activation_case("softmax, top-9 of 515, every option", 9, 515, 9, reference.SOFTMAX, with_options=True),
+    activation_case("one expert", 3, 1, 1),
+    activation_case("top-32 of 1024", 17, 1024, 32),
 )

@@ -14,7 +14,12 @@ from dsv4_kernels.op_table import OPS
 
 _hash_router = OPS["hash_router"]
 _hash_router_scored = OPS["hash_router_scored"]
+_hash_router_fused = OPS["hash_router_fused"]
 _dense_router_decode = OPS["dense_router_decode"]
+_activation_topk = OPS["activation_topk"]
+
+# dsv4_score_function of csrc/include/dsv4/router.h
+_SCORE_FUNCTIONS = {"sqrt_softplus": 0, "sigmoid": 1, "softmax": 2}
 
 
 def hash_router(
@@ -84,6 +89,49 @@ def hash_router_scored(
     return weights, ids
 
 
+def hash_router_fused(
+    token_ids: Tensor,
+    hash_lut: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    padding_mask: Tensor | None = None,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    epsilon: float = 0.0,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """hash_router_scored without the product that makes the logits: only the k logits that a token's weights need.
+
+        s = sqrt(softplus(hidden[token] . weight[id])),  weight = scale * s / (sum of the row's s + epsilon)
+
+    One launch. It reads k rows of the gate for each token, so it is for small batches: a product of all rows reads each
+    once. Source: class Gate of the models' published inference code, which computes all logits and gathers k.
+
+    Args:
+        token_ids: [tokens] int32 or int64.
+        hash_lut: [vocab, k] int32 or int64, k <= 32; the checkpoints' `layers.N.ffn.gate.tid2eid`.
+        hidden: [tokens, hidden_size] bfloat16, hidden_size a multiple of 8; rows may be strided, each aligned to 16
+            bytes.
+        weight: [experts, hidden_size] bfloat16; rows likewise. `layers.N.ffn.gate.weight`.
+        padding_mask: [tokens] bool, true for padding.
+        renormalize: divide by the sum; a sum of 0 counts as 1.
+        scale: the model's routed scaling factor (1.5 in v4-flash, 2.5 in v4-pro).
+        epsilon: added to the sum; the models use 0, some engines 1e-20.
+        out_weights: [tokens, k] float32 to write to.
+        out_ids: [tokens, k] int32 to write to.
+
+    Returns:
+        weights [tokens, k] float32; ids [tokens, k] int32. A token gets the same bits in every batch. A table entry
+        outside [0, experts) gives its slot id -1 and weight 0 and takes no part in the sum. A NaN logit has weight 0.
+    """
+    weights, ids = _hash_router_fused(
+        (token_ids, hash_lut, hidden, weight, padding_mask, renormalize, scale, epsilon), (out_weights, out_ids)
+    )
+    return weights, ids
+
+
 def dense_router_decode(
     hidden: Tensor,
     weight: Tensor,
@@ -131,3 +179,74 @@ def dense_router_decode(
 def dense_router_decode_workspace_size(tokens: int, experts: int) -> int:
     """Bytes of workspace that dense_router_decode needs for a batch of that shape."""
     return _native.dense_router_decode_workspace_size(tokens, experts)
+
+
+def activation_topk(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    *,
+    score_function: str = "sqrt_softplus",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    epsilon: float = 0.0,
+    padding_mask: Tensor | None = None,
+    bias_alt: Tensor | None = None,
+    bias_alt_mask: Tensor | None = None,
+    int64_ids: bool = False,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """From the gate's logits to experts and weights, in one kernel: activation, selection, renormalisation.
+
+        s = score_function(logits),  ids = the k largest of s + bias
+        weight = scale * s[id] / (sum of the chosen s + epsilon)
+
+    Source: class Gate of the models' published inference code.
+
+    Args:
+        logits: [tokens, experts] float32 or bfloat16, at most 1024 experts: hidden . weight^T; rows may be strided.
+        bias: [experts] float32, for selection only, or None. `layers.N.ffn.gate.bias`.
+        k: experts a token, 1 to 32, at most experts.
+        score_function: "sqrt_softplus" (DeepSeek-V4), "sigmoid" or "softmax" (over the experts whose logit is not NaN;
+            an infinite logit counts as the limit).
+        renormalize: divide by the sum; a sum of 0 counts as 1.
+        scale: the model's routed scaling factor (1.5 in v4-flash, 2.5 in v4-pro).
+        epsilon: added to the sum; the models use 0, some engines 1e-20.
+        padding_mask: [tokens] bool, true for padding: ids -1, weights 0.
+        bias_alt: [experts] float32, the bias of the tokens that bias_alt_mask marks, such as those of an image.
+        bias_alt_mask: [tokens] bool, given together with bias_alt.
+        int64_ids: return ids as int64. An out_ids that is given has either type.
+        out_weights: [tokens, k] float32 to write to.
+        out_ids: [tokens, k] int32 or int64 to write to.
+
+    Returns:
+        weights [tokens, k] float32 and ids [tokens, k] in descending order of s + bias; ties go to the lower id, NaN is
+        lowest. A NaN logit has weight 0. Ids are valid and different whatever the logits, unless the token is padding.
+    """
+    if score_function not in _SCORE_FUNCTIONS:
+        raise _unknown_score_function(score_function)
+    weights, ids = _activation_topk(
+        (
+            logits,
+            bias,
+            k,
+            _SCORE_FUNCTIONS[score_function],
+            renormalize,
+            scale,
+            epsilon,
+            padding_mask,
+            bias_alt,
+            bias_alt_mask,
+            int64_ids,
+        ),
+        (out_weights, out_ids),
+    )
+    return weights, ids
+
+
+def _unknown_score_function(got: object) -> Exception:
+    from dsv4_kernels.errors import InvalidArgumentError
+
+    need = " or ".join(_SCORE_FUNCTIONS)
+    return InvalidArgumentError(f"activation_topk: score_function: expected {need}, got {got}")

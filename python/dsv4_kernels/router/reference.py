@@ -62,6 +62,22 @@ def hash_router_scored(
     out_weights.copy_(weigh(torch.where(valid, scores, 0.0), renormalize, scale, epsilon))
 
 
+def hash_router_fused(
+    token_ids: Tensor,
+    hash_lut: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    padding_mask: Tensor | None,
+    renormalize: bool,
+    scale: float,
+    epsilon: float,
+    out_weights: Tensor,
+    out_ids: Tensor,
+) -> None:
+    logits = hidden.to(torch.float64) @ weight.to(torch.float64).T
+    hash_router_scored(token_ids, hash_lut, logits, padding_mask, renormalize, scale, epsilon, out_weights, out_ids)
+
+
 def descending(scores: Tensor) -> Tensor:
     """Column indices of each row in descending order of score: ties by index, NaN last."""
     nan = scores.isnan()
@@ -87,3 +103,54 @@ def dense_router_decode(
     chosen = scores.gather(1, ids).nan_to_num(nan=0.0, posinf=torch.inf)
     out_ids.copy_(ids)
     out_weights.copy_(weigh(chosen, renormalize, scale, epsilon))
+
+
+SQRT_SOFTPLUS, SIGMOID, SOFTMAX = range(3)  # dsv4_score_function of csrc/include/dsv4/router.h
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Over the logits that are not NaN, which keep their NaN; infinite ones count as the limit."""
+    x = logits.to(torch.float64)
+    highest = x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(dim=1, keepdim=True)
+    powers = torch.where(x == highest, 1.0, torch.exp(x - highest))
+    return powers / powers.nansum(dim=1, keepdim=True)
+
+
+def activate(logits: Tensor, score_function: int) -> Tensor:
+    """Scores in float64."""
+    if score_function == SOFTMAX:
+        return softmax(logits)
+    return torch.sigmoid(logits.to(torch.float64)) if score_function == SIGMOID else sqrt_softplus(logits)
+
+
+def selection_scores(scores: Tensor, bias: Tensor | None, bias_alt: Tensor | None, mask: Tensor | None) -> Tensor:
+    """What the experts are chosen by: scores plus the bias that holds for the token."""
+    biases = torch.zeros_like(scores) if bias is None else bias.to(torch.float64).expand_as(scores)
+    if bias_alt is not None and mask is not None:
+        biases = torch.where(mask[:, None], bias_alt.to(torch.float64), biases)
+    return scores + biases
+
+
+def activation_topk(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    score_function: int,
+    renormalize: bool,
+    scale: float,
+    epsilon: float,
+    padding_mask: Tensor | None,
+    bias_alt: Tensor | None,
+    bias_alt_mask: Tensor | None,
+    int64_ids: bool,
+    out_weights: Tensor,
+    out_ids: Tensor,
+) -> None:
+    scores = activate(logits, score_function)
+    ids = descending(selection_scores(scores, bias, bias_alt, bias_alt_mask))[:, :k]
+    weights = weigh(scores.gather(1, ids).nan_to_num(nan=0.0, posinf=torch.inf), renormalize, scale, epsilon)
+    if padding_mask is not None:
+        ids = torch.where(padding_mask[:, None], NO_EXPERT, ids)
+        weights = torch.where(padding_mask[:, None], 0.0, weights)
+    out_ids.copy_(ids)
+    out_weights.copy_(weights)
