@@ -50,8 +50,8 @@ def load_library() -> ctypes.CDLL:
 
 @contextmanager
 def observed(architecture: str | None = None, multiprocessors: int = 132) -> Iterator[list[Launch]]:
-    """Collects the launches made inside. With an architecture, nothing is launched: ops take host tensors and believe to
-    run on such a device."""
+    """Collects the launches made inside. With an architecture, nothing is launched: ops take host tensors and believe
+    to run on such a device."""
     library = load_library()
     launches: list[Launch] = []
 

@@ -6,10 +6,10 @@ import importlib
 
 import pytest
 import torch
-
 from dsv4_kernels import images, torch_ops
 from dsv4_kernels.cases import Case, all_cases, is_poison
 from dsv4_kernels.op_table import OPS
+
 from tests.launches import observed
 
 torch_ops.register()
@@ -17,7 +17,7 @@ CASES = all_cases()
 
 
 def small_case(op: str) -> Case:
-    """The op's case with the fewest bytes among those that write every element: what is left alone has no defined value."""
+    """The op's case with the fewest bytes among those that write every element: the rest has no defined value."""
 
     def writes_everything(case: Case) -> bool:
         return not any(is_poison(result).any() for result in case.run(case.arguments("cpu")))
@@ -65,20 +65,20 @@ def test_judges_reject_wrong_results(case: Case) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_opcheck(op: str, device: str) -> None:
-    arguments = small_case(op).arguments(device)
+def test_opcheck(op: str, real_device: str) -> None:
+    arguments = small_case(op).arguments(real_device)
     overloads = getattr(torch.ops.dsv4, op)
     torch.library.opcheck(overloads.default, arguments)
-    out = OPS[op].allocate(arguments, device)
+    out = OPS[op].allocate(arguments, real_device)
     for tensor in out:
         tensor.zero_()
     torch.library.opcheck(overloads.out, (*arguments, *out))
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_public_function_traces_and_matches_eager(op: str, device: str) -> None:
+def test_public_function_traces_and_matches_eager(op: str, real_device: str) -> None:
     """torch.compile(fullgraph=True) sees the public function as the torch op."""
-    arguments = small_case(op).arguments(device)
+    arguments = small_case(op).arguments(real_device)
 
     def call(*values: object) -> tuple[torch.Tensor, ...]:
         return OPS[op](values, (None,) * len(OPS[op].results))

@@ -1,4 +1,4 @@
-"""The router from its mathematics, one number at a time, in Python floats (float64). Shares no code with the package."""
+"""The router from its mathematics, one number at a time, in Python floats. Shares no code with the package."""
 
 from __future__ import annotations
 
@@ -47,6 +47,16 @@ def hash_router_scored(
     return weights_of(scores, renormalize, scale, epsilon), ids
 
 
+def largest(values: Sequence[float], k: int) -> list[int]:
+    """The indices of the k largest: descending, ties to the lower index, NaN lowest."""
+
+    def place(index: int) -> tuple[bool, float, int]:
+        value = values[index]
+        return (True, 0.0, index) if math.isnan(value) else (False, -value, index)
+
+    return sorted(range(len(values)), key=place)[:k]
+
+
 def dense(
     hidden: Sequence[float],
     weight: Sequence[Sequence[float]],
@@ -62,6 +72,33 @@ def dense(
     logits = [math.fsum(p) if all(map(math.isfinite, p)) else sum(p) for p in products]
     scores = [score(logit) for logit in logits]
     selection = [s + (bias[e] if bias is not None else 0.0) for e, s in enumerate(scores)]
-    order = sorted(range(len(weight)), key=lambda e: (math.isnan(selection[e]), -selection[e] if not math.isnan(selection[e]) else 0.0, e))
-    ids = order[:k]
+    ids = largest(selection, k)
+    return weights_of([scores[e] for e in ids], renormalize, scale, epsilon), ids
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """Over the logits that are numbers; the others stay NaN. All of -infinity: all equal."""
+    highest = max((x for x in logits if not math.isnan(x)), default=0.0)
+    powers = [x if math.isnan(x) else 1.0 if x == highest else math.exp(x - highest) for x in logits]
+    total = math.fsum(p for p in powers if not math.isnan(p))
+    return [p / (total or 1.0) for p in powers]
+
+
+def gate(
+    logits: Sequence[float],
+    bias: Sequence[float] | None,
+    k: int,
+    score_function: str = "sqrt_softplus",
+    renormalize: bool = True,
+    scale: float = 1.0,
+    epsilon: float = 0.0,
+) -> tuple[list[float], list[int]]:
+    """One token. Descending by score + bias, ties to the lower expert, NaN lowest."""
+    if score_function == "softmax":
+        scores = softmax(logits)
+    elif score_function == "sigmoid":
+        scores = [x if math.isnan(x) else 1 / (1 + math.exp(-x)) if x > -700 else 0.0 for x in logits]
+    else:
+        scores = [0.0 if x == -math.inf else score(x) for x in logits]
+    ids = largest([s + (bias[e] if bias is not None else 0.0) for e, s in enumerate(scores)], k)
     return weights_of([scores[e] for e in ids], renormalize, scale, epsilon), ids

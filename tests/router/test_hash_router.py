@@ -2,17 +2,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dsv4_kernels.cases import is_poison, poison
+from dsv4_kernels.router import hash_router
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_kernels.cases import is_poison, poison
-from dsv4_kernels.router import hash_router
 from tests.router import oracle
 
 INDEX_TYPES = (torch.int32, torch.int64)
 
 
-def expected(token_ids: torch.Tensor, table: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def expected(
+    token_ids: torch.Tensor, table: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     padding = mask.tolist() if mask is not None else [False] * len(token_ids)
     rows = [oracle.hash_router(t, table.tolist(), p) for t, p in zip(token_ids.tolist(), padding, strict=True)]
     shape = (len(rows), table.shape[1])

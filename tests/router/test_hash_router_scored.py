@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from dsv4_kernels.cases import FLOAT32_ULP, is_poison, poison
+from dsv4_kernels.router import hash_router_scored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_kernels.cases import FLOAT32_ULP, is_poison, poison
-from dsv4_kernels.router import hash_router_scored
 from tests.router import oracle
 
 # A weight is a handful of correctly rounded or nearly so float32 operations.
@@ -107,9 +107,7 @@ def test_any_ids_masks_and_logits(data: st.DataObject) -> None:
     table = torch.tensor(data.draw(st.lists(st.lists(entries, min_size=k, max_size=k), min_size=vocab, max_size=vocab)))
     values = st.floats(-300, 300, width=32) | st.just(math.nan)
     logits = torch.tensor(
-        data.draw(
-            st.lists(st.lists(values, min_size=experts, max_size=experts), min_size=len(ids), max_size=len(ids))
-        )
+        data.draw(st.lists(st.lists(values, min_size=experts, max_size=experts), min_size=len(ids), max_size=len(ids)))
     )
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
     token_ids = torch.tensor(ids)
