@@ -113,8 +113,10 @@ def compiler_versions(language: str) -> dict[str, str]:
         version = importlib.metadata.version(pin.name)
     except importlib.metadata.PackageNotFoundError:
         if pin.marker is not None and not pin.marker.evaluate():
-            raise SystemExit(f"{need}, which this Python has no build of: build with another, or with the images that "
-                             "another has made (DSV4_AOT_DIR)") from None
+            raise SystemExit(
+                f"{need}, which this Python has no build of: build with another, or with the images that "
+                "another has made (DSV4_AOT_DIR)"
+            ) from None
         raise SystemExit(f"{need}, which is not installed; pip install '{pin.name}{pin.specifier}'") from None
     if version not in pin.specifier:
         raise SystemExit(f"{need}, found {version}; pip install '{pin.name}{pin.specifier}'")

@@ -6,8 +6,8 @@
     weights[t]   = s[t, ids[t]], divided by their sum if `renormalize`, times `scale`
 
 Tokens go in groups of 8, the smaller side of the MMA. For each group the product is spread over the device: a block
-multiplies the group by 16 experts, over a part of hidden_size where there are blocks to spare. The block of a group that
-finishes last selects for the group's tokens, so no second launch is needed, and several groups finish side by side.
+multiplies the group by 16 experts, over a part of hidden_size where there are blocks to spare. The block of a group
+that finishes last selects for the group's tokens, so no second launch is needed, and groups finish side by side.
 mma.sync is enough for a product this small, and every architecture has it.
 
 Launch: grid (ceil(experts / 16), hidden_splits, ceil(tokens / 8)), THREADS threads, no dynamic shared memory.
@@ -47,7 +47,7 @@ CHUNK = 8
 CHUNK_BYTES = 16
 MMAS_PER_CHUNK = 2
 
-# A slice is the unit of work of a warp: 32 elements of hidden_size, a chunk for each of the four lanes that share a row.
+# A slice is the unit of work of a warp: 32 elements of hidden_size, a chunk for each of the 4 lanes that share a row.
 LANES_PER_ROW = 4
 SLICE = CHUNK * LANES_PER_ROW
 SLICE_BYTES = SLICE * 2
@@ -63,8 +63,8 @@ SPLITS_IN_FLIGHT = 4
 MAX_EXPERTS = (256, 384, 512)
 
 # Of sqrt_softplus: half of log2(e) and what float32 leaves of it; beyond FLAT, exp(-|x| / 2) is 0; below LINEAR,
-# log(1 + e^x) is e^x to the last bit of float32; log(1 + u) is u times the polynomial of least relative error on [0, 1],
-# coefficients from degree 9 down.
+# log(1 + e^x) is e^x to the last bit of float32; log(1 + u) is u times the polynomial of least relative error on
+# [0, 1], coefficients from degree 9 down.
 HALF_LOG2E = 0.72134752
 HALF_LOG2E_REST = 9.6298149e-09
 LN2 = 0.69314718
@@ -441,9 +441,7 @@ def dense_router_decode(
     shared = cute.arch.alloc_smem(Float32, max(WARPS * TILE, TILE_TOKENS * max_experts), CHUNK_BYTES)
     slots = cutlass.const_expr(max_experts // LANES)
 
-    accumulator = multiply_slices_of_warp(
-        hidden, weight, hidden_stride, weight_stride, tokens, hidden_size, experts
-    )
+    accumulator = multiply_slices_of_warp(hidden, weight, hidden_stride, weight_stride, tokens, hidden_size, experts)
     store_block_logits(accumulator, shared, logits, tokens, experts)
     # Asked for here, so that it arrives while the block waits to be counted.
     bias_values = load_bias(bias, experts, slots)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from dsv4_kernels.cases import is_poison, poison
 from dsv4_kernels.moe import padded_squared_relu
 

@@ -131,19 +131,19 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no tensor": (
         lambda: router.hash_router([1, 2], table()),  # type: ignore[arg-type]
-        "hash_router: token_ids: expected a tensor, got list",
+        "hash_router: token_ids: expected a dense tensor on cpu or cuda, got list",
     ),
     "None": (
         lambda: router.hash_router(None, table()),  # type: ignore[arg-type]
-        "hash_router: token_ids: expected a tensor, got NoneType",
+        "hash_router: token_ids: expected a dense tensor on cpu or cuda, got NoneType",
     ),
     "no tensor where one is optional": (
         lambda: router.hash_router(token_ids(), table(), padding_mask=3),  # type: ignore[arg-type]
-        "hash_router: padding_mask: expected a tensor or None, got int",
+        "hash_router: padding_mask: expected a dense tensor on cpu or cuda, or None, got int 3",
     ),
     "no number": (
         lambda: decode(k="6"),
-        "dense_router_decode: k: expected int, got str",
+        "dense_router_decode: k: expected an int of 32 bits, got str",
     ),
     "n_used of several": (
         lambda: relu(n_used=torch.zeros(2, dtype=torch.int32)),
