@@ -3,7 +3,7 @@
 #
 #     ci/demo.sh [ARGUMENT ...]      arguments of `python -m dsv4_kernels demo`, such as --tokens 4096 --json
 #
-# Needs Python 3.10 or later (python3, or $PYTHON), a C++17 compiler, and the Python package index: no CUDA toolkit, GPU
+# Needs Python 3.11 or later (python3, or $PYTHON), a C++17 compiler, and the Python package index: no CUDA toolkit, GPU
 # or torch. The first run downloads compilers and torch; a later one builds only if the sources have changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

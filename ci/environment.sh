@@ -5,11 +5,11 @@
 python_command() {
   local python=${PYTHON:-python3}
   if ! command -v "$python" >/dev/null; then
-    echo "ci: no $python on this machine; install Python 3.10 or later, or name one: PYTHON=/path/to/python $0" >&2
+    echo "ci: no $python on this machine; install Python 3.11 or later, or name one: PYTHON=/path/to/python $0" >&2
     return 1
   fi
-  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-    echo "ci: needs Python 3.10 or later, got $("$python" --version 2>&1) ($python); name another: PYTHON=... $0" >&2
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "ci: building needs Python 3.11 or later (Triton 3.9 has no build for 3.10), got $("$python" --version 2>&1) ($python); name another: PYTHON=... $0" >&2
     return 1
   fi
   echo "$python"
