@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
 from dsv4_kernels import torch_ops
 from dsv4_kernels.op_table import OPS
+from safetensors.torch import save_file
+from torch import Tensor
 
 RECORDING = Path(__file__).parent / "h100.safetensors"
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from dsv4_kernels.op_table import OPS
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dsv4_kernels.op_table import OPS
 from tests.emulated import emulated, ptx_folder
 from tests.recordings.problems import RECORDING, poisoned_outputs, problems
 
