@@ -46,25 +46,6 @@ class Image(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_char_p) for name in ("op", "symbol", "language", "architecture", "sha256"))
 
 
-class Launch(ctypes.Structure):
-    _fields_ = (
-        ("symbol", ctypes.c_char_p),
-        ("language", ctypes.c_char_p),
-        ("architecture", ctypes.c_char_p),
-        ("grid", ctypes.c_uint32 * 3),
-        ("block", ctypes.c_uint32 * 3),
-        ("cluster", ctypes.c_uint32 * 3),
-        ("dynamic_shared", ctypes.c_uint32),
-        ("parameter_count", ctypes.c_uint32),
-        ("parameters", ctypes.POINTER(ctypes.c_void_p)),
-        ("parameter_sizes", ctypes.POINTER(ctypes.c_uint32)),
-        ("stream", ctypes.c_void_p),
-    )
-
-
-Observer = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Launch), ctypes.c_void_p)
-
-
 def load(path: Path) -> ctypes.CDLL:
     """The library with the types of the functions that the tests call."""
     library = ctypes.CDLL(str(path))

@@ -9,6 +9,7 @@ import threading
 import dsv4_kernels
 import pytest
 
+from tests.launches import OBSERVER, LaunchRecord
 from tests.package import c_abi
 from tests.package.c_abi import HashRouterArgs, HashRouterScoredArgs, Memory
 
@@ -58,7 +59,7 @@ def test_python_raises_no_driver_error() -> None:
 
 
 def test_missing_image_is_said_so(library: ctypes.CDLL) -> None:
-    observer = c_abi.Observer(lambda launch, user: c_abi.OK)
+    observer = OBSERVER(lambda launch, user: c_abi.OK)
     assert library.dsv4_observe_launches(b"sm_80", 1, observer, None) == c_abi.NO_IMAGE
     assert last_error(library) == "observe_launches: architecture: this library holds no images for sm_80"
 
@@ -140,8 +141,8 @@ def test_caller_with_an_older_struct_gets_the_default_of_a_new_field(library: ct
     """As if epsilon had been added later: what lies behind the caller's struct is not read."""
     seen: list[float] = []
 
-    @c_abi.Observer
-    def observe(launch: ctypes._Pointer[c_abi.Launch], user: int) -> int:
+    @OBSERVER
+    def observe(launch: ctypes._Pointer[LaunchRecord], user: int) -> int:
         record = launch.contents
         last = record.parameter_count - 1
         assert record.parameter_sizes[last] == ctypes.sizeof(ctypes.c_float)
