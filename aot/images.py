@@ -48,6 +48,8 @@ def collect_ptx(aot: Path, nvcc_dir: Path, out: Path, sidecars: list[Sidecar]) -
         if sidecar.language == "cuda":
             name = sidecar.op
             source = nvcc_dir / name / f"{name}.{sidecar.architecture.replace('sm', 'compute')}.ptx"
+            if not source.exists():  # nvcc names the architecture only where there are several
+                source = nvcc_dir / name / f"{name}.ptx"
         else:
             name = sidecar.name
             source = aot / sidecar.architecture / f"{name}.ptx"

@@ -72,7 +72,8 @@ class Call:
             extents = zip(tensor.shape, tensor.stride(), strict=True)
             size = (1 + sum((extent - 1) * stride for extent, stride in extents)) * tensor.element_size()
             initialised = not is_output or tensor.data_ptr() in read
-            self.memory.register(tensor.data_ptr(), size, f"argument {number}", initialised, read_only=is_input)
+            read_only = is_input and number not in op.mutated
+            self.memory.register(tensor.data_ptr(), size, f"argument {number}", initialised, read_only)
 
 
 @contextmanager

@@ -37,7 +37,8 @@ class Yardstick:
     """What an op's results and times are measured against.
 
     plain: the same computation in plain torch at the op's own precision, as an engine without this package would write
-        it: the benchmark's rival, and the measure of rounding. Takes and returns what the op does.
+        it: the benchmark's rival, and the measure of rounding. Takes what the op does, changes in place what the op
+        changes, and returns the outputs followed by what it changed.
     judge: from (arguments where the op ran, its results and plain's on the CPU) to a Verdict against float64.
     moved_bytes: from the arguments to the fewest bytes that must move through device memory.
     """
@@ -48,7 +49,7 @@ class Yardstick:
 
     def verdict(self, arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> Verdict:
         """Judges results against float64, with plain torch on the same device as the measure of rounding."""
-        return self.judge(arguments, to_cpu(results), to_cpu(self.plain(*arguments)))
+        return self.judge(arguments, to_cpu(results), to_cpu(self.plain(*fresh(arguments))))
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Case:
 
     make: from a seeded CPU generator to the op's arguments, on the CPU.
     benched: whether the benchmark times it.
+    launches: how many kernels the op launches for it.
     """
 
     op: str
@@ -64,6 +66,7 @@ class Case:
     make: Callable[[torch.Generator], tuple[Any, ...]]
     yardstick: Yardstick
     benched: bool = False
+    launches: int = 1
     labels: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -76,12 +79,26 @@ class Case:
         return tuple(a.to(device) if isinstance(a, Tensor) else a for a in self.make(generator))
 
     def run(self, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """The op on these arguments, into outputs that were poisoned before."""
+        """The op on these arguments, into outputs that were poisoned before.
+
+        Returns the outputs, then copies of the arguments that the op changes in place, as it left them.
+        """
         op = OPS[self.op]
+        arguments = tuple(a.clone() if i in op.mutated and a is not None else a for i, a in enumerate(arguments))
         out = op.allocate(arguments, arguments[0].device)
         for tensor in out:
             poison(tensor)
-        return op(arguments, out)
+        return op(arguments, out) + op.mutated_of(arguments)
+
+
+def fresh(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same values in memory of their own."""
+    return tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype are equal byte for byte: NaN equals itself, and any dtype can be compared."""
+    return a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def to_cpu(values: Sequence[Any]) -> tuple[Any, ...]:
@@ -94,13 +111,13 @@ POISON_BYTE = 0xA5
 
 def poison(tensor: Tensor) -> Tensor:
     """Fills a contiguous tensor with a pattern that no kernel writes, so that what it left alone can be told."""
-    tensor.view(torch.uint8).fill_(POISON_BYTE)
+    tensor.view(-1).view(torch.uint8).fill_(POISON_BYTE)
     return tensor
 
 
 def is_poison(tensor: Tensor) -> Tensor:
     """Which elements still hold the pattern."""
-    bytes_of = tensor.contiguous().view(torch.uint8).reshape(*tensor.shape, tensor.element_size())
+    bytes_of = tensor.reshape(-1).view(torch.uint8).reshape(*tensor.shape, tensor.element_size())
     return (bytes_of == POISON_BYTE).all(dim=-1)
 
 

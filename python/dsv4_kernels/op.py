@@ -30,8 +30,9 @@ class Op:
     """One op. All else follows from its name: dsv4_<name> in C, _native.<name>, <family>.reference.<name>,
     torch.ops.dsv4.<name>.
 
-    arguments: the inputs in torch's schema language, in the order of the binding.
-    results: names of the outputs, as keyword arguments.
+    arguments: the inputs in torch's schema language, in the order of the binding. What the op changes in place is marked
+        there: `Tensor(a!) pool`.
+    results: names of the outputs, as keyword arguments. None for an op that only changes its arguments.
     outputs: from the inputs to shape and dtype of each output. May raise for inputs that the op refuses.
     workspace_size: from the inputs to the bytes of zeroed workspace that a call needs, or None.
     """
@@ -39,8 +40,8 @@ class Op:
     family: str
     name: str
     arguments: str
-    results: tuple[str, ...]
-    outputs: Callable[..., tuple[OutputSpec, ...]]
+    results: tuple[str, ...] = ()
+    outputs: Callable[..., tuple[OutputSpec, ...]] = lambda *_: ()
     workspace_size: Callable[..., int] | None = None
 
     def __call__(
@@ -102,6 +103,15 @@ class Op:
         return torch._C.parse_schema(f"{self.name}({self.arguments}) -> ()").arguments
 
     @cached_property
+    def mutated(self) -> tuple[int, ...]:
+        """Positions of the inputs that the op changes in place."""
+        return tuple(i for i, a in enumerate(self.schema) if a.alias_info is not None and a.alias_info.is_write)
+
+    def mutated_of(self, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        """The tensors among these inputs that the op changes in place."""
+        return tuple(arguments[i] for i in self.mutated if i < len(arguments) and arguments[i] is not None)
+
+    @cached_property
     def reference(self) -> Callable[..., None]:
         """The CPU implementation: inputs, then outputs, which it writes in whatever float dtype they have."""
         function: Callable[..., None] = getattr(
@@ -119,6 +129,9 @@ class Op:
         self, arguments: tuple[Any, ...], out: tuple[torch.Tensor | None, ...]
     ) -> tuple[torch.Tensor, ...]:
         overloads = getattr(torch.ops.dsv4, self.name)
+        if not self.results:
+            overloads.default(*arguments)
+            return ()
         if all(tensor is None for tensor in out):
             results = overloads.default(*arguments)
             return results if len(self.results) > 1 else (results,)

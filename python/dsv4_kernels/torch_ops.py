@@ -3,6 +3,8 @@
     dsv4::<op>(inputs) -> (outputs)
     dsv4::<op>.out(inputs, outputs) -> ()
 
+An op without outputs, which changes its inputs in place, has the first form alone.
+
 Runs at the first use of a family. Call register() yourself only to use torch.ops.dsv4 without importing one.
 """
 
@@ -28,20 +30,23 @@ def register() -> None:
     for op in OPS.values():
         results = ", ".join(["Tensor"] * len(op.results))
         _library.define(f"{op.name}({op.arguments}) -> {results if len(op.results) == 1 else f'({results})'}")
-        mutated = ", ".join(f"Tensor({chr(ord('a') + i)}!) {name}" for i, name in enumerate(op.results))
-        # Outputs are positional: the dispatcher takes 1.6 us longer with keyword arguments.
-        inputs = ", ".join(argument.partition("=")[0] for argument in op.arguments.split(", "))
-        _library.define(f"{op.name}.out({inputs}, {mutated}) -> ()")
         functional, out, fake = _functional(op), _out(op), _fake(op)
         for key in ("CPU", "CUDA"):
             _library.impl(op.name, functional, key)
-            _library.impl(f"{op.name}.out", out, key)
         _library.impl(op.name, fake, "Meta")
+        if not op.results:
+            continue
+        mutated = ", ".join(f"Tensor(out{i}!) {name}" for i, name in enumerate(op.results))
+        # Outputs are positional: the dispatcher takes 1.6 us longer with keyword arguments.
+        inputs = ", ".join(argument.partition("=")[0] for argument in op.arguments.split(", "))
+        _library.define(f"{op.name}.out({inputs}, {mutated}) -> ()")
+        for key in ("CPU", "CUDA"):
+            _library.impl(f"{op.name}.out", out, key)
         _library.impl(f"{op.name}.out", _fake_out, "Meta")
 
 
 def _one_or_all(results: tuple[torch.Tensor, ...]) -> Any:
-    return results[0] if len(results) == 1 else results
+    return results[0] if len(results) == 1 else results or None
 
 
 def _functional(op: Op) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dsv4_kernels import _native
-from dsv4_kernels.cases import Case, all_cases
+from dsv4_kernels.cases import Case, all_cases, fresh
 from dsv4_kernels.cli.machine import default_device, describe, image_for
 from dsv4_kernels.cli.timing import Ceilings, ceilings, host_seconds_per_call, seconds_per_call
 from dsv4_kernels.op_table import OPS
@@ -93,11 +93,6 @@ def measure(case: Case, device: str, best: Ceilings, with_compile: bool) -> dict
         compiled = torch.compile(plain)
         row["torch_compile_us"] = seconds_per_call([lambda: compiled(*first)], device) * 1e6
     return row
-
-
-def fresh(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same values in memory of their own, so that reading them finds nothing in a cache."""
-    return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
 
 
 def calls_of(case: Case, sets: Sequence[tuple[Any, ...]]) -> list[Callable[[], object]]:

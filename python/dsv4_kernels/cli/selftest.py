@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dsv4_kernels.cases import Case, all_cases, to_cpu
+from dsv4_kernels.cases import Case, all_cases, same_bits, to_cpu
 from dsv4_kernels.cli.machine import default_device, describe, image_for
 
 
@@ -57,7 +57,7 @@ def check(case: Case, device: str, judge_on_cpu: bool) -> dict[str, Any]:
     try:
         arguments = case.arguments(device)
         first, second = case.run(arguments), case.run(arguments)
-        same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, second, strict=True))
+        same = all(same_bits(a, b) for a, b in zip(first, second, strict=True))
         verdict = case.yardstick.verdict(to_cpu(arguments) if judge_on_cpu else arguments, first)
     except Exception as error:  # a selftest reports what fails, whatever it is
         return row | {"passed": False, "error": None, "limit": None, "what": f"{type(error).__name__}: {error}"}
