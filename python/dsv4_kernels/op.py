@@ -30,7 +30,7 @@ class Op:
     """One op. All else follows from its name: dsv4_<name> in C, _native.<name>, <family>.reference.<name>,
     torch.ops.dsv4.<name>.
 
-    arguments: the inputs in torch's schema language, in the order of the binding. What the op changes in place is marked
+    arguments: the inputs in torch's schema language, in the order of the binding. What it changes in place is marked
         there: `Tensor(a!) pool`.
     results: names of the outputs, as keyword arguments. None for an op that only changes its arguments.
     outputs: from the inputs to shape and dtype of each output. May raise for inputs that the op refuses.

@@ -10,7 +10,6 @@ import argparse
 import json
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
