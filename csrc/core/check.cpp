@@ -80,7 +80,7 @@ void Check::tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes, 
 }
 
 void Check::aligned_rows(const char* name, const dsv4_tensor& value, int64_t bytes) {
-  if (status_) return;
+  if (status_ || is_empty(value)) return;
   const int64_t element = dtype_bytes(value.dtype);
   const int64_t row = value.rank > 1 && value.shape[0] > 1 ? value.stride[0] * element : 0;
   const int64_t address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(value.data) % static_cast<uintptr_t>(bytes));

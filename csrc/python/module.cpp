@@ -12,6 +12,7 @@ PYBIND11_MODULE(_native, module) {
     return py::str(dsv4_last_error());
   });
   bind_router(module);
+  bind_cache(module);
   bind_moe(module);
   bind_call_cost(module);
 }

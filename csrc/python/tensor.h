@@ -40,6 +40,7 @@ bool call(dsv4_status (*op)(const Args*, dsv4_stream), Args& args, const Tensor&
 
 // One for each family; adds the family's ops to the module.
 void bind_router(py::module_& module);
+void bind_cache(py::module_& module);
 void bind_moe(py::module_& module);
 
 void bind_call_cost(py::module_& module);

@@ -75,6 +75,20 @@ _add(
 )
 _add(
     Op(
+        "cache",
+        "csa_compress_tail",
+        "Tensor tail_ka, Tensor tail_za, Tensor tail_kb, Tensor tail_zb, Tensor tail_len, Tensor request_slots, int m, "
+        "int indexer_head_dim=128",
+        ("out_entry", "out_indexer_key", "out_valid_mask"),
+        lambda tail_ka, za, kb, zb, tail_len, request_slots, m, indexer_head_dim=128: (
+            ((request_slots.shape[0], tail_ka.shape[2] - indexer_head_dim), torch.bfloat16),
+            ((request_slots.shape[0], indexer_head_dim), torch.bfloat16),
+            ((request_slots.shape[0],), torch.bool),
+        ),
+    )
+)
+_add(
+    Op(
         "moe",
         "padded_squared_relu",
         "Tensor x, Tensor permutation_map, Tensor n_used",

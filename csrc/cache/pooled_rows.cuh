@@ -1,0 +1,63 @@
+// Softmax-weighted sums of rows, per column, four neighbouring columns a thread, in one pass over any number of rows.
+#pragma once
+
+#include <math_constants.h>
+
+#include "device/row.cuh"
+
+namespace dsv4 {
+
+// sum softmax(z) * k over the rows seen so far is value / sum; both are relative to the largest score, `top`.
+struct PooledRows {
+  float top[kFour];
+  float sum[kFour];
+  float value[kFour];
+
+  __device__ PooledRows() {
+#pragma unroll
+    for (int j = 0; j < kFour; ++j) {
+      top[j] = -CUDART_INF_F;
+      sum[j] = value[j] = 0.0f;
+    }
+  }
+
+  // Adds rows whose scores and values are in registers. A score of -inf adds nothing.
+  template <int Rows>
+  __device__ void add(const Four<float> (&scores)[Rows], const Four<float> (&values)[Rows]) {
+#pragma unroll
+    for (int j = 0; j < kFour; ++j) {
+      float highest = top[j];
+#pragma unroll
+      for (int row = 0; row < Rows; ++row) highest = fmaxf(highest, scores[row].values[j]);
+      const float base = finite_base(highest);
+      const float keep = expf(top[j] - base);
+      sum[j] *= keep;
+      value[j] *= keep;
+#pragma unroll
+      for (int row = 0; row < Rows; ++row) {
+        const float weight = expf(scores[row].values[j] - base);
+        sum[j] += weight;
+        value[j] += weight * values[row].values[j];
+      }
+      top[j] = highest;
+    }
+  }
+
+  __device__ float result(int column) const { return sum[column] == 0.0f ? 0.0f : value[column] / sum[column]; }
+
+  // -inf minus -inf is no number: while nothing was seen, scores are relative to 0.
+  __device__ static float finite_base(float highest) { return highest == -CUDART_INF_F ? 0.0f : highest; }
+};
+
+// A row that adds nothing.
+__device__ inline Four<float> masked_scores() { return {{-CUDART_INF_F, -CUDART_INF_F, -CUDART_INF_F, -CUDART_INF_F}}; }
+
+// Four neighbouring columns rounded to bfloat16.
+__device__ inline void store_pooled(__nv_bfloat16* out, const PooledRows& pooled) {
+  Four<__nv_bfloat16> rounded;
+#pragma unroll
+  for (int j = 0; j < kFour; ++j) rounded.values[j] = __float2bfloat16_rn(pooled.result(j));
+  *reinterpret_cast<Four<__nv_bfloat16>*>(out) = rounded;
+}
+
+}  // namespace dsv4

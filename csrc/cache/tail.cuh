@@ -1,0 +1,34 @@
+// What the ops of the tail-counting state share: which slot a request owns, and whether its tail is full.
+#pragma once
+
+#include <dsv4/cache.h>
+
+#include "core/check.h"
+
+namespace dsv4 {
+
+// The slot of a request, or -1 for padding.
+__device__ inline int64_t slot_of(const int32_t* request_slots, int64_t request, int64_t slots) {
+  const int32_t slot = request_slots[request];
+  return slot < 0 || slot >= slots ? -1 : slot;
+}
+
+// A request is ready when its tail holds a whole block.
+__device__ inline bool tail_is_full(const int32_t* tail_len, int64_t slot, int m) {
+  return slot >= 0 && tail_len[slot] >= m;
+}
+
+// A tail buffer: the shape of the first one, rows that are read four columns at a time.
+inline void check_tail(Check& check, const char* name, const dsv4_tensor& tail, const dsv4_tensor& like) {
+  check.tensor(name, tail, one_of(DSV4_FLOAT32), {extent(like, 0), extent(like, 1), extent(like, 2)});
+  check.aligned_rows(name, tail, 4 * sizeof(float));
+}
+
+// The first tail buffer, which decides the state's extents.
+inline void check_first_tail(Check& check, const char* name, const dsv4_tensor& tail) {
+  check.tensor(name, tail, one_of(DSV4_FLOAT32), {kAny, kAny, kAny});
+  check.multiple("width of the tail buffers", extent(tail, 2), 4);
+  check.aligned_rows(name, tail, 4 * sizeof(float));
+}
+
+}  // namespace dsv4

@@ -1,0 +1,113 @@
+"""What a layer's compressed cache looks like: tokens an entry, widths of rows, layout of pages.
+
+Sizes of the public models: head_dim 512 of which 64 carry the rotary position, indexer keys of 128.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class AttentionType(enum.Enum):
+    """Kind of attention.
+
+    SWA: a sliding window alone, nothing compressed. CSA: compressed and sparsely attended, through an indexer; blocks
+    overlap. HCA: heavily compressed, attended in full; blocks do not overlap.
+    """
+
+    SWA = "swa"
+    CSA = "csa"
+    HCA = "hca"
+
+
+@dataclass(frozen=True)
+class LayerCacheSchema:
+    """One layer.
+
+    attention: kind of attention, which decides the streams of the state.
+    m: tokens a compressed entry; 0 for SWA.
+    head_dim: width of an entry, its last rope_dim columns rotary. indexer_head_dim: width of an indexer key, 0 without.
+    entries_per_block: entries that one block of the pool holds.
+    projections: 2 where a token has rows of its own for the current block (a) and for the next one (b), as in the
+        models' CSA layers; 1 where one row serves both.
+    page_layout: name of the layout of the pool's pages; "split" is the one of PagedCache.
+    """
+
+    attention: AttentionType
+    m: int
+    head_dim: int = 512
+    rope_dim: int = 64
+    indexer_head_dim: int = 128
+    entries_per_block: int = 64
+    projections: int = 1
+    page_layout: str = "split"
+
+    def __post_init__(self) -> None:
+        self._require("m", self.m >= (self.attention is not AttentionType.SWA), f"at least 1, got {self.m}")
+        self._require("head_dim", self.head_dim > 0 and self.head_dim % 4 == 0, f"a multiple of 4, got {self.head_dim}")
+        self._require(
+            "rope_dim",
+            0 <= self.rope_dim <= self.head_dim and self.rope_dim % 4 == 0,
+            f"a multiple of 4 up to head_dim {self.head_dim}, got {self.rope_dim}",
+        )
+        self._require(
+            "indexer_head_dim",
+            self.indexer_head_dim >= 0 and self.indexer_head_dim % 16 == 0,
+            f"a multiple of 16, got {self.indexer_head_dim}",
+        )
+        self._require("entries_per_block", self.entries_per_block > 0, f"at least 1, got {self.entries_per_block}")
+        csa = self.attention is AttentionType.CSA
+        self._require("projections", self.projections in ((1, 2) if csa else (1,)), f"1, or 2 for CSA: {self!r}")
+
+    def _require(self, name: str, holds: bool, need: str) -> None:
+        if not holds:
+            raise ValueError(f"LayerCacheSchema: {name}: expected {need}")
+
+    @classmethod
+    def swa(cls) -> LayerCacheSchema:
+        """A layer without compressed entries."""
+        return cls(AttentionType.SWA, 0, indexer_head_dim=0)
+
+    @classmethod
+    def csa(cls, m: int = 4, *, projections: int = 2, entries_per_block: int = 64) -> LayerCacheSchema:
+        """The models' sparse layers: entries overlap by a block, and each has an indexer key."""
+        return cls(AttentionType.CSA, m, entries_per_block=entries_per_block, projections=projections)
+
+    @classmethod
+    def hca(cls, m: int = 128, *, entries_per_block: int = 64) -> LayerCacheSchema:
+        """The models' heavily compressed layers: one entry for m tokens, no indexer key."""
+        return cls(AttentionType.HCA, m, indexer_head_dim=0, entries_per_block=entries_per_block)
+
+    @property
+    def entry_head_dim(self) -> int:
+        """head_dim under its other name."""
+        return self.head_dim
+
+    @property
+    def width(self) -> int:
+        """Columns of a tail buffer's row: entry and indexer key side by side."""
+        return self.head_dim + self.indexer_head_dim
+
+    @property
+    def tail_buffer_size_a(self) -> int:
+        """Rows of the current block that a request keeps."""
+        return self.m
+
+    @property
+    def tail_buffer_size_b(self) -> int:
+        """Rows of the block before that a request keeps."""
+        return self.m if self.attention is AttentionType.CSA else 0
+
+    @property
+    def tail_buffer_size_next_b(self) -> int:
+        """Rows of the current block that a request keeps for the entry after: those of the second projection."""
+        return self.tail_buffer_size_b if self.projections == 2 else 0
+
+    def entries(self, tokens: int) -> int:
+        """Entries that a request of that many tokens has."""
+        return tokens // self.m if self.m else 0
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that those entries take."""
+        return -(-self.entries(tokens) // self.entries_per_block)
