@@ -1,4 +1,7 @@
-"""Which kernel modules there are, in which language, and what each depends on. Reads sources; imports none of them."""
+"""Which kernel modules there are, in which language, and what each depends on. Reads sources; imports none of them.
+
+python -m aot.sources FILE        writes the fingerprint of the library's sources
+"""
 
 from __future__ import annotations
 
@@ -95,11 +98,25 @@ def fingerprint(module: KernelModule, arch: str, root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
+def library_fingerprint(root: Path = ROOT) -> str:
+    """Changes with any source of libdsv4_kernels.so: a library of another build may be reused only if it has not."""
+    digest = hashlib.sha256()
+    files = [path for folder in ("aot", "csrc") for path in (root / folder).rglob("*.*") if path.suffix != ".pyc"]
+    for path in sorted({*files, root / "pyproject.toml"}):
+        if root / "csrc" / "python" not in path.parents:
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def build_requirements() -> list[Requirement]:
+    """What pyproject.toml asks for to build, compilers among them."""
+    return [*map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"])]
+
+
 def pinned(language: str) -> Requirement:
     """The compiler of a language as pyproject.toml pins it."""
     distribution = next(d for name, d in LANGUAGES.values() if name == language)
-    build_requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    return next(r for r in map(Requirement, build_requirements) if r.name == distribution)
+    return next(requirement for requirement in build_requirements() if requirement.name == distribution)
 
 
 def compiler_versions(language: str) -> dict[str, str]:
@@ -121,3 +138,7 @@ def compiler_versions(language: str) -> dict[str, str]:
     if version not in pin.specifier:
         raise SystemExit(f"{need}, found {version}; pip install '{pin.name}{pin.specifier}'")
     return {pin.name: version}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(library_fingerprint() + "\n")

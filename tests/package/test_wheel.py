@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 LIMIT_MB = 30
 
@@ -19,6 +26,7 @@ EXPECTED = (
     r"images\.json",
     r"include/dsv4/\w+\.h",
     r"lib/libdsv4_kernels\.so(\.\d+)*",
+    r"lib/sources\.sha256",
     r"lib/cmake/dsv4_kernels/dsv4_kernels-config(-version|-release)?\.cmake",
 )
 
@@ -71,3 +79,21 @@ def test_metadata_asks_for_torch_loosely_and_for_no_compiler(wheel: Path) -> Non
     assert "torch>=2.10" in always
     assert not [r for r in requirements if re.match(r"(triton|nvidia|pybind11|cuda)", r)]
     assert "License-Expression: Apache-2.0" in lines
+
+
+def test_bill_of_materials_names_every_compiler_and_image(wheel: Path, root: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if "dist-info/sboms/" in name)  # PEP 770
+        components = json.loads(archive.read(name))["components"]
+        images = json.loads(archive.read("dsv4_kernels/images.json"))
+    pinned = {
+        tuple(requirement.partition(";")[0].strip().split("=="))
+        for requirement in tomllib.loads((root / "pyproject.toml").read_text())["build-system"]["requires"]
+        if "==" in requirement and "*" not in requirement
+    }
+    assert len(pinned) >= 7
+    assert pinned - {(c["name"], c.get("version")) for c in components} == set()
+    hashes = {(c["name"], h["content"]) for c in components for h in c.get("hashes", ())}
+    assert hashes == {(image["symbol"], image["sha256"]) for image in images}
+    references = [c["bom-ref"] for c in components]
+    assert len(references) == len(set(references))
