@@ -14,6 +14,32 @@ void bind_moe(py::module_& module) {
     args.out = out.view;
     return call(dsv4_padded_squared_relu, args, x);
   });
+  module.def("moe_sort", [](const Tensor& topk_ids, int32_t local_experts, int32_t tile_size, int32_t experts_start_idx,
+                            const Tensor& out_tile_to_expert, const Tensor& out_tile_rows,
+                            const Tensor& out_row_to_slot, const Tensor& out_slot_to_row, const Tensor& out_counts) {
+    dsv4_moe_sort_args args = {};
+    args.topk_ids = topk_ids.view;
+    args.out_tile_to_expert = out_tile_to_expert.view;
+    args.out_tile_rows = out_tile_rows.view;
+    args.out_row_to_slot = out_row_to_slot.view;
+    args.out_slot_to_row = out_slot_to_row.view;
+    args.out_counts = out_counts.view;
+    args.local_experts = local_experts;
+    args.tile_size = tile_size;
+    args.experts_start_idx = experts_start_idx;
+    return call(dsv4_moe_sort, args, topk_ids);
+  });
+  module.def("moe_sort_max_tiles", &dsv4_moe_sort_max_tiles);
+  module.def("moe_finalize", [](const Tensor& rows, const Tensor& slot_to_row, const Tensor& weights,
+                                const Tensor& shared, const Tensor& out) {
+    dsv4_moe_finalize_args args = {};
+    args.rows = rows.view;
+    args.slot_to_row = slot_to_row.view;
+    args.weights = weights.view;
+    args.shared = shared.view;
+    args.out = out.view;
+    return call(dsv4_moe_finalize, args, rows);
+  });
 }
 
 }  // namespace dsv4::python

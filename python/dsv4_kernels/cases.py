@@ -59,6 +59,7 @@ class Case:
     make: from a seeded CPU generator to the op's arguments, on the CPU.
     benched: whether the benchmark times it.
     launches: how many kernels the op launches for it.
+    large: whether only the benchmark on a GPU runs it, neither selftest nor tests.
     """
 
     op: str
@@ -67,6 +68,7 @@ class Case:
     yardstick: Yardstick
     benched: bool = False
     launches: int = 1
+    large: bool = False
     labels: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -96,3 +96,30 @@ _add(
         lambda x, *_: ((tuple(x.shape), torch.bfloat16),),
     )
 )
+
+
+def _sorted_routes(topk_ids: torch.Tensor, local_experts: int, tile_size: int, *_: object) -> tuple[OutputSpec, ...]:
+    tokens, top_k = topk_ids.shape
+    tiles = _native.moe_sort_max_tiles(tokens * top_k, local_experts, tile_size)
+    i32 = torch.int32
+    return ((tiles,), i32), ((tiles,), i32), ((tiles * tile_size,), i32), ((tokens, top_k), i32), ((2,), i32)
+
+
+_add(
+    Op(
+        "moe",
+        "moe_sort",
+        "Tensor topk_ids, int local_experts, int tile_size, int experts_start_idx=0",
+        ("out_tile_to_expert", "out_tile_rows", "out_row_to_slot", "out_slot_to_row", "out_counts"),
+        _sorted_routes,
+    )
+)
+_add(
+    Op(
+        "moe",
+        "moe_finalize",
+        "Tensor rows, Tensor slot_to_row, Tensor? weights=None, Tensor? shared=None",
+        ("out",),
+        lambda rows, slot_to_row, *_: (((slot_to_row.shape[0], rows.shape[1]), torch.bfloat16),),
+    )
+)

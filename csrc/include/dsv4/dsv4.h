@@ -53,7 +53,8 @@ typedef enum dsv4_dtype {
 } dsv4_dtype;
 
 #define DSV4_MAX_RANK 4
-#define DSV4_HOST (-1) /* dsv4_tensor.device of host memory */
+#define DSV4_MAX_TOP_K 32 /* experts of a token */
+#define DSV4_HOST (-1)    /* dsv4_tensor.device of host memory */
 
 /* A view of memory that the caller owns. Shapes and strides count elements. */
 typedef struct dsv4_tensor {

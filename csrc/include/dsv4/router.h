@@ -8,8 +8,6 @@
 extern "C" {
 #endif
 
-#define DSV4_MAX_TOP_K 32
-
 /* Hash routing with uniform weights: the experts of a token are a row of a table, each with weight 1/k.
  * A token id outside [0, vocab), and a token that padding_mask marks, get ids -1 and weights 0; so does the slot of a
  * table entry that is negative or does not fit in int32. */

@@ -45,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     device = options.device or default_device()
     cases = [case for case in all_cases() if case.benched and (not options.op or case.op in options.op)]
+    cases = [case for case in cases if device != "cpu" or not case.large]
     if not cases:
         print(f"bench: no op named {', '.join(options.op)}")
         return 2

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4_kernels.moe.routing_reference import moe_finalize, moe_sort
+
+__all__ = ["moe_finalize", "moe_sort", "padded_squared_relu", "used_rows"]
+
 
 def used_rows(permutation_map: Tensor, n_used: Tensor) -> Tensor:
     """Indices of the rows that hold a token."""

@@ -1,0 +1,96 @@
+"""Groups routed slots by expert, and adds up what the experts gave."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dsv4_kernels import _native
+from dsv4_kernels.op_table import OPS
+
+_moe_sort = OPS["moe_sort"]
+_moe_finalize = OPS["moe_finalize"]
+
+
+class SortedRoutes(NamedTuple):
+    """Where each routed slot goes; see moe_sort."""
+
+    tile_to_expert: Tensor
+    tile_rows: Tensor
+    row_to_slot: Tensor
+    slot_to_row: Tensor
+    counts: Tensor
+
+
+def max_tiles(slots: int, local_experts: int, tile_size: int) -> int:
+    """The most tiles that any routing of so many slots can use.
+
+    slots if they are no more than the experts (one each), else floor((slots + (tile_size - 1) * local_experts) /
+    tile_size): every expert's last tile can be all but one row short of full.
+    """
+    return _native.moe_sort_max_tiles(slots, local_experts, tile_size)
+
+
+def moe_sort(
+    topk_ids: Tensor,
+    local_experts: int,
+    tile_size: int,
+    experts_start_idx: int = 0,
+    *,
+    out_tile_to_expert: Tensor | None = None,
+    out_tile_rows: Tensor | None = None,
+    out_row_to_slot: Tensor | None = None,
+    out_slot_to_row: Tensor | None = None,
+    out_counts: Tensor | None = None,
+) -> SortedRoutes:
+    """Rows for the routed slots, grouped by expert in tiles of tile_size rows.
+
+    Slot s is element s of topk_ids: token s // top_k. Each tile belongs to one expert; experts come in order, the slots
+    of an expert in their own order, so the result does not depend on how the work was split. An id that is negative or
+    not local takes no row. One launch; nothing is synchronised; a captured graph follows new ids.
+
+    Args:
+        topk_ids: [tokens, top_k] int32 or int64, top_k at most 32.
+        local_experts: number of experts that live here, 1 to 1024.
+        tile_size: rows of a tile: 16, 32, 64 or 128.
+        experts_start_idx: id of the first local expert (expert parallelism).
+        out_tile_to_expert: [tiles] int32 to write to; tiles = max_tiles(tokens * top_k, local_experts, tile_size).
+        out_tile_rows: [tiles] int32 to write to.
+        out_row_to_slot: [tiles * tile_size] int32 to write to.
+        out_slot_to_row: [tokens, top_k] int32 to write to.
+        out_counts: [2] int32 to write to.
+
+    Returns:
+        tile_to_expert: local expert of each tile, -1 for the unused ones, which come last. tile_rows: rows of the tile
+        that hold a slot, the first ones. row_to_slot: -1 for the padding of a used tile; undefined in unused tiles.
+        slot_to_row: -1 for slots without a row. counts: tiles used, slots that have a row.
+    """
+    outputs = (out_tile_to_expert, out_tile_rows, out_row_to_slot, out_slot_to_row, out_counts)
+    return SortedRoutes(*_moe_sort((topk_ids, local_experts, tile_size, experts_start_idx), outputs))
+
+
+def moe_finalize(
+    rows: Tensor,
+    slot_to_row: Tensor,
+    weights: Tensor | None = None,
+    shared: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Each token's sum over its experts: out[t] = sum_k weights[t, k] * rows[slot_to_row[t, k]] + shared[t].
+
+    In float32, in the order of k, rounded once: the same input gives the same bits, whatever the batch.
+
+    Args:
+        rows: [rows, columns] bfloat16, the experts' outputs in moe_sort's order; rows may be strided.
+        slot_to_row: [tokens, top_k] int32, of moe_sort. A row that is negative or beyond the rows contributes nothing.
+        weights: [tokens, top_k] float32 routing weights; None if the experts' outputs have them already.
+        shared: [tokens, columns] bfloat16 to add, such as the shared expert's output; rows may be strided.
+        out: [tokens, columns] bfloat16 to write to; shared itself is allowed.
+
+    Returns:
+        out.
+    """
+    (result,) = _moe_finalize((rows, slot_to_row, weights, shared), (out,))
+    return result
