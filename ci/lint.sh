@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The lint set: every check, or those named, with the tools of the `lint` extra from the environment on PATH.
 #
-#     ci/lint.sh [CHECK ...]     checks: versions ruff format mypy clang_format cmake_format spelling
+#     ci/lint.sh [CHECK ...]     checks: versions ruff format mypy clang_format cmake_format spelling workflows
 #     ci/lint.sh fix             rewrites what the formatters would have
 #
 # .pre-commit-config.yaml calls these same checks. A tool that is absent or of another version than pyproject.toml pins
@@ -9,10 +9,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-checks=(versions ruff format mypy clang_format cmake_format spelling)
+checks=(versions ruff format mypy clang_format cmake_format spelling workflows)
 
 files() { git ls-files --cached --others --exclude-standard -- "$@"; }
-cpp_files() { files 'csrc/**.cpp' 'csrc/**.h' 'csrc/**.cu' 'csrc/**.cuh' 'tests/cpp/**.cpp' 'tests/cpp/**.c'; }
+cpp_files() { files 'csrc/**.cpp' 'csrc/**.h' 'csrc/**.hpp' 'csrc/**.cu' 'csrc/**.cuh' 'tests/cpp/**.cpp' 'tests/cpp/**.c'; }
 cmake_files() { files '**CMakeLists.txt' '**.cmake'; }
 
 versions() { python ci/pins.py check lint; }
@@ -22,6 +22,11 @@ mypy() { command mypy; }
 clang_format() { cpp_files | xargs clang-format --dry-run -Werror; }
 cmake_format() { cmake_files | xargs gersemi --check --diff --warnings-as-errors; }
 spelling() { files ':!LICENSE' | xargs codespell; }
+# Syntax by GitHub's schema; what can go wrong with permissions, pins and injected text by zizmor.
+workflows() {
+  check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+  zizmor --offline --no-progress .github/workflows
+}
 
 fix() {
   command ruff check --fix .

@@ -1,6 +1,8 @@
 """Versions that pyproject.toml names, for the scripts of this folder, so that no script names one.
 
     python ci/pins.py build          the build requirements, one a line, CMake and Ninja among them
+    python ci/pins.py binding        those that the binding alone needs (DSV4_NATIVE_DIR): no compilers of kernels
+    python ci/pins.py extra EXTRA    what an extra asks for, one a line
     python ci/pins.py check EXTRA    fails unless this environment holds exactly what the extra pins
 
 Needs nothing but an environment with pip: its copies of `tomli` and `packaging` serve where Python has none.
@@ -48,13 +50,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("build")
+    commands.add_parser("binding")
+    commands.add_parser("extra").add_argument("extra")
     commands.add_parser("check").add_argument("extra")
     options = parser.parse_args()
     pyproject = tomllib.loads(PYPROJECT.read_text())
-    if options.command == "build":
-        print("\n".join(build_requirements(pyproject)))
+    if options.command in ("build", "binding"):
+        requirements = build_requirements(pyproject)
+        compilers = [r for r in requirements if Requirement(r).name.startswith(("nvidia-", "triton"))]
+        print("\n".join(r for r in requirements if options.command == "build" or r not in compilers))
         return 0
-    wrong = wrong_versions(pyproject["project"]["optional-dependencies"][options.extra])
+    extra = pyproject["project"]["optional-dependencies"][options.extra]
+    if options.command == "extra":
+        print("\n".join(extra))
+        return 0
+    wrong = wrong_versions(extra)
     for text in wrong:
         print(f"{options.extra}: {text}; pip install '.[{options.extra}]'", file=sys.stderr)
     return 1 if wrong else 0

@@ -106,6 +106,8 @@ install(EXPORT dsv4_kernels NAMESPACE dsv4_kernels:: FILE dsv4_kernels-config.cm
 include(CMakePackageConfigHelpers)
 write_basic_package_version_file(dsv4_kernels-config-version.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${PROJECT_BINARY_DIR}/dsv4_kernels-config-version.cmake DESTINATION lib/cmake/dsv4_kernels)
+configure_file(${PROJECT_SOURCE_DIR}/csrc/dsv4_kernels.pc.in ${PROJECT_BINARY_DIR}/dsv4_kernels.pc @ONLY)
+install(FILES ${PROJECT_BINARY_DIR}/dsv4_kernels.pc DESTINATION lib/pkgconfig)
 # At install time, when the build has just brought the library up to date with its sources.
 set(write_fingerprint ${run_python} aot.sources ${PROJECT_BINARY_DIR}/sources.sha256)
 install(CODE "execute_process(COMMAND ${write_fingerprint} COMMAND_ERROR_IS_FATAL ANY)")

@@ -67,7 +67,7 @@ class DeviceArray {
   DeviceArray& operator=(const DeviceArray&) = delete;
   ~DeviceArray() { driver<int(DevicePointer)>("cuMemFree_v2")(address_); }
 
-  void* data() const { return reinterpret_cast<void*>(address_); }
+  T* data() const { return reinterpret_cast<T*>(address_); }
 
   std::vector<T> read() const {
     std::vector<T> values(count_);

@@ -2,6 +2,7 @@
 //
 // Exits with 0 if the results are right, 1 if they are wrong, and kRefused + the library's status if it refuses.
 #include <dsv4/router.h>
+#include <dsv4/dsv4.hpp>
 
 #include <cstdio>
 
@@ -14,24 +15,6 @@ constexpr int64_t kVocab = 1000;
 constexpr int64_t kTopK = 6;
 constexpr int64_t kTokens = 257;
 constexpr int32_t kDevice = 0;
-
-int refused(dsv4_status status) {
-  std::fprintf(stderr, "%s\n", dsv4_last_error());
-  return kRefused + status;
-}
-
-dsv4_tensor tensor(void* data, dsv4_dtype dtype, int64_t rows, int64_t columns) {
-  dsv4_tensor view = {};
-  view.data = data;
-  view.dtype = dtype;
-  view.device = kDevice;
-  view.rank = columns ? 2 : 1;
-  view.shape[0] = rows;
-  view.shape[1] = columns;
-  view.stride[0] = columns ? columns : 1;
-  view.stride[1] = 1;
-  return view;
-}
 
 int32_t expert(int64_t token_id, int64_t slot) { return static_cast<int32_t>((token_id * 7 + slot * 31) % 256); }
 
@@ -52,12 +35,8 @@ int count_wrong(const std::vector<float>& weights, const std::vector<int32_t>& i
   return wrong;
 }
 
-}  // namespace
-
-int main() {
-  std::printf("dsv4-kernels %s\n", dsv4_version());
-  if (const dsv4_status status = dsv4_preload(kDevice)) return refused(status);
-
+int route() {
+  dsv4::check(dsv4_preload(kDevice));
   std::vector<int64_t> token_ids;
   for (int64_t token = 0; token < kTokens; ++token) token_ids.push_back(token_id(token));
   std::vector<int32_t> hash_lut;
@@ -71,17 +50,28 @@ int main() {
   const engine::DeviceArray<float> device_weights(std::vector<float>(kTokens * kTopK, -1.0f));
   const engine::DeviceArray<int32_t> device_ids(std::vector<int32_t>(kTokens * kTopK, -2));
 
-  dsv4_hash_router_args args = {};  // zeroed: what is not set is absent
-  args.struct_size = sizeof(args);
-  args.token_ids = tensor(device_token_ids.data(), DSV4_INT64, kTokens, 0);
-  args.hash_lut = tensor(device_hash_lut.data(), DSV4_INT32, kVocab, kTopK);
-  args.out_weights = tensor(device_weights.data(), DSV4_FLOAT32, kTokens, kTopK);
-  args.out_ids = tensor(device_ids.data(), DSV4_INT32, kTokens, kTopK);
-  if (const dsv4_status status = dsv4_hash_router(&args, stream)) return refused(status);
+  auto args = dsv4::args<dsv4_hash_router_args>();  // what is not set is absent
+  args.token_ids = dsv4::view(device_token_ids.data(), {kTokens}, kDevice);
+  args.hash_lut = dsv4::view(device_hash_lut.data(), {kVocab, kTopK}, kDevice);
+  args.out_weights = dsv4::view(device_weights.data(), {kTokens, kTopK}, kDevice);
+  args.out_ids = dsv4::view(device_ids.data(), {kTokens, kTopK}, kDevice);
+  dsv4::call(dsv4_hash_router, args, stream);
   engine::wait_for(stream);
 
   const int wrong = count_wrong(device_weights.read(), device_ids.read());
   std::printf("routed %d tokens to %d experts each, %d values wrong\n", static_cast<int>(kTokens),
               static_cast<int>(kTopK), wrong);
   return wrong ? EXIT_FAILURE : EXIT_SUCCESS;
+}
+
+}  // namespace
+
+int main() {
+  std::printf("dsv4-kernels %s\n", dsv4_version());
+  try {
+    return route();
+  } catch (const dsv4::Error& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return kRefused + error.status();
+  }
 }

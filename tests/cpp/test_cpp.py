@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import dsv4_kernels
 import pytest
 
 from tests.package import c_abi
@@ -37,6 +39,20 @@ def engine(tmp_path_factory: pytest.TempPathFactory, cmake_folder: str) -> Path:
     run(cmake, "-S", HERE, "-B", build, f"-Ddsv4_kernels_DIR={cmake_folder}")
     run(cmake, "--build", build)
     return build / "engine"
+
+
+def test_pkg_config_is_enough_to_build(tmp_path: Path) -> None:
+    """A build that knows neither CMake nor Python, beyond asking where the package is."""
+    folder = run(sys.executable, "-m", "dsv4_kernels", "pkgconfig-dir").stdout.strip()
+    (tmp_path / "version.c").write_text(
+        "#include <dsv4/dsv4.h>\n#include <stdio.h>\nint main(void) { return puts(dsv4_version()) < 0; }\n"
+    )
+    environment = os.environ | {"PKG_CONFIG_PATH": folder}
+    command = [sys.executable, "-m", "pkgconf", "--cflags", "--libs", "dsv4_kernels"]
+    flags = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    program = tmp_path / "version"
+    run("cc", "-std=c11", "-Wall", "-Werror", tmp_path / "version.c", *flags, "-o", program)
+    assert run(program).stdout.strip() == dsv4_kernels.__version__
 
 
 @pytest.mark.skipif(has_driver(), reason="this machine has a CUDA device")

@@ -79,7 +79,7 @@ def test_python_examples_run(tmp_path: Path) -> None:
 
 
 # What an example in C++ may take as given: it is shown as the body of a function of the reader's engine.
-CPP_GIVEN = "void* token_ids, void* table, void* weights, void* ids, int64_t tokens, int64_t vocab, int64_t k"
+CPP_GIVEN = "int64_t* token_ids, int32_t* table, float* weights, int32_t* ids, int64_t tokens, int64_t vocab, int64_t k"
 
 
 def test_cpp_examples_compile(tmp_path: Path, package: Path) -> None:

@@ -61,6 +61,7 @@ def test_import_is_instant(tmp_path: Path) -> None:
     assert statistics.median(times) < LIMIT_MS, times
 
 
+@pytest.mark.torch
 def test_registering_the_torch_ops_is_instant(tmp_path: Path) -> None:
     runs = [run(TIMED_REGISTRATION, tmp_path) for _ in range(4)][1:]
     assert all(one["registered"] for one in runs)

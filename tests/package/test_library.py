@@ -47,6 +47,7 @@ def test_exports_are_what_the_headers_declare(package: Path, library_path: Path)
     assert exported == declared
 
 
+@pytest.mark.torch
 def test_every_op_has_its_c_function(library_path: Path) -> None:
     from dsv4_kernels.op_table import OPS
 

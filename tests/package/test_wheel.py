@@ -24,9 +24,10 @@ EXPECTED = (
     r"_native\.pyi",
     r"_native\.cpython-\w+-x86_64-linux-gnu\.so",
     r"images\.json",
-    r"include/dsv4/\w+\.h",
+    r"include/dsv4/\w+\.h(pp)?",
     r"lib/libdsv4_kernels\.so(\.\d+)*",
     r"lib/sources\.sha256",
+    r"lib/pkgconfig/dsv4_kernels\.pc",
     r"lib/cmake/dsv4_kernels/dsv4_kernels-config(-version|-release)?\.cmake",
 )
 

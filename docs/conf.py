@@ -1,0 +1,22 @@
+"""Sphinx: the pages of this folder, with the API read from the docstrings of the installed package.
+
+    sphinx-build -W docs build/docs        (pip install 'dsv4-kernels[docs]')
+"""
+
+import importlib.metadata
+
+project = "dsv4-kernels"
+author = "the dsv4-kernels developers"
+release = version = importlib.metadata.version("dsv4-kernels")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = f"dsv4-kernels {release}"
+exclude_patterns = ["_build"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+# Pages of the repository are shown as they are; their links lead to files beside them.
+suppress_warnings = ["myst.xref_missing", "myst.header"]
