@@ -1,6 +1,6 @@
 """Sphinx: the pages of this folder, with the API read from the docstrings of the installed package.
 
-    sphinx-build -W docs build/docs        (pip install 'dsv4-kernels[docs]')
+sphinx-build -W docs build/docs        (pip install 'dsv4-kernels[docs]')
 """
 
 import importlib.metadata
