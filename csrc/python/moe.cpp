@@ -40,6 +40,30 @@ void bind_moe(py::module_& module) {
     args.out = out.view;
     return call(dsv4_moe_finalize, args, rows);
   });
+  module.def("blackwell_swizzle_32_4_4", [](const Tensor& scales, const Tensor& out) {
+    dsv4_blackwell_swizzle_32_4_4_args args = {};
+    args.scales = scales.view;
+    args.out = out.view;
+    return call(dsv4_blackwell_swizzle_32_4_4, args, scales);
+  });
+  module.def("blackwell_unswizzle_32_4_4", [](const Tensor& swizzled, int rows, int columns, const Tensor& out) {
+    dsv4_blackwell_unswizzle_32_4_4_args args = {};
+    args.swizzled = swizzled.view;
+    args.rows = rows;
+    args.columns = columns;
+    args.out = out.view;
+    return call(dsv4_blackwell_unswizzle_32_4_4, args, swizzled);
+  });
+  module.def("assemble_scales_2d_side", [](const Tensor& scales, const Tensor& expert_offsets,
+                                           const Tensor& padded_offsets, int padded_rows, const Tensor& out) {
+    dsv4_assemble_scales_2d_side_args args = {};
+    args.scales = scales.view;
+    args.expert_offsets = expert_offsets.view;
+    args.padded_offsets = padded_offsets.view;
+    args.padded_rows = padded_rows;
+    args.out = out.view;
+    return call(dsv4_assemble_scales_2d_side, args, scales);
+  });
 }
 
 }  // namespace dsv4::python

@@ -17,6 +17,11 @@ def _weights_and_ids(tokens: int, top_k: int, id_type: torch.dtype = torch.int32
     return ((tokens, top_k), torch.float32), ((tokens, top_k), id_type)
 
 
+def _swizzled(rows: int, columns: int) -> tuple[int, int]:
+    """The extents of a matrix in the 32_4_4 layout."""
+    return -(-rows // 128) * 128, -(-columns // 4) * 4
+
+
 def _add(op: Op) -> None:
     OPS[op.name] = op
 
@@ -121,5 +126,34 @@ _add(
         "Tensor rows, Tensor slot_to_row, Tensor? weights=None, Tensor? shared=None",
         ("out",),
         lambda rows, slot_to_row, *_: (((slot_to_row.shape[0], rows.shape[1]), torch.bfloat16),),
+    )
+)
+_add(
+    Op(
+        "moe",
+        "blackwell_swizzle_32_4_4",
+        "Tensor scales",
+        ("out",),
+        lambda scales: (((*scales.shape[:-2], *_swizzled(*scales.shape[-2:])), scales.dtype),),
+    )
+)
+_add(
+    Op(
+        "moe",
+        "blackwell_unswizzle_32_4_4",
+        "Tensor swizzled, int rows, int columns",
+        ("out",),
+        lambda swizzled, rows, columns: (((*swizzled.shape[:-2], rows, columns), swizzled.dtype),),
+    )
+)
+_add(
+    Op(
+        "moe",
+        "assemble_scales_2d_side",
+        "Tensor scales, Tensor expert_offsets, Tensor padded_offsets, int padded_rows",
+        ("out",),
+        lambda scales, expert_offsets, padded_offsets, padded_rows: (
+            (_swizzled(padded_rows, scales.shape[-1]), scales.dtype),
+        ),
     )
 )

@@ -59,6 +59,50 @@ typedef struct dsv4_moe_finalize_args {
 
 DSV4_API dsv4_status dsv4_moe_finalize(const dsv4_moe_finalize_args* args, dsv4_stream stream);
 
+/* Block scales in the 32_4_4 layout that Blackwell's block-scaled tensor core instructions read. With C4 =
+ * ceil(columns / 4), the scale of row r and column c is the byte
+ *
+ *     ((r / 128) * C4 + c / 4) * 512 + (r % 32) * 16 + (r % 128) / 32 * 4 + c % 4
+ *
+ * of out, whose rows are padded to a multiple of 128 and columns to one of 4; the padding is written with zeros. A
+ * scale is any byte: columns are groups along K, K / 32 for MXFP8 and MXFP4, K / 16 for NVFP4. */
+typedef struct dsv4_blackwell_swizzle_32_4_4_args {
+  size_t struct_size; /* sizeof(dsv4_blackwell_swizzle_32_4_4_args) */
+  dsv4_tensor scales; /* [rows, columns] or [matrices, rows, columns] uint8, float8_e4m3fn or float8_e8m0fnu; rows may
+                         be strided */
+  dsv4_tensor out;    /* [rows to 128, columns to 4] or [matrices, ...], the same dtype, on a multiple of 16 bytes */
+} dsv4_blackwell_swizzle_32_4_4_args;
+
+DSV4_API dsv4_status dsv4_blackwell_swizzle_32_4_4(const dsv4_blackwell_swizzle_32_4_4_args* args, dsv4_stream stream);
+
+/* The inverse: out is the matrix without padding. */
+typedef struct dsv4_blackwell_unswizzle_32_4_4_args {
+  size_t struct_size;   /* sizeof(dsv4_blackwell_unswizzle_32_4_4_args) */
+  dsv4_tensor swizzled; /* [rows to 128, columns to 4] or [matrices, ...], on a multiple of 16 bytes */
+  int64_t rows;
+  int64_t columns;
+  dsv4_tensor out; /* [rows, columns] or [matrices, rows, columns], the same dtype; rows may be strided */
+} dsv4_blackwell_unswizzle_32_4_4_args;
+
+DSV4_API dsv4_status dsv4_blackwell_unswizzle_32_4_4(const dsv4_blackwell_unswizzle_32_4_4_args* args,
+                                                     dsv4_stream stream);
+
+/* Scales of activations that are sorted by expert, swizzled so that each expert has a padded section of its own:
+ * row padded_offsets[e] + i of the swizzled matrix is row expert_offsets[e] + i of scales, for i < expert_offsets[e +
+ * 1]
+ * - expert_offsets[e]; every other scale of out is zero. Offsets ascend and are read on the device; whatever they are,
+ * nothing is read or written out of bounds. padded_offsets are multiples of 128 where a grouped product reads out. */
+typedef struct dsv4_assemble_scales_2d_side_args {
+  size_t struct_size;         /* sizeof(dsv4_assemble_scales_2d_side_args) */
+  dsv4_tensor scales;         /* [rows, columns] uint8, float8_e4m3fn or float8_e8m0fnu; rows may be strided */
+  dsv4_tensor expert_offsets; /* [experts + 1] int32 */
+  dsv4_tensor padded_offsets; /* [experts + 1] int32 */
+  int64_t padded_rows;        /* a multiple of 128 */
+  dsv4_tensor out;            /* [padded_rows, columns to 4], the same dtype, on a multiple of 16 bytes */
+} dsv4_assemble_scales_2d_side_args;
+
+DSV4_API dsv4_status dsv4_assemble_scales_2d_side(const dsv4_assemble_scales_2d_side_args* args, dsv4_stream stream);
+
 #ifdef __cplusplus
 }
 #endif
