@@ -3,6 +3,7 @@
 
 #include <math_constants.h>
 
+#include "device/reduce.cuh"
 #include "device/row.cuh"
 
 namespace dsv4 {
@@ -41,6 +42,32 @@ struct PooledRows {
       }
       top[j] = highest;
     }
+  }
+
+  // Adds the rows that another thread has seen.
+  __device__ void merge(const PooledRows& other) {
+#pragma unroll
+    for (int j = 0; j < kFour; ++j) {
+      const float highest = fmaxf(top[j], other.top[j]);
+      const float base = finite_base(highest);
+      const float keep = expf(top[j] - base);
+      const float take = expf(other.top[j] - base);
+      sum[j] = keep * sum[j] + take * other.sum[j];
+      value[j] = keep * value[j] + take * other.value[j];
+      top[j] = highest;
+    }
+  }
+
+  // What another lane of the warp holds; every lane must call it.
+  __device__ PooledRows of_lane(int lane) const {
+    PooledRows other;
+#pragma unroll
+    for (int j = 0; j < kFour; ++j) {
+      other.top[j] = __shfl_sync(kFullWarp, top[j], lane);
+      other.sum[j] = __shfl_sync(kFullWarp, sum[j], lane);
+      other.value[j] = __shfl_sync(kFullWarp, value[j], lane);
+    }
+    return other;
   }
 
   __device__ float result(int column) const { return sum[column] == 0.0f ? 0.0f : value[column] / sum[column]; }

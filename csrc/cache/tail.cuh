@@ -7,6 +7,8 @@
 
 namespace dsv4 {
 
+constexpr int64_t kMaxWidth = 65532;  // columns of a tail buffer, far beyond any model
+
 // The slot of a request, or -1 for padding.
 __device__ inline int64_t slot_of(const int32_t* request_slots, int64_t request, int64_t slots) {
   const int32_t slot = request_slots[request];
@@ -27,8 +29,14 @@ inline void check_tail(Check& check, const char* name, const dsv4_tensor& tail, 
 // The first tail buffer, which decides the state's extents.
 inline void check_first_tail(Check& check, const char* name, const dsv4_tensor& tail) {
   check.tensor(name, tail, one_of(DSV4_FLOAT32), {kAny, kAny, kAny});
-  check.multiple("width of the tail buffers", extent(tail, 2), 4);
+  check.multiple("tail buffer columns (width)", extent(tail, 2), 4);
+  check.range("tail buffer columns (width)", extent(tail, 2), 0, kMaxWidth);
   check.aligned_rows(name, tail, 4 * sizeof(float));
+}
+
+// A slot's rows are spread over the second dimension of a grid.
+inline void check_blocks_of_slot(Check& check, int64_t slot_columns, int64_t columns_a_block) {
+  check.range("tail buffer elements of a slot (rows * width)", slot_columns, 0, 65535 * columns_a_block);
 }
 
 }  // namespace dsv4

@@ -22,6 +22,112 @@ void bind_cache(py::module_& module) {
     args.out_valid_mask = out_valid_mask.view;
     return call(dsv4_csa_compress_tail, args, tail_ka);
   });
+
+  module.def("hca_compress_tail",
+             [](const Tensor& tail_ka, const Tensor& tail_za, const Tensor& tail_len, const Tensor& request_slots,
+                int m, const Tensor& out_entry, const Tensor& out_valid_mask) {
+    dsv4_hca_compress_tail_args args = {};
+    args.tail_ka = tail_ka.view;
+    args.tail_za = tail_za.view;
+    args.tail_len = tail_len.view;
+    args.request_slots = request_slots.view;
+    args.m = m;
+    args.out_entry = out_entry.view;
+    args.out_valid_mask = out_valid_mask.view;
+    return call(dsv4_hca_compress_tail, args, tail_ka);
+  });
+
+  module.def("append", [](const Tensor& kv, const Tensor& z, const Tensor& request_slots, const Tensor& positions,
+                          const Tensor& tail_ka, const Tensor& tail_za, const Tensor& tail_len,
+                          const Tensor& slot_positions, int m, const Tensor& next_kb, const Tensor& next_zb,
+                          const Tensor& token_offsets, const Tensor& indexer_kv, const Tensor& indexer_z,
+                          const Tensor& ape, const Tensor& indexer_ape, int round) {
+    dsv4_append_args args = {};
+    args.kv = kv.view;
+    args.z = z.view;
+    args.request_slots = request_slots.view;
+    args.positions = positions.view;
+    args.tail_ka = tail_ka.view;
+    args.tail_za = tail_za.view;
+    args.tail_len = tail_len.view;
+    args.slot_positions = slot_positions.view;
+    args.m = m;
+    args.next_kb = next_kb.view;
+    args.next_zb = next_zb.view;
+    args.token_offsets = token_offsets.view;
+    args.indexer_kv = indexer_kv.view;
+    args.indexer_z = indexer_z.view;
+    args.ape = ape.view;
+    args.indexer_ape = indexer_ape.view;
+    args.round = round;
+    return call(dsv4_append, args, kv);
+  });
+
+  module.def("flush_write_csa", [](const Tensor& entry, const Tensor& indexer_key, const Tensor& valid_mask,
+                                   const Tensor& request_slots, const Tensor& slot_positions, const Tensor& block_table,
+                                   const Tensor& entries_fp8, const Tensor& entries_rope, const Tensor& inv_scale,
+                                   const Tensor& indexer_keys_fp4, const Tensor& indexer_scale, int m) {
+    dsv4_flush_write_csa_args args = {};
+    args.entry = entry.view;
+    args.indexer_key = indexer_key.view;
+    args.valid_mask = valid_mask.view;
+    args.request_slots = request_slots.view;
+    args.slot_positions = slot_positions.view;
+    args.block_table = block_table.view;
+    args.entries_fp8 = entries_fp8.view;
+    args.entries_rope = entries_rope.view;
+    args.inv_scale = inv_scale.view;
+    args.indexer_keys_fp4 = indexer_keys_fp4.view;
+    args.indexer_scale = indexer_scale.view;
+    args.m = m;
+    return call(dsv4_flush_write_csa, args, entry);
+  });
+
+  module.def("flush_write_hca", [](const Tensor& entry, const Tensor& valid_mask, const Tensor& request_slots,
+                                   const Tensor& slot_positions, const Tensor& block_table, const Tensor& entries_fp8,
+                                   const Tensor& entries_rope, const Tensor& inv_scale, int m) {
+    dsv4_flush_write_hca_args args = {};
+    args.entry = entry.view;
+    args.valid_mask = valid_mask.view;
+    args.request_slots = request_slots.view;
+    args.slot_positions = slot_positions.view;
+    args.block_table = block_table.view;
+    args.entries_fp8 = entries_fp8.view;
+    args.entries_rope = entries_rope.view;
+    args.inv_scale = inv_scale.view;
+    args.m = m;
+    return call(dsv4_flush_write_hca, args, entry);
+  });
+
+  module.def("csa_rotate_state",
+             [](const Tensor& valid_mask, const Tensor& request_slots, const Tensor& tail_ka, const Tensor& tail_za,
+                const Tensor& tail_kb, const Tensor& tail_zb, const Tensor& tail_len, const Tensor& next_kb,
+                const Tensor& next_zb, bool clear_rows) {
+    dsv4_csa_rotate_state_args args = {};
+    args.valid_mask = valid_mask.view;
+    args.request_slots = request_slots.view;
+    args.tail_ka = tail_ka.view;
+    args.tail_za = tail_za.view;
+    args.tail_kb = tail_kb.view;
+    args.tail_zb = tail_zb.view;
+    args.tail_len = tail_len.view;
+    args.next_kb = next_kb.view;
+    args.next_zb = next_zb.view;
+    args.clear_rows = clear_rows;
+    return call(dsv4_csa_rotate_state, args, tail_ka);
+  });
+
+  module.def("hca_reset_state", [](const Tensor& valid_mask, const Tensor& request_slots, const Tensor& tail_ka,
+                                   const Tensor& tail_za, const Tensor& tail_len, bool clear_rows) {
+    dsv4_hca_reset_state_args args = {};
+    args.valid_mask = valid_mask.view;
+    args.request_slots = request_slots.view;
+    args.tail_ka = tail_ka.view;
+    args.tail_za = tail_za.view;
+    args.tail_len = tail_len.view;
+    args.clear_rows = clear_rows;
+    return call(dsv4_hca_reset_state, args, tail_ka);
+  });
 }
 
 }  // namespace dsv4::python

@@ -94,6 +94,62 @@ _add(
 )
 _add(
     Op(
+        "cache",
+        "hca_compress_tail",
+        "Tensor tail_ka, Tensor tail_za, Tensor tail_len, Tensor request_slots, int m",
+        ("out_entry", "out_valid_mask"),
+        lambda tail_ka, tail_za, tail_len, request_slots, m: (
+            ((request_slots.shape[0], tail_ka.shape[2]), torch.bfloat16),
+            ((request_slots.shape[0],), torch.bool),
+        ),
+    )
+)
+_add(
+    Op(
+        "cache",
+        "append",
+        "Tensor kv, Tensor z, Tensor request_slots, Tensor positions, Tensor(a!) tail_ka, Tensor(b!) tail_za, "
+        "Tensor(c!) tail_len, Tensor(d!) slot_positions, int m, Tensor(e!)? next_kb=None, Tensor(f!)? next_zb=None, "
+        "Tensor? token_offsets=None, Tensor? indexer_kv=None, Tensor? indexer_z=None, Tensor? ape=None, "
+        "Tensor? indexer_ape=None, int round=0",
+    )
+)
+_add(
+    Op(
+        "cache",
+        "flush_write_csa",
+        "Tensor entry, Tensor indexer_key, Tensor valid_mask, Tensor request_slots, Tensor slot_positions, "
+        "Tensor block_table, Tensor(a!) entries_fp8, Tensor(b!) entries_rope, Tensor(c!) inv_scale, "
+        "Tensor(d!) indexer_keys_fp4, Tensor(e!) indexer_scale, int m",
+    )
+)
+_add(
+    Op(
+        "cache",
+        "flush_write_hca",
+        "Tensor entry, Tensor valid_mask, Tensor request_slots, Tensor slot_positions, Tensor block_table, "
+        "Tensor(a!) entries_fp8, Tensor(b!) entries_rope, Tensor(c!) inv_scale, int m",
+    )
+)
+_add(
+    Op(
+        "cache",
+        "csa_rotate_state",
+        "Tensor valid_mask, Tensor request_slots, Tensor(a!) tail_ka, Tensor(b!) tail_za, Tensor(c!) tail_kb, "
+        "Tensor(d!) tail_zb, Tensor(e!) tail_len, Tensor(f!)? next_kb=None, Tensor(g!)? next_zb=None, "
+        "bool clear_rows=True",
+    )
+)
+_add(
+    Op(
+        "cache",
+        "hca_reset_state",
+        "Tensor valid_mask, Tensor request_slots, Tensor(a!) tail_ka, Tensor(b!) tail_za, Tensor(c!) tail_len, "
+        "bool clear_rows=True",
+    )
+)
+_add(
+    Op(
         "moe",
         "padded_squared_relu",
         "Tensor x, Tensor permutation_map, Tensor n_used",

@@ -1,13 +1,49 @@
 """The compressed key-value cache: state, compression, quantised entries in pages."""
 
 from dsv4_kernels import torch_ops
-from dsv4_kernels.cache.functions import csa_compress_tail
+from dsv4_kernels.cache.flush import append_and_flush, maybe_flush_csa, maybe_flush_hca
+from dsv4_kernels.cache.functions import (
+    append,
+    csa_compress_tail,
+    csa_rotate_state,
+    flush_write_csa,
+    flush_write_hca,
+    hca_compress_tail,
+    hca_reset_state,
+)
+from dsv4_kernels.cache.prepare import (
+    BlockAllocator,
+    BlockError,
+    OutOfBlocksError,
+    Request,
+    prepare_forward,
+    release,
+)
 from dsv4_kernels.cache.schema import AttentionType, LayerCacheSchema
+from dsv4_kernels.cache.state import CacheHandle, CacheState, PagedCache
 
 torch_ops.register()
 
 __all__ = [
     "AttentionType",
+    "BlockAllocator",
+    "BlockError",
+    "CacheHandle",
+    "CacheState",
     "LayerCacheSchema",
+    "OutOfBlocksError",
+    "PagedCache",
+    "Request",
+    "append",
+    "append_and_flush",
     "csa_compress_tail",
+    "csa_rotate_state",
+    "flush_write_csa",
+    "flush_write_hca",
+    "hca_compress_tail",
+    "hca_reset_state",
+    "maybe_flush_csa",
+    "maybe_flush_hca",
+    "prepare_forward",
+    "release",
 ]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from dsv4_kernels.presets import Preset
+
 
 class AttentionType(enum.Enum):
     """Kind of attention.
@@ -78,6 +80,16 @@ class LayerCacheSchema:
     def hca(cls, m: int = 128, *, entries_per_block: int = 64) -> LayerCacheSchema:
         """The models' heavily compressed layers: one entry for m tokens, no indexer key."""
         return cls(AttentionType.HCA, m, indexer_head_dim=0, entries_per_block=entries_per_block)
+
+    @classmethod
+    def of_layer(cls, preset: Preset, layer: int, *, entries_per_block: int = 64) -> LayerCacheSchema:
+        """A layer of a public model, by its compress ratio. A ratio of 4 overlaps blocks, any other does not."""
+        ratio = preset.compress_ratios[layer]
+        if ratio == 0:
+            return cls.swa()
+        if ratio == 4:
+            return cls.csa(ratio, entries_per_block=entries_per_block)
+        return cls.hca(ratio, entries_per_block=entries_per_block)
 
     @property
     def entry_head_dim(self) -> int:

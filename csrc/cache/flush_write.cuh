@@ -1,0 +1,201 @@
+// Quantising an entry (and an indexer key) and writing it to the pool in the split layout: what flush_write_csa and
+// flush_write_hca share. One block a request: the first kEntryWarps warps take the entry, one more the indexer key.
+#pragma once
+
+#include <cfloat>
+
+#include "cache/tail.cuh"
+#include "core/launch.h"
+#include "device/fp4.cuh"
+#include "device/fp8.cuh"
+#include "device/reduce.cuh"
+#include "device/row.cuh"
+
+namespace dsv4 {
+
+constexpr int kEntryWarps = 4;
+constexpr int kEntryThreads = kEntryWarps * kWarpLanes;
+constexpr int kFoursAThread = 2;
+constexpr int64_t kMaxHeadDim = kEntryThreads * kFoursAThread * kFour;
+constexpr int kEight = 8;               // indexer columns a lane packs at a time
+constexpr int kNvfp4Group = 16;         // columns that share a scale
+constexpr float kLeastScale = FLT_MIN;  // so that a row of zeros divides by something
+
+// Where the entries of a batch go.
+struct PoolTarget {
+  const int32_t* request_slots;
+  const int64_t* slot_positions;
+  const int32_t* block_table;
+  int64_t slots;
+  int64_t table_stride;
+  int64_t table_columns;
+  int64_t blocks;
+  int64_t entries_per_block;
+  int m;
+};
+
+struct SplitPages {
+  uint8_t* entries_fp8;
+  __nv_bfloat16* entries_rope;
+  float* inv_scale;
+  uint8_t* indexer_keys_fp4;
+  uint8_t* indexer_scale;
+  int head_dim;
+  int rope_dim;
+  int indexer_head_dim;
+};
+
+// The entry's row in the pool, or -1 where there is none.
+__device__ inline int64_t pool_row(const PoolTarget& target, int64_t request) {
+  const int64_t slot = slot_of(target.request_slots, request, target.slots);
+  if (slot < 0) return -1;
+  const int64_t position = target.slot_positions[slot];
+  if (position < 1) return -1;
+  const int64_t entry = (position - 1) / target.m;
+  const int64_t column = entry / target.entries_per_block;
+  if (column >= target.table_columns) return -1;
+  const int64_t block = target.block_table[request * target.table_stride + column];
+  if (block < 0 || block >= target.blocks) return -1;
+  return block * target.entries_per_block + entry - column * target.entries_per_block;
+}
+
+// Four values as FP8 with a common scale.
+__device__ inline uint32_t encode_scaled(const Four<__nv_bfloat16>& values, float scale) {
+  float scaled[kFour];
+#pragma unroll
+  for (int j = 0; j < kFour; ++j) scaled[j] = __fdiv_rn(static_cast<float>(values.values[j]), scale);
+  return encode_e4m3x4(scaled[0], scaled[1], scaled[2], scaled[3]);
+}
+
+// One lane's eight columns of the indexer key; two lanes share a group. Every lane of the warp must call it.
+__device__ inline void write_indexer_key(const SplitPages& pages, const __nv_bfloat16* key, int64_t row, int column) {
+  const bool inside = column < pages.indexer_head_dim;
+  float values[kEight] = {};
+  float amax = 0.0f;
+  if (inside) {
+#pragma unroll
+    for (int i = 0; i < kEight; i += kFour) {
+      const Four<__nv_bfloat16> four = *reinterpret_cast<const Four<__nv_bfloat16>*>(key + column + i);
+#pragma unroll
+      for (int j = 0; j < kFour; ++j) {
+        values[i + j] = static_cast<float>(four.values[j]);
+        amax = fmaxf(amax, fabsf(values[i + j]));
+      }
+    }
+  }
+  amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, 1));
+  if (!inside) return;
+  const uint32_t scale_code = encode_e4m3(__fdiv_rn(amax, kLargestE2m1));
+  const float scale = decode_e4m3(scale_code);
+#pragma unroll
+  for (int i = 0; i < kEight; ++i) values[i] = __fdiv_rn(values[i], scale);
+  const uint32_t codes = scale == 0.0f ? 0u : encode_e2m1x8(values);
+  *reinterpret_cast<uint32_t*>(pages.indexer_keys_fp4 + row * (pages.indexer_head_dim / 2) + column / 2) = codes;
+  if (column % kNvfp4Group == 0)
+    pages.indexer_scale[row * (pages.indexer_head_dim / kNvfp4Group) + column / kNvfp4Group] =
+        static_cast<uint8_t>(scale_code);
+}
+
+template <bool WithIndexer>
+__global__ void __launch_bounds__(kEntryThreads + WithIndexer * kWarpLanes)
+    flush_write_kernel(const __nv_bfloat16* __restrict__ entry, const __nv_bfloat16* __restrict__ indexer_key,
+                       const bool* __restrict__ valid_mask, PoolTarget target, SplitPages pages) {
+  const int64_t request = blockIdx.x;
+  const bool valid = valid_mask[request];
+  const int64_t row = pool_row(target, request);
+  if (!valid || row < 0) return;
+
+  const int warp = threadIdx.x / kWarpLanes;
+  const int lane = threadIdx.x % kWarpLanes;
+  __shared__ float warp_amax[kEntryWarps];
+  const int stored = pages.head_dim - pages.rope_dim;
+  Four<__nv_bfloat16> fours[kFoursAThread];
+  if (warp < kEntryWarps) {
+    float amax = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kFoursAThread; ++i) {
+      const int column = (i * kEntryThreads + threadIdx.x) * kFour;
+      fours[i] = load_four(entry + request * pages.head_dim, column, pages.head_dim, true);
+      if (column >= stored) continue;
+#pragma unroll
+      for (int j = 0; j < kFour; ++j) amax = fmaxf(amax, fabsf(static_cast<float>(fours[i].values[j])));
+    }
+#pragma unroll
+    for (int distance = kWarpLanes / 2; distance > 0; distance /= 2)
+      amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, distance));
+    if (lane == 0) warp_amax[warp] = amax;
+  }
+  __syncthreads();
+  if (WithIndexer && warp == kEntryWarps) {
+    const __nv_bfloat16* const key = indexer_key + request * pages.indexer_head_dim;
+    for (int first = 0; first < pages.indexer_head_dim; first += kWarpLanes * kEight)
+      write_indexer_key(pages, key, row, first + lane * kEight);
+    return;
+  }
+  const float amax = fmaxf(fmaxf(warp_amax[0], warp_amax[1]), fmaxf(warp_amax[2], warp_amax[3]));
+  const float scale = fmaxf(__fdiv_rn(amax, kLargestE4m3), kLeastScale);
+  if (threadIdx.x == 0) pages.inv_scale[row] = scale;
+#pragma unroll
+  for (int i = 0; i < kFoursAThread; ++i) {
+    const int column = (i * kEntryThreads + threadIdx.x) * kFour;
+    if (column < stored)
+      *reinterpret_cast<uint32_t*>(pages.entries_fp8 + row * stored + column) = encode_scaled(fours[i], scale);
+    else if (column < pages.head_dim)
+      *reinterpret_cast<Four<__nv_bfloat16>*>(pages.entries_rope + row * pages.rope_dim + column - stored) = fours[i];
+  }
+}
+
+// The arguments that both ops have. Args is the struct of one of them.
+template <typename Args>
+void check_flush_write(Check& check, const Args& args) {
+  const int64_t requests = extent(args.entry, 0);
+  const int64_t head_dim = extent(args.entry, 1);
+  const int64_t blocks = extent(args.entries_fp8, 0);
+  const int64_t per_block = extent(args.entries_fp8, 1);
+  const int64_t rope_dim = extent(args.entries_rope, 2);
+  check.tensor("entry", args.entry, one_of(DSV4_BFLOAT16), {kAny, kAny});
+  check.range("entry columns (head_dim)", head_dim, 0, kMaxHeadDim);
+  check.multiple("entry columns (head_dim)", head_dim, kFour);
+  check.aligned_rows("entry", args.entry, kFour * sizeof(__nv_bfloat16));
+  check.tensor("valid_mask", args.valid_mask, one_of(DSV4_BOOL), {requests});
+  check.tensor("request_slots", args.request_slots, one_of(DSV4_INT32), {requests});
+  check.tensor("slot_positions", args.slot_positions, one_of(DSV4_INT64), {kAny});
+  check.tensor("block_table", args.block_table, one_of(DSV4_INT32), {requests, kAny}, Layout::kStridedRows);
+  check.tensor("entries_rope", args.entries_rope, one_of(DSV4_BFLOAT16), {kAny, kAny, kAny});
+  check.range("entries_rope columns (rope_dim)", rope_dim, 0, head_dim);
+  check.multiple("entries_rope columns (rope_dim)", rope_dim, kFour);
+  check.aligned_rows("entries_rope", args.entries_rope, kFour * sizeof(__nv_bfloat16));
+  check.tensor("entries_fp8", args.entries_fp8, one_of(DSV4_FLOAT8_E4M3FN, DSV4_UINT8),
+               {extent(args.entries_rope, 0), extent(args.entries_rope, 1), head_dim - rope_dim});
+  check.aligned_rows("entries_fp8", args.entries_fp8, kFour);
+  check.tensor("inv_scale", args.inv_scale, one_of(DSV4_FLOAT32), {blocks, per_block});
+  check.range("m", args.m, 1, INT32_MAX);
+}
+
+template <typename Args>
+PoolTarget pool_target(const Args& args) {
+  PoolTarget target = {};
+  target.request_slots = static_cast<const int32_t*>(args.request_slots.data);
+  target.slot_positions = static_cast<const int64_t*>(args.slot_positions.data);
+  target.block_table = static_cast<const int32_t*>(args.block_table.data);
+  target.slots = extent(args.slot_positions, 0);
+  target.table_stride = args.block_table.stride[0];
+  target.table_columns = extent(args.block_table, 1);
+  target.blocks = extent(args.entries_fp8, 0);
+  target.entries_per_block = extent(args.entries_fp8, 1);
+  target.m = args.m;
+  return target;
+}
+
+template <typename Args>
+SplitPages split_pages(const Args& args) {
+  SplitPages pages = {};
+  pages.entries_fp8 = static_cast<uint8_t*>(args.entries_fp8.data);
+  pages.entries_rope = static_cast<__nv_bfloat16*>(args.entries_rope.data);
+  pages.inv_scale = static_cast<float*>(args.inv_scale.data);
+  pages.head_dim = static_cast<int>(extent(args.entry, 1));
+  pages.rope_dim = static_cast<int>(extent(args.entries_rope, 2));
+  return pages;
+}
+
+}  // namespace dsv4
