@@ -151,16 +151,16 @@ extern "C" dsv4_status dsv4_append(const dsv4_append_args* given, dsv4_stream st
   check_tail(check, "tail_za", args.tail_za, args.tail_ka);
   check.tensor("tail_len", args.tail_len, one_of(DSV4_INT32), {slots});
   check.tensor("slot_positions", args.slot_positions, one_of(DSV4_INT64), {slots});
-  if (streams == 2 || present(args.next_zb)) {
-    check_tail(check, "next_kb", args.next_kb, args.tail_ka);
-    check_tail(check, "next_zb", args.next_zb, args.tail_ka);
-  }
+  check_next_rows(check, args);
   if (present(args.token_offsets))
     check.tensor("token_offsets", args.token_offsets, one_of(DSV4_INT32), {requests + 1});
-  if (indexer_head_dim > 0 || present(args.indexer_kv) || present(args.indexer_z)) {
+  const bool with_indexer = indexer_head_dim > 0;
+  if (present(args.indexer_kv) || (with_indexer && !present(args.indexer_z)))
     check_token_rows(check, "indexer_kv", args.indexer_kv, tokens, streams * indexer_head_dim);
+  if (present(args.indexer_z) || present(args.indexer_kv))
     check_token_rows(check, "indexer_z", args.indexer_z, tokens, streams * indexer_head_dim);
-  }
+  if (present(args.indexer_z))
+    check_token_rows(check, "indexer_kv", args.indexer_kv, tokens, streams * indexer_head_dim);
   check.range("m", args.m, 1, rows);
   check_ape(check, "ape", args.ape, args.m, streams * head_dim);
   check_ape(check, "indexer_ape", args.indexer_ape, args.m, streams * indexer_head_dim);

@@ -45,10 +45,7 @@ extern "C" dsv4_status dsv4_csa_rotate_state(const dsv4_csa_rotate_state_args* g
   check_tail(check, "tail_kb", args.tail_kb, args.tail_ka);
   check_tail(check, "tail_zb", args.tail_zb, args.tail_ka);
   check.tensor("tail_len", args.tail_len, one_of(DSV4_INT32), {slots});
-  if (two_projections) {
-    check_tail(check, "next_kb", args.next_kb, args.tail_ka);
-    check_tail(check, "next_zb", args.next_zb, args.tail_ka);
-  }
+  check_next_rows(check, args);
   check.flag("clear_rows", args.clear_rows);
   check_blocks_of_slot(check, slot_columns, kThreads * kFour);
   LaunchTarget target;

@@ -34,6 +34,14 @@ inline void check_first_tail(Check& check, const char* name, const dsv4_tensor& 
   check.aligned_rows(name, tail, 4 * sizeof(float));
 }
 
+// next_kb and next_zb: both or neither. One that is given is checked before one that is missed.
+template <typename Args>
+void check_next_rows(Check& check, const Args& args) {
+  if (present(args.next_kb)) check_tail(check, "next_kb", args.next_kb, args.tail_ka);
+  if (present(args.next_zb) || present(args.next_kb)) check_tail(check, "next_zb", args.next_zb, args.tail_ka);
+  if (present(args.next_zb)) check_tail(check, "next_kb", args.next_kb, args.tail_ka);
+}
+
 // A slot's rows are spread over the second dimension of a grid.
 inline void check_blocks_of_slot(Check& check, int64_t slot_columns, int64_t columns_a_block) {
   check.range("tail buffer elements of a slot (rows * width)", slot_columns, 0, 65535 * columns_a_block);
