@@ -1,6 +1,7 @@
 """Run what exists of one DeepSeek-V4 layer outside attention, on real shapes.
 
-At this point: a batch of tokens goes through the router of a hash layer and of a dense layer. Weights are random
+At this point: a batch of tokens goes through the router of a hash layer and of a dense layer, and through the
+compressed cache of a CSA and of an HCA layer, a token a request in decode and a prompt in prefill. Weights are random
 (seeded), or read from a safetensors checkpoint by the models' tensor names; token ids are random, or a text's by any
 Hugging Face tokenizer.json. Every result is checked against float64; the table says what ran where, how long it took,
 and how far it is from the floor, which is the time to move the fewest bytes at the bandwidth of a large copy. Exit
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from dsv4_kernels.cases import Verdict, Yardstick
 from dsv4_kernels.checkpoint import CheckpointError
+from dsv4_kernels.cli.demo_cache import CacheStep, cache_steps
 from dsv4_kernels.cli.machine import default_device, describe, image_for
 from dsv4_kernels.cli.timing import ceilings, seconds_per_call
 from dsv4_kernels.presets import PRESETS, Preset
@@ -62,6 +64,11 @@ class Step:
         """The function that the router picks for the batch."""
         return self.router.op_for(len(self.token_ids))
 
+    @property
+    def kernels(self) -> str:
+        """The op of whose kernels to say where they ran."""
+        return KERNELS.get(self.op, self.op)
+
     def run(self) -> tuple[Tensor, ...]:
         return self.router(self.hidden, self.token_ids)  # type: ignore[no-any-return]
 
@@ -94,7 +101,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"demo: {error}")
         return 2
     hidden = gate_inputs(generator, len(token_ids), preset.hidden_size, 1)[0].to(device)
-    steps = [Step(layer, router, token_ids, hidden) for layer, router in routers.items()]
+    steps: list[Step | CacheStep] = [Step(layer, router, token_ids, hidden) for layer, router in routers.items()]
+    steps += cache_steps(preset, len(token_ids), device, generator)
     best = ceilings(device)
     rows = []
     for step in steps:
@@ -104,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
                 "layer": step.layer,
                 "op": step.op,
                 "device": device,
-                "image": image_for(KERNELS.get(step.op, step.op), device),
+                "image": image_for(step.kernels, device),
                 "time_us": seconds_per_call([step.run], device) * 1e6,
                 "floor_us": best.floor(step.moved_bytes()) * 1e6,
                 "worst_error": verdict.error,
@@ -163,7 +171,7 @@ def print_report(report: dict[str, Any]) -> None:
     """A line for each op."""
     console = Console()
     machine = report["machine"]["device"]
-    console.print(f"{report['preset']}: {report['tokens']} tokens through the router on {machine}", highlight=False)
+    console.print(f"{report['preset']}: {report['tokens']} tokens on {machine}", highlight=False)
     table = Table(box=None)
     for name in ("layer", "op", "image", "time us", "floor us", "error", ""):
         table.add_column(name, justify="left" if name in ("layer", "op", "image", "") else "right")
