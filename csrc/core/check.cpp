@@ -49,9 +49,8 @@ bool is_empty(const dsv4_tensor& value) {
 
 }  // namespace
 
-void Check::tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes, std::initializer_list<int64_t> shape,
-                   Layout layout) {
-  if (status_) return;
+void Check::described(const char* name, const dsv4_tensor& value, DtypeSet dtypes, std::initializer_list<int64_t> shape,
+                      Layout layout) {
   if (value.dtype < 0 || value.dtype >= 32 || !(dtypes >> value.dtype & 1)) return bad_dtype(name, value.dtype, dtypes);
   if (value.reserved != 0) {
     status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected 0 in the reserved field, got %d", value.reserved);
@@ -64,12 +63,17 @@ void Check::tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes, 
     return;
   }
   const uintptr_t misaligned = reinterpret_cast<uintptr_t>(value.data) % dtype_bytes(value.dtype);
-  if (misaligned) {
+  if (misaligned)
     status_ =
         fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected data aligned to %d bytes, got an address %d beyond",
              dtype_bytes(value.dtype), static_cast<int>(misaligned));
-    return;
-  }
+}
+
+void Check::tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes, std::initializer_list<int64_t> shape,
+                   Layout layout) {
+  if (status_) return;
+  described(name, value, dtypes, shape, layout);
+  if (status_) return;
   if (!first_tensor_) {
     first_tensor_ = name;
     device_ = value.device;
@@ -77,6 +81,13 @@ void Check::tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes, 
     status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected device %s (where %s is), got %s",
                    device_name(device_).c_str(), first_tensor_, device_name(value.device).c_str());
   }
+}
+
+void Check::device_or_pinned_tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes,
+                                    std::initializer_list<int64_t> shape, Layout layout) {
+  if (status_) return;
+  if (value.device != DSV4_HOST) return tensor(name, value, dtypes, shape, layout);
+  described(name, value, dtypes, shape, layout);
 }
 
 void Check::aligned_rows(const char* name, const dsv4_tensor& value, int64_t bytes) {
@@ -121,6 +132,17 @@ dsv4_status Check::open(dsv4_stream stream, LaunchTarget* target) {
     return fail(DSV4_ERROR_HOST_TENSOR, op_, first_tensor_,
                 "expected a CUDA tensor, got cpu; the Python package holds the CPU implementation");
   return target->open(op_, device_, stream);
+}
+
+dsv4_status Check::reachable(const char* name, const dsv4_tensor& value) {
+  if (!present(value) || value.device != DSV4_HOST || is_empty(value) || emulated_device()) return DSV4_OK;
+  AllowLoadingInCapture allow;
+  cudaPointerAttributes attributes = {};
+  if (cudaError_t error = cudaPointerGetAttributes(&attributes, value.data))
+    return fail_cuda(error, op_, "cudaPointerGetAttributes");
+  if (attributes.type != cudaMemoryTypeUnregistered) return DSV4_OK;
+  return fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name,
+              "expected CUDA memory or pinned host memory, got pageable host memory; allocate it with pin_memory=True");
 }
 
 void Check::bad_struct(const void* given, size_t bytes, size_t expected) {

@@ -54,6 +54,12 @@ class Check {
     if (present(value)) tensor(name, value, dtypes, shape, layout);
   }
 
+  // The same for memory that the device may also reach in the host: on the device of the tensors checked before, or
+  // pinned (page-locked) host memory, which has one address for the host and for every device. The tensor does not say
+  // whether host memory is pinned: reachable() asks CUDA, once the device is open.
+  void device_or_pinned_tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes,
+                               std::initializer_list<int64_t> shape, Layout layout = Layout::kContiguous);
+
   // Rows start on a multiple of `bytes`, as vector loads of the kernel need.
   void aligned_rows(const char* name, const dsv4_tensor& value, int64_t bytes);
 
@@ -69,8 +75,14 @@ class Check {
   // Ends the checks: opens the device that the tensors live on.
   dsv4_status open(dsv4_stream stream, LaunchTarget* target);
 
+  // After open(): refuses host memory that is not pinned, which a kernel could not read.
+  dsv4_status reachable(const char* name, const dsv4_tensor& value);
+
  private:
   __attribute__((cold)) void bad_struct(const void* given, size_t bytes, size_t expected);
+  // Everything about a tensor but the device that it is on.
+  void described(const char* name, const dsv4_tensor& value, DtypeSet dtypes, std::initializer_list<int64_t> shape,
+                 Layout layout);
   __attribute__((cold)) void bad_dtype(const char* name, int32_t dtype, DtypeSet dtypes);
   __attribute__((cold)) void bad_shape(const char* name, const dsv4_tensor& value,
                                        std::initializer_list<int64_t> shape);

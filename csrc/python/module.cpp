@@ -14,5 +14,6 @@ PYBIND11_MODULE(_native, module) {
   bind_router(module);
   bind_cache(module);
   bind_moe(module);
+  bind_stash(module);
   bind_call_cost(module);
 }

@@ -42,6 +42,7 @@ bool call(dsv4_status (*op)(const Args*, dsv4_stream), Args& args, const Tensor&
 void bind_router(py::module_& module);
 void bind_cache(py::module_& module);
 void bind_moe(py::module_& module);
+void bind_stash(py::module_& module);
 
 void bind_call_cost(py::module_& module);
 

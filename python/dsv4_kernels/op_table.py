@@ -213,3 +213,25 @@ _add(
         ),
     )
 )
+_add(
+    Op(
+        "stash",
+        "paged_stash_copy",
+        "Tensor src, Tensor(a!) cuda_dst, Tensor(b!)? host_dst, Tensor num_tokens, Tensor free_list_cuda, "
+        "Tensor? free_list_host, Tensor(c!) free_list_head, Tensor free_list_tail, Tensor free_list_capacity, "
+        "Tensor(d!) page_record, Tensor(e!) overflow, Tensor(f!) host_spill_global, Tensor(g!) spilled_to_host, "
+        "Tensor(h!)? new_free_list_head=None",
+        workspace_size=lambda *_: _native.paged_stash_workspace_size(),
+    )
+)
+_add(
+    Op(
+        "stash",
+        "paged_stash_pop",
+        "Tensor cuda_src, Tensor? host_src, Tensor(a!) dst, Tensor num_tokens, Tensor page_record, "
+        "Tensor spilled_to_host, Tensor overflow, Tensor(b!) free_list_cuda, Tensor(c!)? free_list_host, "
+        "Tensor(d!) free_list_tail, Tensor free_list_capacity, Tensor(e!)? new_free_list_tail=None, "
+        "bool zero_rest=False",
+        workspace_size=lambda *_: _native.paged_stash_workspace_size(),
+    )
+)
