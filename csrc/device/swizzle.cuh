@@ -37,4 +37,11 @@ __host__ __device__ inline int64_t swizzled_offset(int64_t row, int64_t column, 
          column % kSwizzleColumns;
 }
 
+// The same for 32-bit indices, of which a kernel computes one for every few elements: a fifth of the instructions.
+__device__ inline int64_t swizzled_offset(uint32_t row, uint32_t column, uint32_t tiles_across) {
+  const int64_t tile = static_cast<int64_t>(row / kSwizzleRows) * tiles_across + column / kSwizzleColumns;
+  return tile * kSwizzleTile + (row % kSwizzleQuarter * kSwizzleChunk +
+                                row % kSwizzleRows / kSwizzleQuarter * kSwizzleColumns + column % kSwizzleColumns);
+}
+
 }  // namespace dsv4

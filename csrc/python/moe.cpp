@@ -64,6 +64,103 @@ void bind_moe(py::module_& module) {
     args.out = out.view;
     return call(dsv4_assemble_scales_2d_side, args, scales);
   });
+
+  module.def("quantize_nvfp4",
+             [](const Tensor& x, const Tensor& global_scale, const Tensor& expert_ids, bool reciprocal_global_scale,
+                int source, int granularity, float limit, bool round_to_bfloat16, bool ties_to_even, float scale_floor,
+                bool swizzle, const Tensor& n_used, const Tensor& out, const Tensor& out_scale) {
+    dsv4_quantize_nvfp4_args args = {};
+    args.x = x.view;
+    args.global_scale = global_scale.view;
+    args.expert_ids = expert_ids.view;
+    args.reciprocal_global_scale = reciprocal_global_scale;
+    args.source = source;
+    args.granularity = granularity;
+    args.limit = limit;
+    args.round_to_bfloat16 = round_to_bfloat16;
+    args.ties_to_even = ties_to_even;
+    args.scale_floor = scale_floor;
+    args.swizzle = swizzle;
+    args.n_used = n_used.view;
+    args.out = out.view;
+    args.out_scale = out_scale.view;
+    return call(dsv4_quantize_nvfp4, args, x);
+  });
+
+  module.def("quantize_nvfp4_gpu_fused_workspace_size", &dsv4_quantize_nvfp4_gpu_fused_workspace_size);
+  module.def("quantize_nvfp4_gpu_fused",
+             [](const Tensor& x, const Tensor& expert_ids, int experts, bool per_token, bool reciprocal_global_scale,
+                int source, int granularity, float limit, bool round_to_bfloat16, float amax_floor, bool ties_to_even,
+                float scale_floor, bool swizzle, const Tensor& n_used, const Tensor& workspace, const Tensor& out,
+                const Tensor& out_scale, const Tensor& out_global_scale) {
+    dsv4_quantize_nvfp4_gpu_fused_args args = {};
+    args.x = x.view;
+    args.expert_ids = expert_ids.view;
+    args.experts = experts;
+    args.per_token = per_token;
+    args.reciprocal_global_scale = reciprocal_global_scale;
+    args.source = source;
+    args.granularity = granularity;
+    args.limit = limit;
+    args.round_to_bfloat16 = round_to_bfloat16;
+    args.amax_floor = amax_floor;
+    args.ties_to_even = ties_to_even;
+    args.scale_floor = scale_floor;
+    args.swizzle = swizzle;
+    args.n_used = n_used.view;
+    args.workspace = workspace.view;
+    args.out = out.view;
+    args.out_scale = out_scale.view;
+    args.out_global_scale = out_global_scale.view;
+    return call(dsv4_quantize_nvfp4_gpu_fused, args, x);
+  });
+
+  module.def("quantize_mx", [](const Tensor& x, int element_format, int source, int granularity, float limit,
+                               bool round_to_bfloat16, bool round_scale_up, float amax_floor, bool ties_to_even,
+                               bool swizzle, const Tensor& n_used, const Tensor& out, const Tensor& out_scale) {
+    dsv4_quantize_mx_args args = {};
+    args.x = x.view;
+    args.element_format = element_format;
+    args.source = source;
+    args.granularity = granularity;
+    args.limit = limit;
+    args.round_to_bfloat16 = round_to_bfloat16;
+    args.round_scale_up = round_scale_up;
+    args.amax_floor = amax_floor;
+    args.ties_to_even = ties_to_even;
+    args.swizzle = swizzle;
+    args.n_used = n_used.view;
+    args.out = out.view;
+    args.out_scale = out_scale.view;
+    return call(dsv4_quantize_mx, args, x);
+  });
+
+  module.def("quantize_fp8_per_token",
+             [](const Tensor& x, float scale_floor, bool divide, const Tensor& out, const Tensor& out_scale) {
+    dsv4_quantize_fp8_per_token_args args = {};
+    args.x = x.view;
+    args.scale_floor = scale_floor;
+    args.divide = divide;
+    args.out = out.view;
+    args.out_scale = out_scale.view;
+    return call(dsv4_quantize_fp8_per_token, args, x);
+  });
+
+  module.def("dequantize_blocks", [](const Tensor& data, const Tensor& scale, const Tensor& global_scale,
+                                     const Tensor& expert_ids, bool reciprocal_global_scale, int element_format,
+                                     int scale_format, bool swizzle, int /* dtype: out says it */, const Tensor& out) {
+    dsv4_dequantize_blocks_args args = {};
+    args.data = data.view;
+    args.scale = scale.view;
+    args.global_scale = global_scale.view;
+    args.expert_ids = expert_ids.view;
+    args.reciprocal_global_scale = reciprocal_global_scale;
+    args.element_format = element_format;
+    args.scale_format = scale_format;
+    args.swizzle = swizzle;
+    args.out = out.view;
+    return call(dsv4_dequantize_blocks, args, data);
+  });
 }
 
 }  // namespace dsv4::python

@@ -213,6 +213,87 @@ _add(
         ),
     )
 )
+
+
+def _values_shape(x: torch.Tensor, source: int) -> tuple[int, int]:
+    """Rows and columns of the values that an op quantises."""
+    rows, columns = x.shape
+    return rows, columns if source == 0 else columns // 2
+
+
+def _blocks(shape: tuple[int, int], group: int, codes_per_byte: int, swizzle: bool) -> tuple[OutputSpec, ...]:
+    """Codes and the scales of blocks of them, both as bytes."""
+    rows, columns = shape
+    scales = _swizzled(rows, columns // group) if swizzle else (rows, columns // group)
+    return ((rows, columns // codes_per_byte), torch.uint8), (scales, torch.uint8)
+
+
+# The least amax that a global scale is made for, 448 * 6 * 2^-110: neither the scale nor its reciprocal, nor their
+# products with block scales, leave the normal range of float32 then.
+NVFP4_AMAX_FLOOR = 448 * 6 * 2.0**-110
+
+# Which values are quantised: of three ops.
+_SOURCE = "int source=0, int granularity=0, float limit=0.0, bool round_to_bfloat16=True"
+
+_add(
+    Op(
+        "moe",
+        "quantize_nvfp4",
+        "Tensor x, Tensor global_scale, Tensor? expert_ids=None, bool reciprocal_global_scale=False, "
+        f"{_SOURCE}, bool ties_to_even=True, float scale_floor=0.0, bool swizzle=False, Tensor? n_used=None",
+        ("out", "out_scale"),
+        lambda x, global_scale, expert_ids, reciprocal, source, *rest: _blocks(
+            _values_shape(x, source), 16, 2, rest[-2]
+        ),
+    )
+)
+_add(
+    Op(
+        "moe",
+        "quantize_nvfp4_gpu_fused",
+        "Tensor x, Tensor? expert_ids=None, int experts=0, bool per_token=False, bool reciprocal_global_scale=False, "
+        f"{_SOURCE}, float amax_floor={NVFP4_AMAX_FLOOR!r}, bool ties_to_even=True, float scale_floor=0.0, "
+        "bool swizzle=False, Tensor? n_used=None",
+        ("out", "out_scale", "out_global_scale"),
+        lambda x, expert_ids, experts, per_token, reciprocal, source, *rest: (
+            *_blocks(_values_shape(x, source), 16, 2, rest[-2]),
+            ((x.shape[0] if per_token else max(experts, 1),), torch.float32),
+        ),
+        lambda x, expert_ids, experts, *_: _native.quantize_nvfp4_gpu_fused_workspace_size(experts),
+    )
+)
+_add(
+    Op(
+        "moe",
+        "quantize_mx",
+        f"Tensor x, int element_format=0, {_SOURCE}, bool round_scale_up=True, float amax_floor=0.0, "
+        "bool ties_to_even=True, bool swizzle=False, Tensor? n_used=None",
+        ("out", "out_scale"),
+        lambda x, element_format, source, *rest: _blocks(_values_shape(x, source), 32, 1 + element_format, rest[-2]),
+    )
+)
+_add(
+    Op(
+        "moe",
+        "quantize_fp8_per_token",
+        "Tensor x, float scale_floor=0.0, bool divide=False",
+        ("out", "out_scale"),
+        lambda x, *_: ((tuple(x.shape), torch.uint8), ((x.shape[0],), torch.float32)),
+    )
+)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_add(
+    Op(
+        "moe",
+        "dequantize_blocks",
+        "Tensor data, Tensor scale, Tensor? global_scale=None, Tensor? expert_ids=None, "
+        "bool reciprocal_global_scale=False, int element_format=1, int scale_format=0, bool swizzle=False, int dtype=0",
+        ("out",),
+        lambda data, scale, global_scale, expert_ids, reciprocal, element_format, scale_format, swizzle, dtype: (
+            ((data.shape[0], data.shape[1] * (1 + element_format)), _FLOATS[dtype]),
+        ),
+    )
+)
 _add(
     Op(
         "stash",

@@ -74,7 +74,7 @@ def _out(op: Op) -> Callable[..., None]:
 
 def _fake(op: Op) -> Callable[..., Any]:
     def fake(*arguments: Any) -> Any:
-        return _one_or_all(op.allocate(arguments, arguments[0].device))
+        return _one_or_all(op.allocate(_with_defaults(op, arguments), arguments[0].device))
 
     return fake
 

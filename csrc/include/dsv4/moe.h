@@ -103,6 +103,153 @@ typedef struct dsv4_assemble_scales_2d_side_args {
 
 DSV4_API dsv4_status dsv4_assemble_scales_2d_side(const dsv4_assemble_scales_2d_side_args* args, dsv4_stream stream);
 
+/* Which values an op quantises. */
+typedef enum dsv4_quantize_source {
+  DSV4_SOURCE_PLAIN = 0,        /* the columns of x */
+  DSV4_SOURCE_DEINTERLEAVE = 1, /* the gates of x: of each 2 * granularity columns the first granularity */
+  DSV4_SOURCE_SWIGLU = 2        /* silu(min(gate, limit)) * clamp(up, -limit, limit) in float32. granularity 0: gates
+                                   are the first half of the columns, ups the second; else each granularity of gates is
+                                   followed by as many of ups */
+} dsv4_quantize_source;
+
+/* NVFP4: E2M1 codes, an E4M3 scale for 16 of them, a float32 scale for many. In float32, rounded to nearest at each
+ * step, with decode = global_scale and encode = 1 / global_scale (reciprocal_global_scale: the other way round):
+ *
+ *     scale = e4m3(max(encode * (amax * (1/6)), scale_floor))
+ *     code = e2m1(value * (1 / (scale * decode))), 0 if scale is 0
+ *
+ * NaN is passed over by amax and becomes +6; infinities become +-6 under the largest scale. Both conversions saturate.
+ * global_scale must be finite and above 0. A row whose expert id is outside [0, experts) gets codes and scales 0. */
+typedef struct dsv4_quantize_nvfp4_args {
+  size_t struct_size;       /* sizeof(dsv4_quantize_nvfp4_args) */
+  dsv4_tensor x;            /* [rows, columns or 2 * columns] bfloat16, float16 or float32; rows may be strided */
+  dsv4_tensor global_scale; /* float32: [] or [1], [rows], or [experts] with expert_ids */
+  dsv4_tensor expert_ids;   /* optional, [rows] int32 */
+  int32_t reciprocal_global_scale; /* 0: amax / (448 * 6), as checkpoints have it; 1: 448 * 6 / amax */
+  int32_t source;                  /* a dsv4_quantize_source */
+  int32_t granularity;             /* of gates and ups: 0, or a power of two from 4 that divides columns */
+  int32_t round_to_bfloat16;       /* whether results of SwiGLU are rounded to bfloat16 first */
+  float limit;                     /* of SwiGLU; 0: none */
+  int32_t ties_to_even;            /* 1: as the hardware; 0: toward zero */
+  float scale_floor;
+  int32_t swizzle;       /* scales in the order 32_4_4, padded with 0 */
+  dsv4_tensor n_used;    /* optional, one int32, rank 0 or 1: rows from it on are not written, but for the scales of a
+                            tile of 128 rows that it cuts, which are 0 */
+  dsv4_tensor out;       /* [rows, columns / 2] uint8 or float4_e2m1fn_x2 */
+  dsv4_tensor out_scale; /* [rows, columns / 16] uint8 or float8_e4m3fn; with swizzle [rows, columns / 16] rounded up
+                            to multiples of 128 and 4 */
+} dsv4_quantize_nvfp4_args;
+
+DSV4_API dsv4_status dsv4_quantize_nvfp4(const dsv4_quantize_nvfp4_args* args, dsv4_stream stream);
+
+typedef enum dsv4_element_format {
+  DSV4_ELEMENT_E4M3 = 0, /* FP8, largest 448 */
+  DSV4_ELEMENT_E2M1 = 1  /* FP4, largest 6 */
+} dsv4_element_format;
+
+/* MXFP8 and MXFP4: E4M3 or E2M1 codes, an E8M0 scale (a power of two) for 32 of them. In float32, rounded to nearest:
+ *
+ *     round_scale_up: scale = the least power of two >= max(amax, amax_floor) / largest; 0 gives byte 0, and a quotient
+ *                     in (0, 2^-126] byte 1. Codes never saturate.
+ *     else: scale = the power of two in max(amax, amax_floor), over that in `largest` (OCP MX 1.0). Codes may saturate.
+ *     code = nearest of value / scale, exact but for underflow
+ *
+ * NaN is passed over by amax and becomes the NaN of E4M3, or +6 in E2M1. A group with an infinity gets scale 255, which
+ * is NaN, and codes of NaN. */
+typedef struct dsv4_quantize_mx_args {
+  size_t struct_size;     /* sizeof(dsv4_quantize_mx_args) */
+  dsv4_tensor x;          /* [rows, columns or 2 * columns] bfloat16, float16 or float32; rows may be strided */
+  int32_t element_format; /* a dsv4_element_format */
+  int32_t source;         /* a dsv4_quantize_source; this and the next three as in dsv4_quantize_nvfp4_args */
+  int32_t granularity;
+  int32_t round_to_bfloat16;
+  float limit;
+  int32_t round_scale_up;
+  float amax_floor;
+  int32_t ties_to_even;  /* of E2M1; 1: as the hardware; 0: toward zero */
+  int32_t swizzle;       /* scales in the order 32_4_4, padded with 0 */
+  dsv4_tensor n_used;    /* optional, one int32, as in dsv4_quantize_nvfp4_args */
+  dsv4_tensor out;       /* [rows, columns] uint8 or float8_e4m3fn; [rows, columns / 2] uint8 or float4_e2m1fn_x2 */
+  dsv4_tensor out_scale; /* [rows, columns / 32] uint8 or float8_e8m0fnu; with swizzle [rows, columns / 32] rounded up
+                            to multiples of 128 and 4 */
+} dsv4_quantize_mx_args;
+
+DSV4_API dsv4_status dsv4_quantize_mx(const dsv4_quantize_mx_args* args, dsv4_stream stream);
+
+/* NVFP4 with the global scale taken from the values, amax clipped to [amax_floor, the largest float32]:
+ *
+ *     global_scale = amax / (448 * 6) (reciprocal_global_scale: 448 * 6 / amax)
+ *
+ * of the whole tensor, of each row (per_token), or of the rows of each expert (expert_ids). The codes and scales are
+ * then to the bit those of dsv4_quantize_nvfp4 with that global_scale. The workspace must be zeroed once before its
+ * first use; every call leaves it ready for the next one on the same stream. Calls that may run at the same time need a
+ * workspace each. */
+typedef struct dsv4_quantize_nvfp4_gpu_fused_args {
+  size_t struct_size;     /* sizeof(dsv4_quantize_nvfp4_gpu_fused_args) */
+  dsv4_tensor x;          /* [rows, columns or 2 * columns] bfloat16, float16 or float32; rows may be strided */
+  dsv4_tensor expert_ids; /* optional, [rows] int32; rows with an id outside [0, experts) count for no scale */
+  int32_t experts;        /* with expert_ids, else 0 */
+  int32_t per_token;      /* 0 or 1; 0 with expert_ids */
+  int32_t reciprocal_global_scale; /* this and the rest up to n_used as in dsv4_quantize_nvfp4_args */
+  int32_t source;
+  int32_t granularity;
+  int32_t round_to_bfloat16;
+  float limit;
+  float amax_floor; /* above 0 */
+  int32_t ties_to_even;
+  float scale_floor;
+  int32_t swizzle;
+  dsv4_tensor n_used;
+  dsv4_tensor workspace;        /* [>= dsv4_quantize_nvfp4_gpu_fused_workspace_size] uint8, zeroed once */
+  dsv4_tensor out;              /* [rows, columns / 2] uint8 or float4_e2m1fn_x2 */
+  dsv4_tensor out_scale;        /* as in dsv4_quantize_nvfp4_args */
+  dsv4_tensor out_global_scale; /* [1], [rows] or [experts] float32 */
+} dsv4_quantize_nvfp4_gpu_fused_args;
+
+/* Bytes of workspace for so many experts; 0 without expert_ids. */
+DSV4_API size_t dsv4_quantize_nvfp4_gpu_fused_workspace_size(int64_t experts);
+
+DSV4_API dsv4_status dsv4_quantize_nvfp4_gpu_fused(const dsv4_quantize_nvfp4_gpu_fused_args* args, dsv4_stream stream);
+
+/* FP8 E4M3 with a scale a row: scale = max(amax / 448, scale_floor), code = e4m3(value * (1 / scale)), or with divide
+ * e4m3(value / scale), in float32, each step rounded to nearest; a scale of 0 gives codes 0. NaN is passed over by amax
+ * and stays NaN; a row with an infinity gets scale infinity and codes 0, and NaN where it is infinite. */
+typedef struct dsv4_quantize_fp8_per_token_args {
+  size_t struct_size; /* sizeof(dsv4_quantize_fp8_per_token_args) */
+  dsv4_tensor x;      /* [rows, columns] bfloat16, float16 or float32, columns a multiple of 16; rows may be strided */
+  float scale_floor;
+  int32_t divide;        /* 0 or 1 */
+  dsv4_tensor out;       /* [rows, columns] uint8 or float8_e4m3fn */
+  dsv4_tensor out_scale; /* [rows] float32 */
+} dsv4_quantize_fp8_per_token_args;
+
+DSV4_API dsv4_status dsv4_quantize_fp8_per_token(const dsv4_quantize_fp8_per_token_args* args, dsv4_stream stream);
+
+/* What scales are, and how many elements share one. */
+typedef enum dsv4_scale_format {
+  DSV4_SCALE_E4M3 = 0,   /* 16 elements: NVFP4 */
+  DSV4_SCALE_E8M0 = 1,   /* 32 elements: the MX formats */
+  DSV4_SCALE_FLOAT32 = 2 /* a row: FP8 per token */
+} dsv4_scale_format;
+
+/* out = code * scale * global scale, multiplied in this order in float32 (the first product is exact) and rounded to
+ * out's dtype. Without global_scale, that is 1; a row whose expert id is out of range has 0. */
+typedef struct dsv4_dequantize_blocks_args {
+  size_t struct_size;       /* sizeof(dsv4_dequantize_blocks_args) */
+  dsv4_tensor data;         /* [rows, columns] uint8 or float8_e4m3fn; [rows, columns / 2] uint8, float4_e2m1fn_x2 */
+  dsv4_tensor scale;        /* [rows, columns / 16 or 32] uint8, float8_e4m3fn or float8_e8m0fnu, with swizzle
+                               rounded up to multiples of 128 and 4; or [rows] float32 */
+  dsv4_tensor global_scale; /* optional, as in dsv4_quantize_nvfp4_args */
+  dsv4_tensor expert_ids;   /* optional, as in dsv4_quantize_nvfp4_args */
+  int32_t reciprocal_global_scale; /* as in dsv4_quantize_nvfp4_args: 0 multiplies, 1 divides */
+  int32_t element_format;          /* a dsv4_element_format */
+  int32_t scale_format;            /* a dsv4_scale_format */
+  int32_t swizzle;
+  dsv4_tensor out; /* [rows, columns] bfloat16, float16 or float32 */
+} dsv4_dequantize_blocks_args;
+
+DSV4_API dsv4_status dsv4_dequantize_blocks(const dsv4_dequantize_blocks_args* args, dsv4_stream stream);
+
 #ifdef __cplusplus
 }
 #endif

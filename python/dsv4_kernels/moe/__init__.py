@@ -2,6 +2,23 @@
 
 from dsv4_kernels import torch_ops
 from dsv4_kernels.moe.activations import padded_squared_relu
+from dsv4_kernels.moe.quantize import (
+    deinterleave_amax_quantize_nvfp4_fused,
+    deinterleave_quantize_nvfp4,
+    dequantize_blocks,
+    dequantize_fp8_per_token,
+    dequantize_mxfp4,
+    dequantize_mxfp8,
+    dequantize_nvfp4,
+    quantize_activation_nvfp4,
+    quantize_fp8_per_token,
+    quantize_mx,
+    quantize_mxfp4,
+    quantize_mxfp8,
+    quantize_nvfp4,
+    quantize_nvfp4_gpu_fused,
+    quantize_weight_to_nvfp4,
+)
 from dsv4_kernels.moe.routing import SortedRoutes, max_tiles, moe_finalize, moe_sort
 from dsv4_kernels.moe.scale_layouts import (
     assemble_raw_scales_2d3d_2d_side,
@@ -30,7 +47,14 @@ __all__ = [
     "assemble_scales_3d_side",
     "blackwell_swizzle_32_4_4",
     "blackwell_unswizzle_32_4_4",
+    "deinterleave_amax_quantize_nvfp4_fused",
     "deinterleave_l1_weights",
+    "deinterleave_quantize_nvfp4",
+    "dequantize_blocks",
+    "dequantize_fp8_per_token",
+    "dequantize_mxfp4",
+    "dequantize_mxfp8",
+    "dequantize_nvfp4",
     "interleave_l1_weights",
     "make_b_k_major",
     "max_tiles",
@@ -38,4 +62,12 @@ __all__ = [
     "moe_sort",
     "pad_and_swizzle_single",
     "padded_squared_relu",
+    "quantize_activation_nvfp4",
+    "quantize_fp8_per_token",
+    "quantize_mx",
+    "quantize_mxfp4",
+    "quantize_mxfp8",
+    "quantize_nvfp4",
+    "quantize_nvfp4_gpu_fused",
+    "quantize_weight_to_nvfp4",
 ]

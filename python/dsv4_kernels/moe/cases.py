@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cases import Case, Verdict, Yardstick, is_poison, to_cpu
-from dsv4_kernels.moe import layout_cases, reference, routing_cases
+from dsv4_kernels.moe import layout_cases, quantize_cases, reference, routing_cases
 
 
 def plain_padded_squared_relu(x: Tensor, permutation_map: Tensor, n_used: Tensor) -> tuple[Tensor, ...]:
@@ -66,4 +66,5 @@ CASES = (
     padded_squared_relu_case(64, 256, 0),
     *routing_cases.CASES,
     *layout_cases.CASES,
+    *quantize_cases.CASES,
 )

@@ -5,9 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4_kernels.moe.quantize_reference import (
+    dequantize_blocks,
+    quantize_fp8_per_token,
+    quantize_mx,
+    quantize_nvfp4,
+    quantize_nvfp4_gpu_fused,
+)
 from dsv4_kernels.moe.routing_reference import moe_finalize, moe_sort
 
-__all__ = ["moe_finalize", "moe_sort", "padded_squared_relu", "used_rows"]
+__all__ = [
+    "dequantize_blocks",
+    "moe_finalize",
+    "moe_sort",
+    "padded_squared_relu",
+    "quantize_fp8_per_token",
+    "quantize_mx",
+    "quantize_nvfp4",
+    "quantize_nvfp4_gpu_fused",
+    "used_rows",
+]
 
 
 def used_rows(permutation_map: Tensor, n_used: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+// FP8 E4M3 with a float32 scale for each row: a block a row, twice, the second time from the cache.
+#include "device/fp8.cuh"
+#include "moe/row_amax.cuh"
+
+namespace dsv4 {
+
+template <typename T, int Unit>
+__global__ void __launch_bounds__(kQuantizeThreads)
+    quantize_fp8_per_token_kernel(Source source, Target target, float scale_floor, bool divide, float* scales) {
+  for (uint32_t row = blockIdx.x; row < target.rows; row += gridDim.x) {
+    const float amax = row_amax<Unit, false, T>(source, row, target.columns);
+    const float scale = fmaxf(__fdiv_rn(amax, kLargestE4m3), scale_floor);
+    const float factor = scale > 0.0f ? __frcp_rn(scale) : 0.0f;
+    if (threadIdx.x == 0) scales[row] = scale;
+    for (uint32_t column = threadIdx.x * kChunk; column < target.columns; column += blockDim.x * kChunk) {
+      float values[kChunk];
+      load_chunk<Unit, false, T>(source, row, column, values);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        values[i] = divide && scale > 0.0f ? __fdiv_rn(values[i], scale) : values[i] * factor;
+      const auto four = [&](int i) { return encode_e4m3x4(values[i], values[i + 1], values[i + 2], values[i + 3]); };
+      *target.data_at<uint4>(row, column, 1) = {four(0), four(4), four(8), four(12)};
+    }
+  }
+}
+
+}  // namespace dsv4
+
+extern "C" dsv4_status dsv4_quantize_fp8_per_token(const dsv4_quantize_fp8_per_token_args* given, dsv4_stream stream) {
+  using namespace dsv4;
+  Check check("quantize_fp8_per_token");
+  const dsv4_quantize_fp8_per_token_args args = check.read(given);
+  const int64_t rows = extent(args.x, 0), columns = extent(args.x, 1);
+  check.tensor("x", args.x, one_of(DSV4_BFLOAT16, DSV4_FLOAT16, DSV4_FLOAT32), {kAny, kAny}, Layout::kStridedRows);
+  check.range("x rows", rows, 0, INT32_MAX);
+  check.range("x columns", columns, 0, INT32_MAX - kChunk * kQuantizeThreads);
+  check.multiple("x columns", columns, kChunk);
+  check.require(args.scale_floor >= 0.0f, "scale_floor", "0 or more", static_cast<long long>(args.scale_floor));
+  check.flag("divide", args.divide);
+  check.tensor("out", args.out, kE4m3Dtypes, {rows, columns});
+  check.aligned_rows("out", args.out, kChunk);
+  check.tensor("out_scale", args.out_scale, one_of(DSV4_FLOAT32), {rows});
+  LaunchTarget launch_target;
+  if (dsv4_status status = check.open(stream, &launch_target)) return status;
+
+  if (rows == 0) return DSV4_OK;
+  const auto items = static_cast<uint32_t>(std::max<int64_t>(columns / kChunk, 1));
+  Source source = {};
+  source.x = args.x.data;
+  source.row_stride = args.x.stride[0];
+  source.aligned = has_aligned_rows(args.x, 16);
+  Target target = {};
+  target.data = static_cast<uint8_t*>(args.out.data);
+  target.rows = static_cast<uint32_t>(rows);
+  target.columns = static_cast<uint32_t>(columns);
+  const uint32_t threads = threads_for_row(items);
+  const Geometry geometry = {row_blocks(launch_target, target.rows, threads), threads};
+  const auto run = [&](auto type, auto unit) {
+    return launch<quantize_fp8_per_token_kernel<decltype(type), decltype(unit)::value>>(
+        launch_target, geometry, source, target, args.scale_floor, args.divide != 0,
+        static_cast<float*>(args.out_scale.data));
+  };
+  switch (args.x.dtype) {
+    case DSV4_FLOAT32: return run(float{}, std::integral_constant<int, 4>{});
+    case DSV4_FLOAT16: return run(__half{}, std::integral_constant<int, 8>{});
+    default: return run(__nv_bfloat16{}, std::integral_constant<int, 8>{});
+  }
+}

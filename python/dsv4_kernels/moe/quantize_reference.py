@@ -1,0 +1,242 @@
+"""Quantisation in plain torch: the CPU implementation, to the bit what the kernels do but for SwiGLU's exponential."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels import number_formats as formats
+
+PLAIN, DEINTERLEAVE, SWIGLU = range(3)  # dsv4_quantize_source of csrc/include/dsv4/moe.h
+E4M3, E2M1 = range(2)  # dsv4_element_format
+SCALE_E4M3, SCALE_E8M0, SCALE_FLOAT32 = range(3)  # dsv4_scale_format
+
+NVFP4_RANGE = formats.LARGEST_E4M3 * formats.LARGEST_E2M1
+TILE_ROWS = 128  # of the 32_4_4 layout
+
+
+def source_values(x: Tensor, source: int, granularity: int, limit: float, round_to_bfloat16: bool) -> Tensor:
+    """The float32 values [rows, columns] that are quantised."""
+    wide = x.to(torch.float32)
+    if source == PLAIN:
+        return wide
+    rows, half = x.shape[0], x.shape[1] // 2
+    width = granularity or max(half, 1)  # of a run of gates
+    pairs = wide.reshape(rows, half // width, 2, width)
+    gate, up = pairs[:, :, 0].reshape(rows, half), pairs[:, :, 1].reshape(rows, half)
+    if source == DEINTERLEAVE:
+        return gate
+    value = swiglu(gate, up, limit)
+    return value.to(torch.bfloat16).to(torch.float32) if round_to_bfloat16 else value
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit); limit 0: none. Formed in float64."""
+    gate, up = gate.to(torch.float64), up.to(torch.float64)
+    if limit > 0:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    value: Tensor = gate / (1 + torch.exp(-gate)) * up
+    return value.to(torch.float32)
+
+
+def largest_magnitude(values: Tensor, group: int) -> Tensor:
+    """[rows, columns] to [rows, columns / group]; NaN is passed over."""
+    size: Tensor = in_groups(values, group).abs().nan_to_num(nan=0.0, posinf=torch.inf)
+    return size.amax(dim=2)
+
+
+def in_groups(values: Tensor, group: int) -> Tensor:
+    """[rows, columns] as [rows, columns / group, group]."""
+    rows, columns = values.shape
+    return values.reshape(rows, columns // group, group)
+
+
+def row_amax(values: Tensor) -> Tensor:
+    """[rows, columns] to [rows]; NaN is passed over."""
+    return largest_magnitude(torch.nn.functional.pad(values, (0, 1)), values.shape[1] + 1)[:, 0]
+
+
+def quantize_nvfp4(
+    x: Tensor,
+    global_scale: Tensor,
+    expert_ids: Tensor | None,
+    reciprocal_global_scale: bool,
+    source: int,
+    granularity: int,
+    limit: float,
+    round_to_bfloat16: bool,
+    ties_to_even: bool,
+    scale_floor: float,
+    swizzle: bool,
+    n_used: Tensor | None,
+    out: Tensor,
+    out_scale: Tensor,
+) -> None:
+    values = source_values(x, source, granularity, limit, round_to_bfloat16)
+    of_row, has_one = _global_scale_of_rows(global_scale, expert_ids, values.shape[0])
+    other = 1.0 / of_row
+    encode, decode = (of_row, other) if reciprocal_global_scale else (other, of_row)
+    amax = largest_magnitude(values, 16)
+    wanted = encode[:, None] * (amax * torch.tensor(1 / 6, dtype=torch.float32))
+    scale = formats.encode_e4m3(torch.fmax(wanted, wanted.new_tensor(scale_floor)))
+    decoded = formats.decode_e4m3(scale)
+    factor = torch.where(decoded == 0, 0.0, 1.0 / (decoded * decode[:, None]))
+    scaled = in_groups(values, 16) * factor[:, :, None]
+    data = formats.pack_e2m1(formats.encode_e2m1(scaled.flatten(1), ties_to_even=ties_to_even))
+    data[~has_one], scale[~has_one] = 0, 0
+    _write(data, scale, swizzle, n_used, out, out_scale)
+
+
+def quantize_nvfp4_gpu_fused(
+    x: Tensor,
+    expert_ids: Tensor | None,
+    experts: int,
+    per_token: bool,
+    reciprocal_global_scale: bool,
+    source: int,
+    granularity: int,
+    limit: float,
+    round_to_bfloat16: bool,
+    amax_floor: float,
+    ties_to_even: bool,
+    scale_floor: float,
+    swizzle: bool,
+    n_used: Tensor | None,
+    out: Tensor,
+    out_scale: Tensor,
+    out_global_scale: Tensor,
+) -> None:
+    values = source_values(x, source, granularity, limit, round_to_bfloat16)
+    used = used_count(n_used, x.shape[0])
+    of_rows = row_amax(values)
+    if per_token:
+        amax, written = of_rows, slice(0, used)
+    else:
+        index = expert_ids[:used].to(torch.int64) if expert_ids is not None else torch.zeros(used, dtype=torch.int64)
+        count = out_global_scale.shape[0]
+        valid = (index >= 0) & (index < count)
+        amax = torch.zeros(count).scatter_reduce(0, index[valid], of_rows[:used][valid], "amax")
+        written = slice(0, count)
+    size = torch.fmax(amax, amax.new_tensor(amax_floor)).clamp(max=torch.finfo(torch.float32).max)
+    range_ = size.new_tensor(NVFP4_RANGE)  # divided by a number, torch may multiply with its reciprocal
+    scale = range_ / size if reciprocal_global_scale else size / range_
+    out_global_scale[written] = scale[written]
+    quantize_nvfp4(
+        x, scale, expert_ids, reciprocal_global_scale, source, granularity, limit, round_to_bfloat16, ties_to_even,
+        scale_floor, swizzle, n_used, out, out_scale,
+    )  # fmt: skip
+
+
+def quantize_mx(
+    x: Tensor,
+    element_format: int,
+    source: int,
+    granularity: int,
+    limit: float,
+    round_to_bfloat16: bool,
+    round_scale_up: bool,
+    amax_floor: float,
+    ties_to_even: bool,
+    swizzle: bool,
+    n_used: Tensor | None,
+    out: Tensor,
+    out_scale: Tensor,
+) -> None:
+    values = source_values(x, source, granularity, limit, round_to_bfloat16)
+    amax = largest_magnitude(values, 32)
+    fp4 = element_format == E2M1
+    if round_scale_up:
+        scale = formats.ceil_e8m0_of_amax(amax, amax_floor, formats.LARGEST_E2M1 if fp4 else formats.LARGEST_E4M3)
+    else:
+        floored = torch.fmax(amax, amax.new_tensor(amax_floor))
+        scale = formats.floor_e8m0(floored, formats.E2M1_EXPONENT if fp4 else formats.E4M3_EXPONENT)
+    scaled = (in_groups(values, 32) * formats.reciprocal_e8m0(scale)[:, :, None]).flatten(1)
+    if fp4:
+        data = formats.pack_e2m1(formats.encode_e2m1(scaled, ties_to_even=ties_to_even))
+    else:
+        data = formats.encode_e4m3(scaled)
+    _write(data, scale, swizzle, n_used, out, out_scale)
+
+
+def quantize_fp8_per_token(x: Tensor, scale_floor: float, divide: bool, out: Tensor, out_scale: Tensor) -> None:
+    values = x.to(torch.float32)
+    amax = row_amax(values)
+    scale = torch.fmax(amax / amax.new_tensor(formats.LARGEST_E4M3), amax.new_tensor(scale_floor))
+    safe = torch.where(scale > 0, scale, torch.inf)[:, None]
+    scaled = values / safe if divide else values * (1.0 / safe)
+    out.view(torch.uint8).copy_(formats.encode_e4m3(scaled))
+    out_scale.copy_(scale)
+
+
+def dequantize_blocks(
+    data: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    expert_ids: Tensor | None,
+    reciprocal_global_scale: bool,
+    element_format: int,
+    scale_format: int,
+    swizzle: bool,
+    dtype: int,
+    out: Tensor,
+) -> None:
+    codes = data.view(torch.uint8)
+    values = formats.decode_e2m1(formats.unpack_e2m1(codes)) if element_format == E2M1 else formats.decode_e4m3(codes)
+    rows, columns = values.shape
+    if scale_format == SCALE_FLOAT32:
+        blocks = scale[:, None].expand(rows, columns)
+    else:
+        group = 16 if scale_format == SCALE_E4M3 else 32
+        bytes_of = scale.view(torch.uint8)
+        if swizzle:
+            bytes_of = unswizzle(bytes_of)[:rows, : columns // group]
+        decoded = formats.decode_e4m3(bytes_of) if scale_format == SCALE_E4M3 else formats.decode_e8m0(bytes_of)
+        blocks = decoded.repeat_interleave(group, dim=1)
+    values = values * blocks
+    if global_scale is not None:
+        of_row, has_one = _global_scale_of_rows(global_scale, expert_ids, rows)
+        decode = 1.0 / of_row if reciprocal_global_scale else of_row
+        values = values * torch.where(has_one, decode, 0.0)[:, None]
+    out.copy_(values)
+
+
+def _global_scale_of_rows(global_scale: Tensor, expert_ids: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+    """Of each row, and whether it has one; 1 where it has none."""
+    flat = global_scale.reshape(-1)
+    if expert_ids is None:
+        return flat.expand(rows), torch.ones(rows, dtype=torch.bool)
+    index = expert_ids.to(torch.int64)
+    has_one = (index >= 0) & (index < flat.shape[0])
+    return torch.where(has_one, flat[torch.where(has_one, index, 0)], 1.0), has_one
+
+
+def used_count(n_used: Tensor | None, rows: int) -> int:
+    return rows if n_used is None else min(max(int(n_used), 0), rows)
+
+
+def _write(data: Tensor, scale: Tensor, swizzle: bool, n_used: Tensor | None, out: Tensor, out_scale: Tensor) -> None:
+    """Codes and scales of the used rows; with a swizzle, whole tiles of scales."""
+    used = used_count(n_used, data.shape[0])
+    out.view(torch.uint8)[:used] = data[:used]
+    as_bytes = out_scale.view(torch.uint8)
+    if not swizzle:
+        as_bytes[:used] = scale[:used]
+        return
+    written = -(-used // TILE_ROWS) * TILE_ROWS
+    padded = torch.zeros(written, out_scale.shape[1], dtype=torch.uint8)
+    padded[:used, : scale.shape[1]] = scale[:used]
+    as_bytes[:written] = swizzle_32_4_4(padded)
+
+
+def swizzle_32_4_4(padded: Tensor) -> Tensor:
+    """Bytes [rows, columns], multiples of 128 and 4, in the order of csrc/device/swizzle.cuh."""
+    rows, columns = padded.shape
+    tiles = padded.reshape(rows // TILE_ROWS, 4, 32, columns // 4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns)
+
+
+def unswizzle(swizzled: Tensor) -> Tensor:
+    """The inverse of swizzle_32_4_4."""
+    rows, columns = swizzled.shape
+    tiles = swizzled.reshape(rows // TILE_ROWS, columns // 4, 32, 4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns)
