@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from aot.declare import TritonKernel
+from aot.moe.device.padded_rows import columns_of_block, elements, rows_of, squared_relu, tokens_of
 
 
 @triton.jit
@@ -18,21 +19,20 @@ def padded_squared_relu_kernel(
     out_stride,
     columns,
     rows,
-    COLUMN_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Blocks on axis 1 split a row; blocks on axis 0 stride over the rows.
-
-    So any grid gives the same result, and a captured grid follows n_used, which only the device knows.
-    """
+    column = columns_of_block(COLUMNS)
+    token = tokens_of(permutation_map, rows_of(tl.program_id(1), ROWS), rows)
     last = tl.minimum(tl.load(n_used), rows)
-    column = tl.program_id(1) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
-    in_row = column < columns
-    for row in tl.range(tl.program_id(0), last, tl.num_programs(0)):
-        if tl.load(permutation_map + row) >= 0:
-            value = tl.load(x + row.to(tl.int64) * x_stride + column, mask=in_row).to(tl.float32)
-            # `value < 0` and not max(): NaN stays NaN.
-            value = tl.where(value < 0, 0.0, value)
-            tl.store(out + row.to(tl.int64) * out_stride + column, (value * value).to(tl.bfloat16), mask=in_row)
+    for group in tl.range(tl.program_id(1), tl.cdiv(last, ROWS), tl.num_programs(1)):
+        row = rows_of(group, ROWS)
+        next_token = tokens_of(permutation_map, rows_of(group + tl.num_programs(1), ROWS), rows)
+        used = (row < last) & (token >= 0)
+        mask = used[:, None] & (column < columns)[None, :]
+        value = tl.load(elements(x, row, column, x_stride), mask=mask).to(tl.float32)
+        tl.store(elements(out, row, column, out_stride), squared_relu(value).to(tl.bfloat16), mask=mask)
+        token = next_token
 
 
 ARGUMENTS = {
@@ -45,20 +45,21 @@ ARGUMENTS = {
     "columns": "int32",
     "rows": "int32",
 }
-COLUMN_BLOCK = 1024  # 128 threads of 8 elements: one 16-byte access a thread
+# 256 threads with two 16-byte loads each in flight. 256 columns divide the models' widths; more threads make a grid of
+# fewer blocks.
+TILE: dict[str, object] = {"ROWS": 16, "COLUMNS": 256}
+WARPS = 8
 
 KERNELS = [
     TritonKernel(
         padded_squared_relu_kernel,
         name="padded_squared_relu_aligned",
         arguments=ARGUMENTS,
-        constants={"COLUMN_BLOCK": COLUMN_BLOCK},
+        constants=TILE,
+        num_warps=WARPS,
         aligned=("x", "out", "x_stride", "out_stride", "columns"),
     ),
     TritonKernel(
-        padded_squared_relu_kernel,
-        name="padded_squared_relu_any",
-        arguments=ARGUMENTS,
-        constants={"COLUMN_BLOCK": COLUMN_BLOCK},
+        padded_squared_relu_kernel, name="padded_squared_relu_any", arguments=ARGUMENTS, constants=TILE, num_warps=WARPS
     ),
 ]

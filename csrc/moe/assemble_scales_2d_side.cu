@@ -13,22 +13,35 @@ struct ExpertRows {
   int64_t row_stride;
   int32_t experts;
 
-  // The expert whose section holds a row is the last one that starts at or before it; whatever the offsets are, only
-  // rows of the input are named.
-  __device__ const uint8_t* source(uint32_t tile_row, int row_in_tile) const {
-    const int64_t row = static_cast<int64_t>(tile_row) * kSwizzleRows + row_in_tile;
-    int low = 0, high = experts;  // padded_offsets[low] <= row, if any is
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (padded_offsets[middle] <= row)
-        low = middle;
-      else
-        high = middle;
+  struct OfTile {
+    const ExpertRows& all;
+    int64_t first_row;  // of the padded rows
+    int first_expert;   // of the first row
+
+    // The expert whose section holds a row is the last one that starts at or before it; whatever the offsets are, only
+    // rows of the input are named.
+    __device__ const uint8_t* source(int row_in_tile) const {
+      const int64_t row = first_row + row_in_tile;
+      int expert = first_expert;
+      while (expert + 1 < all.experts && all.padded_offsets[expert + 1] <= row) ++expert;
+      const int64_t in_expert = row - all.padded_offsets[expert];
+      const int64_t from = all.expert_offsets[expert] + in_expert;
+      const bool holds =
+          in_expert >= 0 && row < all.padded_offsets[expert + 1] && from < all.expert_offsets[expert + 1];
+      return holds && from >= 0 && from < all.rows ? all.scales + from * all.row_stride : nullptr;
     }
-    const int64_t in_expert = row - padded_offsets[low];
-    const int64_t from = expert_offsets[low] + in_expert;
-    const bool holds = in_expert >= 0 && row < padded_offsets[low + 1] && from < expert_offsets[low + 1];
-    return holds && from >= 0 && from < rows ? scales + from * row_stride : nullptr;
+  };
+
+  // Sections start at multiples of 128 where a product reads them: then a tile has one expert, which the block finds by
+  // counting the sections that start at or before it.
+  __device__ OfTile of_tile(uint32_t tile_row) const {
+    const int64_t row = static_cast<int64_t>(tile_row) * kSwizzleRows;
+    int started = 0;
+    for (int first = 0; first < experts; first += kScaleThreads) {
+      const int expert = first + static_cast<int>(threadIdx.x);
+      started += __syncthreads_count(expert < experts && padded_offsets[expert] <= row);
+    }
+    return {*this, row, max(started - 1, 0)};
   }
 };
 

@@ -12,10 +12,20 @@ struct MatrixRows {
   int64_t matrix_stride;
   uint32_t tiles_down;  // of one matrix
 
-  __device__ const uint8_t* source(uint32_t tile_row, int row_in_tile) const {
+  struct OfTile {
+    const uint8_t* first;
+    int64_t rows;  // from the first one on
+    int64_t row_stride;
+
+    __device__ const uint8_t* source(int row_in_tile) const {
+      return row_in_tile < rows ? first + row_in_tile * row_stride : nullptr;
+    }
+  };
+
+  __device__ OfTile of_tile(uint32_t tile_row) const {
     const uint32_t matrix = tile_row / tiles_down;
-    const int64_t row = static_cast<int64_t>(tile_row - matrix * tiles_down) * kSwizzleRows + row_in_tile;
-    return row < rows ? scales + matrix * matrix_stride + row * row_stride : nullptr;
+    const int64_t row = static_cast<int64_t>(tile_row - matrix * tiles_down) * kSwizzleRows;
+    return {scales + matrix * matrix_stride + row * row_stride, rows - row, row_stride};
   }
 };
 

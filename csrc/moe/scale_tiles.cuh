@@ -83,17 +83,18 @@ __device__ inline void store_columns(uint8_t* row, int64_t column, int64_t colum
   }
 }
 
-// Swizzles the rows that `Rows` names: source(tile_row, row_in_tile) is where a row of the result starts, or null for
-// zeros.
+// Swizzles the rows that `Rows` names: of_tile(tile_row), called by whole blocks, gives something whose
+// source(row_in_tile) is where a row of the result starts, or null for zeros.
 template <int Width, typename Rows>
 __global__ void __launch_bounds__(kScaleThreads)
     swizzle_scales_kernel(Rows rows, uint8_t* __restrict__ swizzled, int64_t columns, uint32_t column_blocks) {
   const ScalePosition at = scale_position(column_blocks);
   const int64_t tiles_across = swizzle_tiles_across(columns);
+  const auto tile_rows = rows.of_tile(at.tile_row);
   Chunk loaded[4];
 #pragma unroll
   for (int quarter = 0; quarter < 4; ++quarter) {
-    const uint8_t* const row = rows.source(at.tile_row, quarter * kSwizzleQuarter + at.row_in_quarter);
+    const uint8_t* const row = tile_rows.source(quarter * kSwizzleQuarter + at.row_in_quarter);
     loaded[quarter] = {};
     if (row) loaded[quarter] = load_columns<Width>(row, at.first_column, columns);
   }

@@ -14,6 +14,37 @@ void bind_moe(py::module_& module) {
     args.out = out.view;
     return call(dsv4_padded_squared_relu, args, x);
   });
+  module.def("padded_swiglu",
+             [](const Tensor& x, const Tensor& permutation_map, const Tensor& n_used, float limit, const Tensor& out) {
+    dsv4_padded_swiglu_args args = {};
+    args.x = x.view;
+    args.permutation_map = permutation_map.view;
+    args.n_used = n_used.view;
+    args.limit = limit;
+    args.out = out.view;
+    return call(dsv4_padded_swiglu, args, x);
+  });
+  module.def("squared_relu_and_quantize_mxfp8", [](const Tensor& x, const Tensor& permutation_map, const Tensor& n_used,
+                                                   const Tensor& out_data, const Tensor& out_scale) {
+    dsv4_squared_relu_and_quantize_mxfp8_args args = {};
+    args.x = x.view;
+    args.permutation_map = permutation_map.view;
+    args.n_used = n_used.view;
+    args.out_data = out_data.view;
+    args.out_scale = out_scale.view;
+    return call(dsv4_squared_relu_and_quantize_mxfp8, args, x);
+  });
+  module.def("swiglu_and_quantize_mxfp8", [](const Tensor& x, const Tensor& permutation_map, const Tensor& n_used,
+                                             float limit, const Tensor& out_data, const Tensor& out_scale) {
+    dsv4_swiglu_and_quantize_mxfp8_args args = {};
+    args.x = x.view;
+    args.permutation_map = permutation_map.view;
+    args.n_used = n_used.view;
+    args.limit = limit;
+    args.out_data = out_data.view;
+    args.out_scale = out_scale.view;
+    return call(dsv4_swiglu_and_quantize_mxfp8, args, x);
+  });
   module.def("moe_sort", [](const Tensor& topk_ids, int32_t local_experts, int32_t tile_size, int32_t experts_start_idx,
                             const Tensor& out_tile_to_expert, const Tensor& out_tile_rows,
                             const Tensor& out_row_to_slot, const Tensor& out_slot_to_row, const Tensor& out_counts) {

@@ -157,6 +157,40 @@ _add(
         lambda x, *_: ((tuple(x.shape), torch.bfloat16),),
     )
 )
+_add(
+    Op(
+        "moe",
+        "padded_swiglu",
+        "Tensor x, Tensor permutation_map, Tensor n_used, float limit=0.0",
+        ("out",),
+        lambda x, *_: (((x.shape[0], x.shape[1] // 2), torch.bfloat16),),
+    )
+)
+
+
+def _mxfp8(rows: int, columns: int) -> tuple[OutputSpec, ...]:
+    # Bytes: torch's tools for ops know no FP8. The public functions show them as what they are.
+    return ((rows, columns), torch.uint8), (_swizzled(rows, columns // 32), torch.uint8)
+
+
+_add(
+    Op(
+        "moe",
+        "squared_relu_and_quantize_mxfp8",
+        "Tensor x, Tensor permutation_map, Tensor n_used",
+        ("out_data", "out_scale"),
+        lambda x, *_: _mxfp8(x.shape[0], x.shape[1]),
+    )
+)
+_add(
+    Op(
+        "moe",
+        "swiglu_and_quantize_mxfp8",
+        "Tensor x, Tensor permutation_map, Tensor n_used, float limit=0.0",
+        ("out_data", "out_scale"),
+        lambda x, *_: _mxfp8(x.shape[0], x.shape[1] // 2),
+    )
+)
 
 
 def _sorted_routes(topk_ids: torch.Tensor, local_experts: int, tile_size: int, *_: object) -> tuple[OutputSpec, ...]:

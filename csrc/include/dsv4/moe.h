@@ -21,6 +21,54 @@ typedef struct dsv4_padded_squared_relu_args {
 
 DSV4_API dsv4_status dsv4_padded_squared_relu(const dsv4_padded_squared_relu_args* args, dsv4_stream stream);
 
+/* out[row] = bfloat16(silu(min(gate, limit)) * clamp(up, -limit, limit)) in float32, gate being the first half of
+ * x[row] and up the second, for the rows that dsv4_padded_squared_relu would process. NaN stays NaN; a gate of -inf
+ * gives NaN. */
+typedef struct dsv4_padded_swiglu_args {
+  size_t struct_size;          /* sizeof(dsv4_padded_swiglu_args) */
+  dsv4_tensor x;               /* [rows, 2 * columns] bfloat16; rows may be strided */
+  dsv4_tensor permutation_map; /* [rows] int32, negative = padding */
+  dsv4_tensor n_used;          /* one int32, rank 0 or 1 */
+  float limit;                 /* 0: no clamp */
+  dsv4_tensor out;             /* [rows, columns] bfloat16; rows may be strided */
+} dsv4_padded_swiglu_args;
+
+DSV4_API dsv4_status dsv4_padded_swiglu(const dsv4_padded_swiglu_args* args, dsv4_stream stream);
+
+/* MXFP8 of what dsv4_padded_squared_relu computes, its rounding to bfloat16 included. Of 32 neighbouring columns:
+ *
+ *     scale = the least power of two >= amax / 448, as E8M0; 0 gives byte 0, a quotient in (0, 2^-126] byte 1
+ *     code = e4m3(value / scale), to nearest
+ *
+ * out_data is not written in rows that are not processed. out_scale is written whole, in the layout of
+ * dsv4_blackwell_swizzle_32_4_4: it is 0 in those rows and in its padding. NaN is passed over by amax and becomes the
+ * NaN of E4M3; a group with an infinity gets scale 255, which is NaN, and codes of NaN. */
+typedef struct dsv4_squared_relu_and_quantize_mxfp8_args {
+  size_t struct_size;          /* sizeof(dsv4_squared_relu_and_quantize_mxfp8_args) */
+  dsv4_tensor x;               /* [rows, columns] bfloat16, columns a multiple of 32; rows may be strided */
+  dsv4_tensor permutation_map; /* [rows] int32, negative = padding */
+  dsv4_tensor n_used;          /* one int32, rank 0 or 1 */
+  dsv4_tensor out_data;        /* [rows, columns] float8_e4m3fn or uint8, on a multiple of 16 bytes */
+  dsv4_tensor out_scale;       /* [rows to 128, columns / 32 to 4] float8_e8m0fnu or uint8, on a multiple of 16 bytes */
+} dsv4_squared_relu_and_quantize_mxfp8_args;
+
+DSV4_API dsv4_status dsv4_squared_relu_and_quantize_mxfp8(const dsv4_squared_relu_and_quantize_mxfp8_args* args,
+                                                          dsv4_stream stream);
+
+/* The same of what dsv4_padded_swiglu computes. */
+typedef struct dsv4_swiglu_and_quantize_mxfp8_args {
+  size_t struct_size;          /* sizeof(dsv4_swiglu_and_quantize_mxfp8_args) */
+  dsv4_tensor x;               /* [rows, 2 * columns] bfloat16, columns a multiple of 32; rows may be strided */
+  dsv4_tensor permutation_map; /* [rows] int32, negative = padding */
+  dsv4_tensor n_used;          /* one int32, rank 0 or 1 */
+  float limit;                 /* 0: no clamp */
+  dsv4_tensor out_data;        /* [rows, columns] float8_e4m3fn or uint8, on a multiple of 16 bytes */
+  dsv4_tensor out_scale;       /* [rows to 128, columns / 32 to 4] float8_e8m0fnu or uint8, on a multiple of 16 bytes */
+} dsv4_swiglu_and_quantize_mxfp8_args;
+
+DSV4_API dsv4_status dsv4_swiglu_and_quantize_mxfp8(const dsv4_swiglu_and_quantize_mxfp8_args* args,
+                                                    dsv4_stream stream);
+
 /* Where each routed slot (token, k) goes when slots are grouped by expert: rows in tiles of tile_size, each tile of one
  * expert, experts in order, the slots of an expert in their own order. Slot s is element s of topk_ids. An id that is
  * negative or not one of the local_experts from experts_start_idx on takes no row. One launch for any batch.

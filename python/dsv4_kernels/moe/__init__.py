@@ -1,7 +1,13 @@
 """Mixture of experts: activations, number formats, grouped GEMM."""
 
 from dsv4_kernels import torch_ops
-from dsv4_kernels.moe.activations import padded_squared_relu
+from dsv4_kernels.moe.activations import (
+    padded_squared_relu,
+    padded_swiglu,
+    squared_relu_and_quantize_mxfp8,
+    swiglu_and_quantize_mxfp8,
+)
+from dsv4_kernels.moe.mxfp8_tensor import MXFP8Tensor
 from dsv4_kernels.moe.quantize import (
     deinterleave_amax_quantize_nvfp4_fused,
     deinterleave_quantize_nvfp4,
@@ -40,6 +46,7 @@ torch_ops.register()
 
 __all__ = [
     "InterleavedWeights",
+    "MXFP8Tensor",
     "SortedRoutes",
     "assemble_raw_scales_2d3d_2d_side",
     "assemble_raw_scales_2d3d_3d_side",
@@ -62,6 +69,7 @@ __all__ = [
     "moe_sort",
     "pad_and_swizzle_single",
     "padded_squared_relu",
+    "padded_swiglu",
     "quantize_activation_nvfp4",
     "quantize_fp8_per_token",
     "quantize_mx",
@@ -70,4 +78,6 @@ __all__ = [
     "quantize_nvfp4",
     "quantize_nvfp4_gpu_fused",
     "quantize_weight_to_nvfp4",
+    "squared_relu_and_quantize_mxfp8",
+    "swiglu_and_quantize_mxfp8",
 ]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from dsv4_kernels.moe.mxfp8_tensor import MXFP8Tensor
 from dsv4_kernels.op_table import OPS
 
 _padded_squared_relu = OPS["padded_squared_relu"]
+_padded_swiglu = OPS["padded_swiglu"]
+_squared_relu_and_quantize_mxfp8 = OPS["squared_relu_and_quantize_mxfp8"]
+_swiglu_and_quantize_mxfp8 = OPS["swiglu_and_quantize_mxfp8"]
 
 
 def padded_squared_relu(x: Tensor, permutation_map: Tensor, n_used: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -26,3 +31,87 @@ def padded_squared_relu(x: Tensor, permutation_map: Tensor, n_used: Tensor, *, o
     """
     (result,) = _padded_squared_relu((x, permutation_map, n_used), (out,))
     return result
+
+
+def padded_swiglu(
+    x: Tensor, permutation_map: Tensor, n_used: Tensor, limit: float | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit) in float32, stored as bfloat16, for the rows that hold a token.
+
+    The experts of DeepSeek-V4 clamp both before silu, with limit 10. Which rows are processed: see padded_squared_relu.
+
+    Args:
+        x: [rows, 2 * columns] bfloat16, the gate in the first half of a row, up in the second; rows may be strided.
+        permutation_map: [rows] int32, the token of each row, negative for padding.
+        n_used: one int32 on the device, of rank 0 or 1; values outside [0, rows] act as the nearest end.
+        limit: of the clamps; None or 0 for none.
+        out: [rows, columns] bfloat16 to write to, no part of x.
+
+    Returns:
+        out. Rows that were not processed keep what they held; in an allocated out that is undefined. NaN stays NaN; a
+        gate of -inf gives NaN, as it does in torch.
+    """
+    (result,) = _padded_swiglu((x, permutation_map, n_used, float(limit or 0.0)), (out,))
+    return result
+
+
+def squared_relu_and_quantize_mxfp8(
+    x: Tensor,
+    permutation_map: Tensor,
+    n_used: Tensor,
+    *,
+    out_data: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> MXFP8Tensor:
+    """padded_squared_relu, its rounding to bfloat16 included, then MXFP8, in one launch.
+
+    Of each 32 columns the scale is the least power of two that is at least amax / 448, so that no code saturates, and
+    codes are rounded to nearest, ties to even (quantize_mxfp8 with its defaults, to the bit). Which rows are processed:
+    see padded_squared_relu.
+
+    Args:
+        x: [rows, columns] bfloat16, columns a multiple of 32; rows may be strided.
+        permutation_map: [rows] int32, the token of each row, negative for padding.
+        n_used: one int32 on the device, of rank 0 or 1; values outside [0, rows] act as the nearest end.
+        out_data: [rows, columns] float8_e4m3fn or uint8 to write to, contiguous, on a multiple of 16 bytes.
+        out_scale: [rows to a multiple of 128, columns / 32 to one of 4] float8_e8m0fnu or uint8 to write to, likewise.
+
+    Returns:
+        data and swizzled scales. Rows of data that were not processed keep what they held; in an allocated result that
+        is undefined. Scales are written whole: those of rows that were not processed, and the padding, are 0. A group
+        of zeros has scale 0. NaN is passed over by amax and becomes the code of NaN; a group with an infinity gets the
+        scale of NaN, and codes of NaN.
+    """
+    return _as_mxfp8(_squared_relu_and_quantize_mxfp8((x, permutation_map, n_used), (out_data, out_scale)))
+
+
+def swiglu_and_quantize_mxfp8(
+    x: Tensor,
+    permutation_map: Tensor,
+    n_used: Tensor,
+    limit: float | None = None,
+    *,
+    out_data: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> MXFP8Tensor:
+    """padded_swiglu, its rounding to bfloat16 included, then MXFP8, in one launch.
+
+    Args:
+        x: [rows, 2 * columns] bfloat16, columns a multiple of 32, the gate in the first half of a row, up in the
+            second; rows may be strided.
+        permutation_map: [rows] int32, the token of each row, negative for padding.
+        n_used: one int32 on the device, of rank 0 or 1; values outside [0, rows] act as the nearest end.
+        limit: of the clamps, see padded_swiglu; None or 0 for none.
+        out_data: [rows, columns] float8_e4m3fn or uint8 to write to, contiguous, on a multiple of 16 bytes.
+        out_scale: [rows to a multiple of 128, columns / 32 to one of 4] float8_e8m0fnu or uint8 to write to, likewise.
+
+    Returns:
+        data and swizzled scales, as of squared_relu_and_quantize_mxfp8.
+    """
+    arguments = x, permutation_map, n_used, float(limit or 0.0)
+    return _as_mxfp8(_swiglu_and_quantize_mxfp8(arguments, (out_data, out_scale)))
+
+
+def _as_mxfp8(results: tuple[Tensor, ...]) -> MXFP8Tensor:
+    data, scale = results
+    return MXFP8Tensor(data.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu))

@@ -1,0 +1,30 @@
+#include "kernels.h"
+#include "moe/padded_rows.h"
+
+namespace dsv4 {
+
+constexpr PaddedTile kSwigluTile = {8, 256, 32};  // of aot/moe/padded_swiglu.py
+
+}  // namespace dsv4
+
+extern "C" dsv4_status dsv4_padded_swiglu(const dsv4_padded_swiglu_args* given, dsv4_stream stream) {
+  using namespace dsv4;
+  Check check("padded_swiglu");
+  const dsv4_padded_swiglu_args args = check.read(given);
+  const int64_t rows = extent(args.x, 0);
+  const int64_t columns = extent(args.x, 1) / 2;
+  check.tensor("x", args.x, one_of(DSV4_BFLOAT16), {kAny, kAny}, Layout::kStridedRows);
+  check.multiple("x columns (gate, up)", extent(args.x, 1), 2);
+  check_extents(check, rows, columns);
+  check_padding(check, rows, args.permutation_map, args.n_used);
+  const float limit = check_limit(check, args.limit);
+  check.tensor("out", args.out, one_of(DSV4_BFLOAT16), {rows, columns}, Layout::kStridedRows);
+  LaunchTarget target;
+  if (dsv4_status status = check.open(stream, &target)) return status;
+
+  if (rows == 0 || columns == 0) return DSV4_OK;
+  const auto kernel = is_aligned(args.x) && is_aligned(args.out) ? aot::padded_swiglu_aligned : aot::padded_swiglu_any;
+  return kernel(target, padded_grid(target, rows, columns, kSwigluTile), args.x.data, args.permutation_map.data,
+                args.n_used.data, args.out.data, limit, args.x.stride[0], args.out.stride[0],
+                static_cast<int32_t>(columns), static_cast<int32_t>(rows));
+}
