@@ -52,8 +52,7 @@ extern "C" dsv4_status dsv4_assemble_scales_2d_side(const dsv4_assemble_scales_2
   using namespace dsv4;
   Check check("assemble_scales_2d_side");
   const dsv4_assemble_scales_2d_side_args args = check.read(given);
-  const ScaleMatrices in = check_scale_matrices(check, "scales", args.scales);
-  check.range("scales rank", args.scales.rank, 2, 2);
+  const ScaleMatrices in = check_scale_matrices(check, "scales", args.scales, kScaleDtypes, 2);
   const int64_t offsets = extent(args.expert_offsets, 0);
   check.tensor("expert_offsets", args.expert_offsets, one_of(DSV4_INT32), {kAny});
   check.range("expert_offsets entries (experts + 1)", offsets, 2, INT32_MAX);

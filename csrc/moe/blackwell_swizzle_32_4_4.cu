@@ -36,7 +36,7 @@ extern "C" dsv4_status dsv4_blackwell_swizzle_32_4_4(const dsv4_blackwell_swizzl
   using namespace dsv4;
   Check check("blackwell_swizzle_32_4_4");
   const dsv4_blackwell_swizzle_32_4_4_args args = check.read(given);
-  const ScaleMatrices in = check_scale_matrices(check, "scales", args.scales);
+  const ScaleMatrices in = check_scale_matrices(check, "scales", args.scales, kScaleDtypes, args.scales.rank);
   check_swizzled(check, "out", args.out, same_dtype(check, args.scales), args.scales.rank, in.matrices, in.rows,
                  in.columns);
   const int64_t tiles_down = swizzle_tiles_down(in.rows);

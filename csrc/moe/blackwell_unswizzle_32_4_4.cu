@@ -39,11 +39,13 @@ extern "C" dsv4_status dsv4_blackwell_unswizzle_32_4_4(const dsv4_blackwell_unsw
   using namespace dsv4;
   Check check("blackwell_unswizzle_32_4_4");
   const dsv4_blackwell_unswizzle_32_4_4_args args = check.read(given);
-  const ScaleMatrices out = check_scale_matrices(check, "out", args.out);
-  check.require(out.rows == args.rows, "out rows", "what `rows` says", out.rows);
-  check.require(out.columns == args.columns, "out columns", "what `columns` says", out.columns);
-  check_swizzled(check, "swizzled", args.swizzled, same_dtype(check, args.out), args.out.rank, out.matrices, out.rows,
-                 out.columns);
+  const int32_t rank = args.swizzled.rank;
+  check.range("rows", args.rows, 0, INT32_MAX);
+  check.range("columns", args.columns, 0, INT32_MAX);
+  check_swizzled(check, "swizzled", args.swizzled, kScaleDtypes, rank, kAny, args.rows, args.columns);
+  const ScaleMatrices out =
+      check_scale_matrices(check, "out", args.out, same_dtype(check, args.swizzled), rank,
+                           rank == 3 ? extent(args.swizzled, 0) : int64_t{1}, args.rows, args.columns);
   const int64_t tiles_down = swizzle_tiles_down(out.rows);
   const uint32_t blocks = scale_blocks(check, "out", out.matrices * tiles_down, out.columns);
   LaunchTarget target;

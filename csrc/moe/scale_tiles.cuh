@@ -132,12 +132,14 @@ struct ScaleMatrices {
   int width;  // bytes of the widest accesses that every row allows: 16, 4 or 1
 };
 
-inline ScaleMatrices check_scale_matrices(Check& check, const char* name, const dsv4_tensor& value) {
-  const bool batched = value.rank == 3;
+inline ScaleMatrices check_scale_matrices(Check& check, const char* name, const dsv4_tensor& value, DtypeSet dtypes,
+                                          int32_t rank, int64_t matrices = kAny, int64_t rows = kAny,
+                                          int64_t columns = kAny) {
+  const bool batched = rank == 3;
   if (batched)
-    check.tensor(name, value, kScaleDtypes, {kAny, kAny, kAny}, Layout::kStridedRows);
+    check.tensor(name, value, dtypes, {matrices, rows, columns}, Layout::kStridedRows);
   else
-    check.tensor(name, value, kScaleDtypes, {kAny, kAny}, Layout::kStridedRows);
+    check.tensor(name, value, dtypes, {rows, columns}, Layout::kStridedRows);
   ScaleMatrices is = {};
   if (check.status()) return is;
   is.matrices = batched ? value.shape[0] : 1;

@@ -175,10 +175,11 @@ def test_activation_side_survives_bad_offsets(device: str) -> None:
             lambda s: blackwell_swizzle_32_4_4(s, out=torch.empty(128, 8).to(torch.float8_e4m3fn)),
             "out: expected dtype uint8, got float8_e4m3fn",
         ),
+        (lambda s: blackwell_unswizzle_32_4_4(s, -1, 8), "rows: expected 0 to 2147483647, got -1"),
         (lambda s: blackwell_unswizzle_32_4_4(s, 6, 8), r"swizzled: expected shape \[128, 8\], got \[6, 8\]"),
         (
             lambda s: blackwell_unswizzle_32_4_4(torch.zeros(128, 8, dtype=torch.uint8), 5, 8, out=s),
-            "out rows: expected what `rows` says, got 6",
+            r"out: expected shape \[5, 8\], got \[6, 8\]",
         ),
         (
             lambda s: assemble_scales_2d_side(s, offsets([6]), offsets([6], 128), 100),
