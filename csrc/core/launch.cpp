@@ -20,7 +20,7 @@ dsv4_status observe(const Observer& watching, const Kernel& kernel, const Launch
   record.symbol = symbol_of(kernel, architecture);
   record.language = kernel.language;
   record.architecture = kArchitectures[architecture].name;
-  const dim3 dims[] = {geometry.grid, geometry.block, dim3(1, 1, 1)};  // a kernel may set a cluster itself
+  const dim3 dims[] = {geometry.grid, geometry.block, dim3(geometry.cluster)};  // a kernel may set a cluster itself
   uint32_t* const fields[] = {record.grid, record.block, record.cluster};
   for (int i = 0; i < 3; ++i) {
     fields[i][0] = dims[i].x;
@@ -51,6 +51,13 @@ dsv4_status launch_kernel(Kernel& kernel, const LaunchTarget& target, const Geom
   config.blockDim = geometry.block;
   config.dynamicSmemBytes = geometry.dynamic_shared;
   config.stream = target.stream;
+  cudaLaunchAttribute cluster = {};
+  if (geometry.cluster > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {geometry.cluster, 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
   if (cudaError_t error = cudaLaunchKernelExC(&config, handle, parameters))
     return fail_cuda(error, target.op, "cudaLaunchKernelExC");
   return DSV4_OK;

@@ -12,6 +12,7 @@ struct Geometry {
   dim3 grid;
   dim3 block;
   uint32_t dynamic_shared = 0;  // bytes
+  uint32_t cluster = 1;         // neighbouring blocks of a cluster, in x; of kernels compiled without one
 };
 
 // Launches `kernel` with `count` parameters of the given sizes. Returns before the kernel has run.

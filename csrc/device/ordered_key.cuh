@@ -15,9 +15,18 @@ __device__ inline uint32_t descending_key(float value) {
   return isnan(value) ? kNanKey : key;
 }
 
+// The value of a key; for those of key_is_shared() one of them.
+__device__ inline float value_of_key(uint32_t key) {
+  return __uint_as_float(static_cast<int32_t>(key) < 0 ? key : key ^ 0x7fffffffu);
+}
+
+// Whether values with different bits have this key: both zeros, and what is not a number.
+__device__ inline bool key_is_shared(uint32_t key) { return key == 0x7fffffffu || key == kNanKey; }
+
 // A key and the column it was found in, as one number: among equal keys the lower column is the better entry. No two
 // entries of a row are equal, so their order does not hang on the order in which they are looked at.
 __device__ inline uint64_t make_entry(uint32_t key, uint32_t column) { return uint64_t{key} << 32 | column; }
+__device__ inline uint32_t entry_key(uint64_t entry) { return entry >> 32; }
 __device__ inline uint32_t entry_column(uint64_t entry) { return static_cast<uint32_t>(entry); }
 
 constexpr uint64_t kNoEntry = ~uint64_t{0};

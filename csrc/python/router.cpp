@@ -86,6 +86,18 @@ void bind_router(py::module_& module) {
     args.out_ids = out_ids.view;
     return call(dsv4_activation_topk, args, logits);
   });
+
+  module.def("topk_select", [](const Tensor& scores, int top_k, const Tensor& lengths, bool sorted, bool with_values,
+                               const Tensor& out_values, const Tensor& out_ids) {
+    dsv4_topk_select_args args = {};
+    args.scores = scores.view;
+    args.top_k = top_k;
+    args.lengths = lengths.view;
+    args.sorted = sorted;
+    if (with_values) args.out_values = out_values.view;
+    args.out_ids = out_ids.view;
+    return call(dsv4_topk_select, args, scores);
+  });
 }
 
 }  // namespace dsv4::python

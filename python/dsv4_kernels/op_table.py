@@ -80,6 +80,18 @@ _add(
 )
 _add(
     Op(
+        "router",
+        "topk_select",
+        "Tensor scores, int k, Tensor? lengths=None, bool sorted=True, bool with_values=True",
+        ("out_values", "out_ids"),
+        lambda scores, k, *rest: (
+            ((scores.shape[0], 0 if rest[2:] == (False,) else k), torch.float32),
+            ((scores.shape[0], k), torch.int32),
+        ),
+    )
+)
+_add(
+    Op(
         "cache",
         "csa_compress_tail",
         "Tensor tail_ka, Tensor tail_za, Tensor tail_kb, Tensor tail_zb, Tensor tail_len, Tensor request_slots, int m, "

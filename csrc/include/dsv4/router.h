@@ -119,6 +119,21 @@ typedef struct dsv4_activation_topk_args {
 
 DSV4_API dsv4_status dsv4_activation_topk(const dsv4_activation_topk_args* args, dsv4_stream stream);
 
+/* The k largest of each row, exactly: equal values (-0 equals +0) go to the lower column, NaN is lower than any number.
+ * lengths: how many leading columns of a row count; below 0 it is 0, above the columns all of them. A row with fewer
+ * than k ends in ids -1 and values -infinity. */
+typedef struct dsv4_topk_select_args {
+  size_t struct_size;     /* sizeof(dsv4_topk_select_args) */
+  dsv4_tensor scores;     /* [rows, columns] float32 or bfloat16, columns <= 262144; rows may be strided */
+  dsv4_tensor lengths;    /* [rows] int32; may be absent */
+  dsv4_tensor out_values; /* [rows, k] float32, with the bits of the scores; may be absent */
+  dsv4_tensor out_ids;    /* [rows, k] int32 */
+  int32_t top_k;          /* 1 to 2048; may exceed the columns */
+  int32_t sorted;         /* 1: descending, equal values by column; 0: by column */
+} dsv4_topk_select_args;
+
+DSV4_API dsv4_status dsv4_topk_select(const dsv4_topk_select_args* args, dsv4_stream stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -8,6 +8,7 @@ from dsv4_kernels.router.functions import (
     hash_router,
     hash_router_fused,
     hash_router_scored,
+    topk_select,
 )
 from dsv4_kernels.router.prefill import dense_router_prefill
 from dsv4_kernels.router.router import Router
@@ -23,4 +24,5 @@ __all__ = [
     "hash_router",
     "hash_router_fused",
     "hash_router_scored",
+    "topk_select",
 ]

@@ -17,6 +17,13 @@ TOKENS = (1, 16, 64, 1024, 8192)
 DECODE_TOKENS = (1, 8, 16, 33, 64)
 FUSED_TOKENS = (1, 16, 64)
 ACTIVATION_TOKENS = (1, 64, 128, 1024, 8192)
+TOPK_SHAPES = (
+    *((rows, columns, 6) for columns in (256, 384) for rows in (1, 128, 1024, 8192)),
+    (64, 32768, 6),
+    (64, 32768, 512),
+    (64, 32768, 2048),
+    (1, 262144, 2048),
+)
 
 # A weight is a handful of float32 operations: whatever plain torch loses, this much is always allowed.
 WEIGHT_LIMIT = 4 * FLOAT32_ULP
@@ -175,6 +182,30 @@ def judge_activation_topk(
     return Verdict(worst_relative_error(weights, exact), limit, "weight, relative")
 
 
+def plain_topk_select(
+    scores: Tensor, k: int, lengths: Tensor | None, sorted: bool, with_values: bool
+) -> tuple[Tensor, Tensor]:
+    columns = scores.shape[1]
+    if lengths is not None:
+        scores = scores.masked_fill(torch.arange(columns, device=scores.device) >= lengths[:, None], -torch.inf)
+    values, ids = scores.topk(min(k, columns), dim=1, sorted=sorted)
+    if lengths is not None:
+        ids = ids.masked_fill(ids >= lengths[:, None], -1)
+    if k > columns:
+        values = torch.nn.functional.pad(values, (0, k - columns), value=-torch.inf)
+        ids = torch.nn.functional.pad(ids, (0, k - columns), value=-1)
+    return values.to(torch.float32)[:, : k if with_values else 0], ids.to(torch.int32)
+
+
+def judge_topk_select(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
+    """Nothing is rounded, so everything must be equal, values bit for bit."""
+    arguments = to_cpu(arguments)
+    values, ids = OPS["topk_select"].allocate(arguments, "cpu")
+    OPS["topk_select"].reference(*arguments, values, ids)
+    wrong_values = results[0].view(torch.int32) != values.view(torch.int32)
+    return Verdict(float(wrong_values.sum() + (results[1] != ids).sum()), 0.0, "wrong values and ids")
+
+
 RESULT_BYTES = 8  # of a routed slot: a float32 weight and an int32 id
 
 
@@ -203,12 +234,17 @@ def activation_topk_bytes(logits: Tensor, bias: Tensor | None, k: int, *_: Any) 
     return logits.numel() * logits.element_size() + logits.shape[0] * k * RESULT_BYTES
 
 
+def topk_select_bytes(scores: Tensor, k: int, *_: Any) -> int:
+    return scores.numel() * scores.element_size() + scores.shape[0] * k * RESULT_BYTES
+
+
 YARDSTICKS = {
     "hash_router": Yardstick(plain_lookup, judge_lookup("hash_router"), lookup_bytes),
     "hash_router_scored": Yardstick(plain_lookup_scored, judge_lookup("hash_router_scored"), lookup_scored_bytes),
     "hash_router_fused": Yardstick(plain_fused, judge_lookup("hash_router_fused"), fused_bytes),
     "dense_router_decode": Yardstick(plain_dense, judge_selection, dense_bytes),
     "activation_topk": Yardstick(plain_activation_topk, judge_activation_topk, activation_topk_bytes),
+    "topk_select": Yardstick(plain_topk_select, judge_topk_select, topk_select_bytes),
 }
 
 
@@ -339,6 +375,41 @@ def activation_case(
     )
 
 
+def topk_select_case(
+    rows: int,
+    columns: int,
+    k: int,
+    dtype: torch.dtype = torch.float32,
+    sorted: bool = True,
+    with_values: bool = True,
+    with_lengths: bool = False,
+    levels: int = 0,
+    benched: bool = False,
+) -> Case:
+    """levels: round the scores to so many different ones, so that most are ties."""
+
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        scores = torch.randn(rows, columns, generator=generator)
+        if levels:
+            scores = (scores * (levels / 6)).round()
+        lengths = torch.randint(columns // 3, columns + 9, (rows,), generator=generator, dtype=torch.int32)
+        return scores.to(dtype), k, lengths if with_lengths else None, sorted, with_values
+
+    name = f"{rows} x {columns}, k {k}, {str(dtype).removeprefix('torch.')}"
+    options = {"by column": not sorted, "ids only": not with_values, "lengths": with_lengths}
+    options[f"{levels} levels"] = levels > 0
+    name += "".join(f", {text}" for text, holds in options.items() if holds)
+    return Case(
+        "topk_select",
+        name,
+        make,
+        YARDSTICKS["topk_select"],
+        benched=benched,
+        large=rows * columns > 1 << 17,
+        labels={"rows": rows, "columns": columns, "k": k},
+    )
+
+
 CASES = (
     *(hash_router_case(PRESETS["v4-flash"], tokens, torch.int32) for tokens in TOKENS),
     *(hash_router_case(PRESETS["v4-pro"], tokens, torch.int64) for tokens in (1, 1000)),
@@ -374,4 +445,13 @@ CASES = (
     activation_case("softmax, top-9 of 515, every option", 9, 515, 9, reference.SOFTMAX, with_options=True),
     activation_case("one expert", 3, 1, 1),
     activation_case("top-32 of 1024", 17, 1024, 32),
+    *(topk_select_case(*shape, benched=True) for shape in TOPK_SHAPES),
+    topk_select_case(64, 32768, 2048, torch.bfloat16, benched=True),
+    topk_select_case(64, 32768, 2048, sorted=False, with_values=False, benched=True),
+    topk_select_case(5, 300, 32, torch.bfloat16, with_lengths=True),
+    topk_select_case(3, 1000, 6, levels=5),
+    topk_select_case(3, 1000, 31, sorted=False, with_lengths=True),
+    topk_select_case(3, 2049, 2048),
+    topk_select_case(3, 9000, 33, levels=9, with_lengths=True),
+    topk_select_case(2, 40000, 777, torch.bfloat16, sorted=False, with_lengths=True),
 )

@@ -17,6 +17,7 @@ _hash_router_scored = OPS["hash_router_scored"]
 _hash_router_fused = OPS["hash_router_fused"]
 _dense_router_decode = OPS["dense_router_decode"]
 _activation_topk = OPS["activation_topk"]
+_topk_select = OPS["topk_select"]
 
 # dsv4_score_function of csrc/include/dsv4/router.h
 _SCORE_FUNCTIONS = {"sqrt_softplus": 0, "sigmoid": 1, "softmax": 2}
@@ -250,3 +251,32 @@ def _unknown_score_function(got: object) -> Exception:
 
     need = " or ".join(_SCORE_FUNCTIONS)
     return InvalidArgumentError(f"activation_topk: score_function: expected {need}, got {got}")
+
+
+def topk_select(
+    scores: Tensor,
+    k: int,
+    *,
+    lengths: Tensor | None = None,
+    sorted: bool = True,
+    with_values: bool = True,
+    out_values: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, exactly: equal values (-0 equals +0) go to the lower column, NaN is below any number.
+
+    Args:
+        scores: [rows, columns] float32 or bfloat16, at most 262,144 columns; rows may be strided.
+        k: 1 to 2048; may exceed the columns.
+        lengths: [rows] int32, how many leading columns of a row count; below 0 it is 0, above the columns all of them.
+        sorted: in descending order, equal values by column. Otherwise in the order of the columns.
+        with_values: False returns values [rows, 0] and spares writing them.
+        out_values: [rows, k] float32 to write to.
+        out_ids: [rows, k] int32 to write to.
+
+    Returns:
+        values [rows, k] float32, bit for bit those of scores, and ids [rows, k] int32, their columns. A row with fewer
+        than k columns that count ends in values -infinity and ids -1.
+    """
+    values, ids = _topk_select((scores, k, lengths, sorted, with_values), (out_values, out_ids))
+    return values, ids

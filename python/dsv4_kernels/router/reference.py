@@ -154,3 +154,30 @@ def activation_topk(
         weights = torch.where(padding_mask[:, None], 0.0, weights)
     out_ids.copy_(ids)
     out_weights.copy_(weights)
+
+
+def topk_select(
+    scores: Tensor,
+    k: int,
+    lengths: Tensor | None,
+    sorted: bool,
+    with_values: bool,
+    out_values: Tensor,
+    out_ids: Tensor,
+) -> None:
+    columns = scores.shape[1]
+    beyond = torch.zeros_like(scores, dtype=torch.bool)
+    if lengths is not None:
+        beyond = torch.arange(columns) >= lengths.to(torch.int64).clamp(0, columns)[:, None]
+    # What is beyond a row's length goes behind everything in it, NaN too.
+    order = descending(scores.to(torch.float32))
+    order = order.gather(1, torch.sort(beyond.gather(1, order).to(torch.int8), dim=1, stable=True).indices)[:, :k]
+    if not sorted:
+        order = order.gather(1, torch.where(beyond.gather(1, order), columns, order).argsort(dim=1))
+    none = beyond.gather(1, order)
+    found = order.shape[1]
+    out_ids.fill_(NO_EXPERT)
+    out_ids[:, :found] = torch.where(none, NO_EXPERT, order)
+    if with_values:
+        out_values.fill_(-torch.inf)
+        out_values[:, :found] = torch.where(none, -torch.inf, scores.gather(1, order).to(torch.float32))

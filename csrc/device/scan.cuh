@@ -1,0 +1,28 @@
+// Running sums over the threads of a block.
+#pragma once
+
+#include "device/reduce.cuh"
+
+namespace dsv4 {
+
+// The sum of the values of all threads before this one; *total: of all threads. Every thread of the block must call it.
+// warp_sums: shared memory, one for each warp.
+template <int Threads>
+__device__ uint32_t sum_before(uint32_t value, uint32_t (&warp_sums)[Threads / kWarpLanes], uint32_t* total) {
+  static_assert(Threads / kWarpLanes <= kWarpLanes, "one warp adds the sums of all");
+  const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
+  uint32_t up_to = value;
+#pragma unroll
+  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
+    const uint32_t below = __shfl_up_sync(kFullWarp, up_to, distance);
+    if (lane >= distance) up_to += below;
+  }
+  __syncthreads();  // the sums of an earlier call have been read
+  if (lane == kWarpLanes - 1) warp_sums[warp] = up_to;
+  __syncthreads();
+  const uint32_t warp_sum = lane < Threads / kWarpLanes ? warp_sums[lane] : 0;
+  *total = __reduce_add_sync(kFullWarp, warp_sum);
+  return __reduce_add_sync(kFullWarp, lane < warp ? warp_sum : 0) + up_to - value;
+}
+
+}  // namespace dsv4

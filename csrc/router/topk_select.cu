@@ -1,0 +1,385 @@
+#include <dsv4/router.h>
+
+#include "core/check.h"
+#include "core/launch.h"
+#include "device/block_sort.cuh"
+#include "device/ordered_key.cuh"
+#include "device/reduce.cuh"
+#include "device/row.cuh"
+#include "device/top_k.cuh"
+
+namespace dsv4 {
+
+constexpr int kMaxSelected = 2048;
+constexpr int64_t kMaxColumns = 262144;
+constexpr int kMaxCluster = 8;                         // what every architecture grants
+constexpr int64_t kMaxRows = INT32_MAX / kMaxCluster;  // a grid has at most 2^31 - 1 blocks
+
+// What both kernels take beside the scores.
+struct Selection {
+  const int32_t* lengths;
+  float* values;  // may be null
+  int32_t* ids;
+  int64_t rows;
+  int64_t scores_stride;
+  int32_t columns;
+  int32_t top_k;
+  bool sorted;
+  bool in_fours;
+};
+
+__device__ inline int row_length(const Selection& selection, int64_t row) {
+  return selection.lengths ? min(max(selection.lengths[row], 0), selection.columns) : selection.columns;
+}
+
+// Writes column and value of the result's place in its row.
+template <typename Score>
+__device__ inline void write_result(const Selection& selection, const Score* row_scores, int64_t row, int place,
+                                    uint32_t key, uint32_t column) {
+  const int64_t out = row * selection.top_k + place;
+  selection.ids[out] = static_cast<int32_t>(column);
+  if (selection.values)
+    selection.values[out] = key_is_shared(key) ? static_cast<float>(row_scores[column]) : value_of_key(key);
+}
+
+__device__ inline void write_filling(const Selection& selection, int64_t row, int place) {
+  const int64_t out = row * selection.top_k + place;
+  selection.ids[out] = -1;
+  if (selection.values) selection.values[out] = -INFINITY;
+}
+
+// ---- Short rows, few results: a warp a row, which stays in registers.
+
+constexpr int kRowsPerBlock = 4;
+
+template <typename Score, int Slots>
+__global__ void __launch_bounds__(kRowsPerBlock* kWarpLanes)
+    topk_select_short_kernel(const Score* __restrict__ scores, Selection selection) {
+  __shared__ TopKScratch scratch[kRowsPerBlock];
+  const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + warp;
+  if (row >= selection.rows) return;
+  const Score* const row_scores = scores + row * selection.scores_stride;
+  float values[Slots];
+  load_warp_row(row_scores, lane, selection.columns, selection.in_fours, values);
+  const int length = row_length(selection, row);
+  uint32_t keys[Slots];
+#pragma unroll
+  for (int slot = 0; slot < Slots; ++slot)
+    keys[slot] = warp_column(lane, slot) < length ? descending_key(values[slot]) : kNoKey;
+  uint64_t entry = warp_top_k(keys, selection.top_k, lane, scratch[warp]);
+  if (!selection.sorted) {  // by column; kNoEntry stays last
+    if (entry != kNoEntry) entry = make_entry(entry_column(entry), entry_key(entry));
+    unsigned rank = 0;
+    for (int other = 0; other < kWarpLanes; ++other) {
+      const uint64_t one = __shfl_sync(kFullWarp, entry, other);
+      rank += one < entry || (one == entry && other < lane);
+    }
+    __syncwarp();
+    scratch[warp].ranked[rank] = entry;
+    __syncwarp();
+    entry = scratch[warp].ranked[lane];
+    if (entry != kNoEntry) entry = make_entry(entry_column(entry), entry_key(entry));
+  }
+  if (lane >= selection.top_k) return;
+  if (entry == kNoEntry)
+    write_filling(selection, row, lane);
+  else
+    write_result(selection, row_scores, row, lane, entry_key(entry), entry_column(entry));
+}
+
+// ---- Long rows or many results: the blocks of a cluster share a row. Each reads its part once, into registers.
+//
+// A histogram over bins of keys, added up over the cluster, tells in which bin the last selected entry lies. Everything
+// up to the end of that bin goes to the cluster's first block, which sorts it and keeps the first k. If that is too
+// much, the bin is divided again, and so on until it fits. An entry is a key and its column in one number, so entries
+// with one same key are divided by column: the result has no choice.
+
+constexpr int kThreads = 512;
+constexpr int kGathered = 4096;  // entries that the first block has room for
+
+using Bins = uint32_t[kBins];
+
+struct Bin {
+  uint32_t number;
+  uint32_t ahead;  // entries in the bins before it
+  uint32_t count;
+  uint32_t unused;  // read along with the others in one load
+};
+
+struct LongShared {
+  SortScratch<kThreads> scratch;
+  union {
+    Bins more_bins;                              // of every other round
+    uint64_t entries[kGathered + kSortPadding];  // in the cluster's first block: of all blocks
+  };
+  uint32_t gathered;  // how many entries there are so far
+  Bin bin;
+};
+
+// Keys as the long kernel keeps them. A bfloat16's has 16 bits, so that its entries lie close together.
+template <typename Score>
+constexpr int kKeyShift = 32 - 8 * static_cast<int>(sizeof(Score));
+template <typename Score>
+constexpr uint32_t kLastKey = kNanKey >> kKeyShift<Score>;
+
+template <typename Score>
+__device__ inline uint32_t whole_key(uint32_t key) {
+  if (kKeyShift<Score> == 0) return key;
+  return key << 16 | (key < 0x8000u ? 0xffffu : 0u);
+}
+
+// The first round's bins: sign, five bits of exponent, five of mantissa, so that scores of usual size spread over many
+// bins. What is outside [2^-20, 2^12) shares the outermost.
+constexpr int kBinShift = 18;                     // a bin's keys, as a power of two
+constexpr int kSideBins = kBins / 2;              // for each sign
+constexpr int kFirstMagnitude = (127 - 20) * 32;  // bits of 2^-20, shifted
+
+// Nothing (kNoKey) falls into the last bin.
+__device__ inline uint32_t bin_of_key(uint32_t key) {
+  const uint32_t negative = static_cast<uint32_t>(static_cast<int32_t>(key) >> 31);  // all bits or none
+  const int magnitude = static_cast<int>((key ^ negative ^ 0x7fffffffu) >> kBinShift);
+  const int side = min(max(magnitude - kFirstMagnitude, 0), kSideBins - 1);
+  return kSideBins + (side ^ static_cast<int>(~negative));
+}
+
+// First and last key of a bin.
+__device__ inline uint32_t first_key_of(uint32_t bin) {
+  if (bin == 0) return 0;
+  if (bin == kSideBins) return 0x80000000u;
+  if (bin > kSideBins) return 0x80000000u + ((bin - kSideBins + kFirstMagnitude) << kBinShift);
+  return 0x80000000u - ((kSideBins - bin + kFirstMagnitude) << kBinShift);
+}
+__device__ inline uint32_t last_key_of(uint32_t bin) { return bin == kBins - 1 ? kNanKey : first_key_of(bin + 1) - 1; }
+
+__device__ inline uint32_t* bins_of_turn(LongShared& shared, int turn) {
+  return turn % 2 ? shared.more_bins : shared.scratch.bins;
+}
+
+// In which bin the entry of rank `rank` (from 0) lies, of all that the cluster has counted in bins_of_turn(turn).
+__device__ Bin find_bin(LongShared& shared, int turn, uint32_t rank) {
+  uint32_t* const bins = bins_of_turn(shared, turn);
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  constexpr int kBinsEach = kBins / kThreads;
+  uint32_t counts[kBinsEach] = {};
+  const unsigned blocks = __clusterSizeInBlocks();
+#pragma unroll 2
+  for (unsigned block = 0; block < blocks; ++block)
+    add_own_bins<kThreads>(static_cast<const uint32_t*>(__cluster_map_shared_rank(bins, block)), counts);
+  uint32_t sum = 0;
+#pragma unroll
+  for (const uint32_t count : counts) sum += count;
+  uint32_t total;
+  uint32_t ahead = sum_before<kThreads>(sum, shared.scratch.warp_sums, &total);
+#pragma unroll
+  for (int i = 0; i < kBinsEach; ++i) {
+    if (ahead <= rank && rank < ahead + counts[i]) shared.bin = {threadIdx.x * kBinsEach + i, ahead, counts[i], 0};
+    ahead += counts[i];
+  }
+  __syncthreads();
+  return shared.bin;
+}
+
+// How far a slot's column lies behind that of the thread's first slot: a constant, so that comparing and adding it
+// costs no register.
+__device__ constexpr int column_offset(int slot) { return slot / kFour * (kThreads * kFour) + slot % kFour; }
+
+template <typename Score, int Slots>
+__global__ void __launch_bounds__(kThreads, 1)
+    topk_select_long_kernel(const Score* __restrict__ scores, Selection selection, int column_bits) {
+  __shared__ alignas(16) LongShared shared;
+  const unsigned blocks = __clusterSizeInBlocks(), block = __clusterRelativeBlockRank();
+  const int64_t row = blockIdx.x / blocks;
+  if (threadIdx.x == 0) shared.gathered = 0;
+  __cluster_barrier_arrive_relaxed();
+  const Score* const row_scores = scores + row * selection.scores_stride;
+  const int length = row_length(selection, row);
+  const int first_column = static_cast<int>(block * (kThreads * Slots) + threadIdx.x * kFour);
+  const int left = length - first_column;  // columns from there to the end; may be negative
+
+  Four<Score> loaded[Slots / kFour];
+#pragma unroll
+  for (int i = 0; i < Slots / kFour; ++i)
+    loaded[i] = load_four(row_scores + first_column, column_offset(i * kFour), left, selection.in_fours);
+  clear_bins<kThreads>(shared.scratch.bins);
+  __syncthreads();
+  uint32_t keys[Slots];
+#pragma unroll
+  for (int slot = 0; slot < Slots; ++slot) {
+    const float value = static_cast<float>(loaded[slot / kFour].values[slot % kFour]);
+    const uint32_t key = column_offset(slot) < left ? descending_key(value) : kNoKey;
+    keys[slot] = key == kNoKey ? kNoKey : key >> kKeyShift<Score>;
+    atomicAdd(&shared.scratch.bins[bin_of_key(key)], 1u);
+  }
+  __cluster_barrier_wait();  // all blocks run, so their shared memory can be reached
+
+  // Of the entries first to last, the one of rank `selected - ahead - 1` is the last that is selected.
+  const uint32_t selected = min(length, selection.top_k);
+  const uint64_t all_columns = (uint64_t{1} << column_bits) - 1;
+  uint64_t first = 0, last = uint64_t{kLastKey<Score>} << column_bits | all_columns;
+  uint32_t ahead = 0, count = length;
+  int turn = 1;
+  if (count > kGathered) {
+    const Bin bin = find_bin(shared, 0, selected - 1);
+    first = uint64_t{first_key_of(bin.number) >> kKeyShift<Score>} << column_bits;
+    last = uint64_t{last_key_of(bin.number) >> kKeyShift<Score>} << column_bits | all_columns;
+    ahead = bin.ahead;
+    count = min(bin.count, length - ahead);
+  } else {
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();  // the first block's counter is 0
+  }
+  for (; ahead + count > kGathered; ++turn) {
+    clear_bins<kThreads>(bins_of_turn(shared, turn));  // the others have read them before the last barrier
+    __syncthreads();
+    const int shift = shift_for(last - first);
+    const uint64_t from_first = first_column - first;
+    asm volatile(""
+                 : "+r"(column_bits));  // or shifted keys are kept from turn to turn, for which no registers are left
+    uint32_t* const bins = bins_of_turn(shared, turn);
+#pragma unroll
+    for (int slot = 0; slot < Slots; ++slot) {
+      uint32_t key = keys[slot];
+      asm volatile("" : "+r"(key)::"memory");  // slot by slot: there are no registers for more
+      const uint64_t distance = (uint64_t{key} << column_bits) + (from_first + column_offset(slot));
+      if (distance <= last - first) atomicAdd(&bins[distance >> shift], 1u);
+    }
+    const Bin bin = find_bin(shared, turn, selected - ahead - 1);
+    first += uint64_t{bin.number} << shift;
+    last = min(last, first + ((uint64_t{1} << shift) - 1));
+    ahead += bin.ahead;
+    count = bin.count;
+  }
+
+  const uint32_t last_key = static_cast<uint32_t>(last >> column_bits);
+  const int last_offset = static_cast<int>(last & all_columns) - first_column;
+  const auto is_gathered = [&](int slot) {
+    return keys[slot] < last_key || (keys[slot] == last_key && column_offset(slot) <= last_offset);
+  };
+  using Slot = std::conditional_t<(Slots > 32), uint64_t, uint32_t>;
+  Slot chosen = 0;  // a bit for each slot
+#pragma unroll
+  for (int slot = 0; slot < Slots; ++slot)
+    if (is_gathered(slot)) chosen |= Slot{1} << slot;
+  if (turn > 1) {
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();  // nobody reads bins any more where entries are going to be
+  }
+  // Entries come in any order: sorting them takes it away.
+  const int lane = threadIdx.x % kWarpLanes;
+  const int own = Slots > 32 ? __popcll(chosen) : __popc(static_cast<uint32_t>(chosen));
+  int up_to = own;
+#pragma unroll
+  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
+    const int below = __shfl_up_sync(kFullWarp, up_to, distance);
+    if (lane >= distance) up_to += below;
+  }
+  uint32_t place = 0;
+  if (lane == kWarpLanes - 1 && up_to > 0)
+    place = atomicAdd(static_cast<uint32_t*>(__cluster_map_shared_rank(&shared.gathered, 0)), up_to);
+  place = __shfl_sync(kFullWarp, place, kWarpLanes - 1) + up_to - own;
+  uint64_t* const entries = static_cast<uint64_t*>(__cluster_map_shared_rank(shared.entries, 0));
+  for (; chosen; chosen &= chosen - 1) {
+    const int slot = (Slots > 32 ? __ffsll(chosen) : __ffs(static_cast<uint32_t>(chosen))) - 1;
+    const int column = first_column + column_offset(slot);
+    const uint32_t key = descending_key(static_cast<float>(row_scores[column])) >> kKeyShift<Score>;
+    entries[place++] = uint64_t{key} << column_bits | static_cast<uint32_t>(column);
+  }
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  if (block != 0) return;
+
+  sort_entries<kThreads, kGathered>(shared.scratch, shared.entries, ahead + count, column_bits);
+  if (!selection.sorted) {  // again, by column
+    for (int i = threadIdx.x; i < selected; i += kThreads) {
+      const uint64_t entry = shared.entries[i];
+      shared.entries[i] = (entry & all_columns) << 32 | entry >> column_bits;
+    }
+    __syncthreads();
+    sort_entries<kThreads, kMaxSelected>(shared.scratch, shared.entries, selected, 32);
+  }
+  for (int i = threadIdx.x; i < selected; i += kThreads) {
+    const uint64_t entry = shared.entries[i];
+    const uint32_t key = static_cast<uint32_t>(selection.sorted ? entry >> column_bits : entry);
+    const uint32_t column = static_cast<uint32_t>(selection.sorted ? entry & all_columns : entry >> 32);
+    write_result(selection, row_scores, row, i, whole_key<Score>(key), column);
+  }
+  for (int i = selected + threadIdx.x; i < selection.top_k; i += kThreads) write_filling(selection, row, i);
+}
+
+namespace {
+
+// Blocks for a row: as many as its columns take, and more while multiprocessors would be idle.
+uint32_t blocks_per_row(const Device& device, int64_t rows, int64_t columns) {
+  constexpr int64_t kMostColumns = kThreads * 64;  // of a block
+  constexpr int64_t kFewColumns = 4096;            // a block with fewer would wait for others more than it works
+  uint32_t blocks = 1;
+  while (blocks * kMostColumns < columns) blocks *= 2;
+  while (blocks < kMaxCluster && rows * blocks * 2 <= device.multiprocessors && blocks * 2 * kFewColumns <= columns)
+    blocks *= 2;
+  return blocks;
+}
+
+template <typename Function>
+dsv4_status with_long_slots(int64_t columns_per_block, Function&& function) {
+  if (columns_per_block <= kThreads * 8) return function(std::integral_constant<int, 8>{});
+  if (columns_per_block <= kThreads * 16) return function(std::integral_constant<int, 16>{});
+  if (columns_per_block <= kThreads * 32) return function(std::integral_constant<int, 32>{});
+  return function(std::integral_constant<int, 64>{});
+}
+
+template <typename Score>
+dsv4_status select(const LaunchTarget& target, const Score* scores, const Selection& selection) {
+  if (selection.top_k <= kWarpLanes && selection.columns <= kMaxWarpColumns)
+    return with_slots(selection.columns, [&](auto slots) {
+      return launch<topk_select_short_kernel<Score, decltype(slots)::value>>(
+          target, {blocks_for(selection.rows, kRowsPerBlock), kRowsPerBlock * kWarpLanes}, scores, selection);
+    });
+  const uint32_t blocks = blocks_per_row(*target.device, selection.rows, selection.columns);
+  int column_bits = 0;
+  while (int64_t{1} << column_bits < selection.columns) ++column_bits;
+  return with_long_slots(blocks_for(selection.columns, blocks), [&](auto slots) {
+    Geometry geometry = {static_cast<uint32_t>(selection.rows) * blocks, kThreads};
+    geometry.cluster = blocks;
+    return launch<topk_select_long_kernel<Score, decltype(slots)::value>>(target, geometry, scores, selection,
+                                                                          column_bits);
+  });
+}
+
+}  // namespace
+}  // namespace dsv4
+
+extern "C" dsv4_status dsv4_topk_select(const dsv4_topk_select_args* given, dsv4_stream stream) {
+  using namespace dsv4;
+  Check check("topk_select");
+  const dsv4_topk_select_args args = check.read(given);
+  const int64_t rows = extent(args.scores, 0);
+  const int64_t columns = extent(args.scores, 1);
+  check.tensor("scores", args.scores, one_of(DSV4_FLOAT32, DSV4_BFLOAT16), {kAny, kAny}, Layout::kStridedRows);
+  check.range("scores rows", rows, 0, kMaxRows);
+  check.range("scores columns", columns, 0, kMaxColumns);
+  check.range("top_k", args.top_k, 1, kMaxSelected);
+  check.optional_tensor("lengths", args.lengths, one_of(DSV4_INT32), {rows});
+  check.flag("sorted", args.sorted);
+  check.optional_tensor("out_values", args.out_values, one_of(DSV4_FLOAT32), {rows, args.top_k});
+  check.tensor("out_ids", args.out_ids, one_of(DSV4_INT32), {rows, args.top_k});
+  LaunchTarget target;
+  if (dsv4_status status = check.open(stream, &target)) return status;
+
+  if (rows == 0) return DSV4_OK;
+  Selection selection = {};
+  selection.lengths = static_cast<const int32_t*>(args.lengths.data);
+  selection.values = static_cast<float*>(args.out_values.data);
+  selection.ids = static_cast<int32_t*>(args.out_ids.data);
+  selection.rows = rows;
+  selection.scores_stride = args.scores.stride[0];
+  selection.columns = static_cast<int32_t>(columns);
+  selection.top_k = args.top_k;
+  selection.sorted = args.sorted != 0;
+  selection.in_fours = in_fours(args.scores);
+  return with_row_type(args.scores.dtype, [&](auto score) {
+    using Score = decltype(score);
+    return select(target, static_cast<const Score*>(args.scores.data), selection);
+  });
+}
