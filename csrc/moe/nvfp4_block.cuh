@@ -34,10 +34,10 @@ struct Nvfp4Rule {
   bool ties_to_even;
 };
 
-// Encodes the values of one block, and writes codes and scale.
+// Encodes the values of one block, of which amax is the largest magnitude, and writes codes and scale.
 __device__ inline void store_nvfp4_block(const Target& target, const Nvfp4Rule& rule, const GlobalScale& global,
-                                         uint32_t row, uint32_t column, const float (&values)[kChunk]) {
-  const float wanted = global.encode * (largest_magnitude(values) * (1.0f / kLargestE2m1));
+                                         uint32_t row, uint32_t column, const float (&values)[kChunk], float amax) {
+  const float wanted = global.encode * (amax * (1.0f / kLargestE2m1));
   const uint32_t scale = encode_e4m3(fmaxf(wanted, rule.scale_floor));
   const float decoded = decode_e4m3(scale);
   const float factor = decoded == 0.0f ? 0.0f : __frcp_rn(decoded * global.decode);
@@ -66,7 +66,7 @@ __device__ inline void quantize_nvfp4_blocks(const Source& source, const Target&
       load_chunk<Unit, kSwiglu, T>(source, row, column, values);  // first: the scale's load does not wait for it
       GlobalScale global;
       if (scale_for(row, &global)) {
-        store_nvfp4_block(target, rule, global, row, column, values);
+        store_nvfp4_block(target, rule, global, row, column, values, largest_magnitude(values));
         return;
       }
     }

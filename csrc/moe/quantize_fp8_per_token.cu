@@ -1,4 +1,4 @@
-// FP8 E4M3 with a float32 scale for each row: a block a row, twice, the second time from the cache.
+// FP8 E4M3 with a float32 scale for each row: a block a row.
 #include "device/fp8.cuh"
 #include "moe/row_amax.cuh"
 
@@ -7,21 +7,20 @@ namespace dsv4 {
 template <typename T, int Unit>
 __global__ void __launch_bounds__(kQuantizeThreads)
     quantize_fp8_per_token_kernel(Source source, Target target, float scale_floor, bool divide, float* scales) {
-  for (uint32_t row = blockIdx.x; row < target.rows; row += gridDim.x) {
-    const float amax = row_amax<Unit, false, T>(source, row, target.columns);
-    const float scale = fmaxf(__fdiv_rn(amax, kLargestE4m3), scale_floor);
-    const float factor = scale > 0.0f ? __frcp_rn(scale) : 0.0f;
+  const uint32_t row = blockIdx.x;
+  float scale = 0.0f, factor = 0.0f;
+  by_row_amax<T, Unit, false>(source, row, target.columns, [&](float amax) {
+    scale = fmaxf(__fdiv_rn(amax, kLargestE4m3), scale_floor);
+    factor = scale > 0.0f ? __frcp_rn(scale) : 0.0f;
     if (threadIdx.x == 0) scales[row] = scale;
-    for (uint32_t column = threadIdx.x * kChunk; column < target.columns; column += blockDim.x * kChunk) {
-      float values[kChunk];
-      load_chunk<Unit, false, T>(source, row, column, values);
+  }, [&](uint32_t column, const float (&values)[kChunk], float /* amax */) {
+    float scaled[kChunk];
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        values[i] = divide && scale > 0.0f ? __fdiv_rn(values[i], scale) : values[i] * factor;
-      const auto four = [&](int i) { return encode_e4m3x4(values[i], values[i + 1], values[i + 2], values[i + 3]); };
-      *target.data_at<uint4>(row, column, 1) = {four(0), four(4), four(8), four(12)};
-    }
-  }
+    for (int i = 0; i < kChunk; ++i)
+      scaled[i] = divide && scale > 0.0f ? __fdiv_rn(values[i], scale) : values[i] * factor;
+    const auto four = [&](int i) { return encode_e4m3x4(scaled[i], scaled[i + 1], scaled[i + 2], scaled[i + 3]); };
+    *target.data_at<uint4>(row, column, 1) = {four(0), four(4), four(8), four(12)};
+  });
 }
 
 }  // namespace dsv4
@@ -54,7 +53,7 @@ extern "C" dsv4_status dsv4_quantize_fp8_per_token(const dsv4_quantize_fp8_per_t
   target.rows = static_cast<uint32_t>(rows);
   target.columns = static_cast<uint32_t>(columns);
   const uint32_t threads = threads_for_row(items);
-  const Geometry geometry = {row_blocks(launch_target, target.rows, threads), threads};
+  const Geometry geometry = {target.rows, threads};
   const auto run = [&](auto type, auto unit) {
     return launch<quantize_fp8_per_token_kernel<decltype(type), decltype(unit)::value>>(
         launch_target, geometry, source, target, args.scale_floor, args.divide != 0,

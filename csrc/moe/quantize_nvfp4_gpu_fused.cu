@@ -87,29 +87,24 @@ __global__ void __launch_bounds__(kQuantizeThreads)
     for (uint32_t i = threadIdx.x; i <= amaxes.count; i += kQuantizeThreads) amaxes.bits[i] = 0;
 }
 
-// A block a row, twice: the second time its values are in the cache.
+// A block a row.
 template <typename T, int Unit, bool kSwiglu>
 __global__ void __launch_bounds__(kQuantizeThreads)
     quantize_rows_kernel(Source source, Target target, Nvfp4Rule rule, AmaxRule amax_rule, float* global_scale) {
-  const uint32_t used = target.used_rows(), written = target.written_rows(used);
-  for (uint32_t row = blockIdx.x; row < written; row += gridDim.x) {
-    GlobalScale global = {};
-    if (row < used) {
-      const float value = amax_rule(row_amax<Unit, kSwiglu, T>(source, row, target.columns));
+  const uint32_t row = blockIdx.x, used = target.used_rows();
+  if (row >= target.written_rows(used)) return;
+  GlobalScale global = {};
+  if (row < used)
+    by_row_amax<T, Unit, kSwiglu>(source, row, target.columns, [&](float amax) {
+      const float value = amax_rule(amax);
       global = global_scale_of(value, amax_rule.reciprocal);
       if (threadIdx.x == 0) global_scale[row] = value;
-    }
-    for (uint32_t item = threadIdx.x; item < target.row_items.value; item += blockDim.x) {
-      const uint32_t column = item * kChunk;
-      if (row < used && column < target.columns) {
-        float values[kChunk];
-        load_chunk<Unit, kSwiglu, T>(source, row, column, values);
-        store_nvfp4_block(target, rule, global, row, column, values);
-      } else {
-        target.scale[target.scale_offset(row, column / kNvfp4Block)] = 0;
-      }
-    }
-  }
+    }, [&](uint32_t column, const float (&values)[kChunk], float amax) {
+      store_nvfp4_block(target, rule, global, row, column, values, amax);
+    });
+  const uint32_t padding = row < used ? target.scales : 0;  // where it begins, of swizzled scales
+  for (uint32_t item = padding + threadIdx.x; item < target.row_items.value; item += blockDim.x)
+    target.scale[target.scale_offset(row, item)] = 0;
 }
 
 }  // namespace dsv4
@@ -153,12 +148,12 @@ extern "C" dsv4_status dsv4_quantize_nvfp4_gpu_fused(const dsv4_quantize_nvfp4_g
     using T = decltype(type);
     constexpr int kUnit = decltype(unit)::value;
     constexpr bool kSwiglu = decltype(swiglu)::value;
-    if (args.per_token) {
+    const bool one_row = rows == 1 && !present(args.expert_ids) && !present(args.n_used);  // the same thing then
+    if (args.per_token || one_row) {
       const uint32_t threads = threads_for_row(std::max(target.row_items.value, 1u));
       const auto written = static_cast<uint32_t>(target.swizzle ? swizzled_rows(rows) : rows);
-      return launch<quantize_rows_kernel<T, kUnit, kSwiglu>>(launch_target,
-                                                             {row_blocks(launch_target, written, threads), threads},
-                                                             source, target, rule, amax_rule, global_scale);
+      return launch<quantize_rows_kernel<T, kUnit, kSwiglu>>(launch_target, {written, threads}, source, target, rule,
+                                                             amax_rule, global_scale);
     }
     const Geometry geometry = {quantize_blocks(launch_target, target), kQuantizeThreads};
     if (dsv4_status status = launch<amax_kernel<T, kUnit, kSwiglu>>(launch_target, geometry, source, target, amaxes))

@@ -44,25 +44,43 @@ __device__ inline float swiglu(float gate, float up, float limit) {
   return __fdividef(gate, 1.0f + __expf(-gate)) * up;
 }
 
-// Values `column` to `column + kChunk - 1` of a row. Unit: elements that lie side by side in x, loaded at once.
-template <int Unit, bool kSwiglu, typename T>
-__device__ inline void load_chunk(const Source& source, int64_t row, uint32_t column, float (&values)[kChunk]) {
+// What a thread reads for a chunk. Unit: elements that lie side by side in x, loaded at once.
+template <typename T, int Unit, bool kSwiglu>
+struct RawChunk {
+  Vector<T, Unit> gates[kChunk / Unit];
+  Vector<T, Unit> ups[kSwiglu ? kChunk / Unit : 1];
+};
+
+// Of columns `column` to `column + kChunk - 1` of the result.
+template <typename T, int Unit, bool kSwiglu>
+__device__ inline RawChunk<T, Unit, kSwiglu> load_raw(const Source& source, int64_t row, uint32_t column) {
   const T* const from = static_cast<const T*>(source.x) + row * source.row_stride;
-  Vector<T, Unit> gates[kChunk / Unit], ups[kChunk / Unit];
+  RawChunk<T, Unit, kSwiglu> raw;
 #pragma unroll
   for (int i = 0; i < kChunk / Unit; ++i) {
     const uint32_t first = column + i * Unit;
     const uint32_t place = first + (first & source.gate_blocks);
-    gates[i] = load_vector<Unit>(from + place, source.aligned);
-    if (kSwiglu) ups[i] = load_vector<Unit>(from + place + source.up_distance, source.aligned);
+    raw.gates[i] = load_vector<Unit>(from + place, source.aligned);
+    if constexpr (kSwiglu) raw.ups[i] = load_vector<Unit>(from + place + source.up_distance, source.aligned);
   }
+  return raw;
+}
+
+template <typename T, int Unit, bool kSwiglu>
+__device__ inline void values_of(const Source& source, const RawChunk<T, Unit, kSwiglu>& raw, float (&values)[kChunk]) {
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
-    values[i] = static_cast<float>(gates[i / Unit].values[i % Unit]);
-    if (!kSwiglu) continue;
-    values[i] = swiglu(values[i], static_cast<float>(ups[i / Unit].values[i % Unit]), source.limit);
-    if (source.round) values[i] = __bfloat162float(__float2bfloat16_rn(values[i]));
+    values[i] = static_cast<float>(raw.gates[i / Unit].values[i % Unit]);
+    if constexpr (kSwiglu) {
+      values[i] = swiglu(values[i], static_cast<float>(raw.ups[i / Unit].values[i % Unit]), source.limit);
+      if (source.round) values[i] = __bfloat162float(__float2bfloat16_rn(values[i]));
+    }
   }
+}
+
+template <int Unit, bool kSwiglu, typename T>
+__device__ inline void load_chunk(const Source& source, int64_t row, uint32_t column, float (&values)[kChunk]) {
+  values_of(source, load_raw<T, Unit, kSwiglu>(source, row, column), values);
 }
 
 // The largest magnitude; NaN is passed over.

@@ -21,16 +21,58 @@ __device__ inline float block_amax(float amax) {
   return __uint_as_float(most);
 }
 
-// Over a row's values.
-template <int Unit, bool kSwiglu, typename T>
-__device__ inline float row_amax(const Source& source, uint32_t row, uint32_t columns) {
-  float amax = 0.0f;
-  for (uint32_t column = threadIdx.x * kChunk; column < columns; column += blockDim.x * kChunk) {
+// The largest magnitude of a chunk; NaN is passed over. Pairs of 16-bit values are compared as they are.
+template <typename T, int Unit, bool kSwiglu>
+__device__ inline float amax_of(const Source& source, const RawChunk<T, Unit, kSwiglu>& raw) {
+  if constexpr (!kSwiglu && sizeof(T) == 2) {
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    const auto& pairs = reinterpret_cast<const Pair(&)[kChunk / 2]>(raw);
+    Pair most = __habs2(pairs[0]);
+#pragma unroll
+    for (int i = 1; i < kChunk / 2; ++i) most = __hmax2(most, __habs2(pairs[i]));
+    const float low = static_cast<float>(most.x), high = static_cast<float>(most.y);
+    return fmaxf(fmaxf(low, high), 0.0f);
+  } else {
     float values[kChunk];
-    load_chunk<Unit, kSwiglu, T>(source, row, column, values);
-    amax = fmaxf(amax, largest_magnitude(values));
+    values_of(source, raw, values);
+    return largest_magnitude(values);
   }
-  return block_amax(amax);
+}
+
+constexpr int kKeptChunks = 2;  // of a row that a thread keeps in registers until its amax is known
+
+// Finds the amax of a row, calls on_amax(amax), then encode(column, values, their amax) for each of this thread's
+// chunks. By all threads of a block.
+template <typename T, int Unit, bool kSwiglu, typename OnAmax, typename Encode>
+__device__ inline void by_row_amax(const Source& source, uint32_t row, uint32_t columns, OnAmax&& on_amax,
+                                   Encode&& encode) {
+  RawChunk<T, Unit, kSwiglu> kept[kKeptChunks];
+  float of_kept[kKeptChunks];
+  const uint32_t step = blockDim.x * kChunk, first = threadIdx.x * kChunk, rest = first + kKeptChunks * step;
+#pragma unroll
+  for (int i = 0; i < kKeptChunks; ++i)
+    if (first + i * step < columns) kept[i] = load_raw<T, Unit, kSwiglu>(source, row, first + i * step);
+  float amax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kKeptChunks; ++i)
+    if (first + i * step < columns) {
+      of_kept[i] = amax_of(source, kept[i]);
+      amax = fmaxf(amax, of_kept[i]);
+    }
+  for (uint32_t column = rest; column < columns; column += step)
+    amax = fmaxf(amax, amax_of(source, load_raw<T, Unit, kSwiglu>(source, row, column)));
+  on_amax(block_amax(amax));
+  float values[kChunk];
+#pragma unroll
+  for (int i = 0; i < kKeptChunks; ++i)
+    if (first + i * step < columns) {
+      values_of(source, kept[i], values);
+      encode(first + i * step, values, of_kept[i]);
+    }
+  for (uint32_t column = rest; column < columns; column += step) {
+    load_chunk<Unit, kSwiglu, T>(source, row, column, values);  // from the cache
+    encode(column, values, largest_magnitude(values));
+  }
 }
 
 // Threads of a block that goes through rows of so many items: as few rounds as kQuantizeThreads would take, with the
@@ -38,13 +80,6 @@ __device__ inline float row_amax(const Source& source, uint32_t row, uint32_t co
 inline uint32_t threads_for_row(uint32_t items) {
   const uint32_t rounds = blocks_for(items, kQuantizeThreads);
   return blocks_for(blocks_for(items, rounds), kWarpLanes) * kWarpLanes;
-}
-
-// Blocks for so many rows, one at a time: fills the device.
-inline uint32_t row_blocks(const LaunchTarget& launch_target, uint32_t rows, uint32_t threads) {
-  const uint32_t fill = static_cast<uint32_t>(launch_target.device->multiprocessors) *
-                        kQuantizeBlocksPerMultiprocessor * (kQuantizeThreads / threads);
-  return std::min(rows, fill);
 }
 
 }  // namespace dsv4

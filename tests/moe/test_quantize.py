@@ -227,8 +227,11 @@ def test_nvfp4_nan_and_infinity(device: str) -> None:
     assert back[16:20].tolist() == [0.0] * 4
     *_, global_scale = moe.quantize_nvfp4_gpu_fused(x.to(device))
     assert global_scale.item() == np.finfo(np.float32).max / np.float32(2688)
-    *_, per_token = moe.quantize_nvfp4_gpu_fused(torch.full((2, 16), math.nan, device=device), per_token=True)
-    assert per_token.tolist() == [2.0**-110] * 2
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rows = torch.full((3, 32), math.nan)
+        rows[1, 7], rows[2, 8] = -2688.0, 2688.0
+        *_, per_token = moe.quantize_nvfp4_gpu_fused(rows.to(dtype).to(device), per_token=True)
+        assert per_token.tolist() == [2.0**-110, 1.0, 1.0]
 
 
 def test_mx_nan_and_infinity(device: str) -> None:

@@ -382,7 +382,7 @@ CASES = (
          round_to_bfloat16=False),
     case("quantize_nvfp4_gpu_fused", "16384 x 7168", *LARGE, benched=True, large=True, launches=2),
     case("quantize_nvfp4_gpu_fused", "16384 x 7168, per token", *LARGE, per_token=True, benched=True, large=True),
-    *(case("quantize_nvfp4_gpu_fused", f"{rows} x {columns}", rows, columns, benched=True, launches=2)
+    *(case("quantize_nvfp4_gpu_fused", f"{rows} x {columns}", rows, columns, benched=True, launches=min(rows, 2))
       for rows, columns in SMALL),
     case("quantize_nvfp4_gpu_fused", "64 x 7168, per token", 64, 7168, per_token=True, benched=True),
     case("quantize_nvfp4_gpu_fused", "3 x 16, float32", 3, 16, dtype=FP32, launches=2),
