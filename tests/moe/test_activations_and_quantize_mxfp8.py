@@ -15,6 +15,7 @@ from dsv4_kernels.moe import (
     MXFP8Tensor,
     padded_squared_relu,
     padded_swiglu,
+    quantize_mxfp8,
     squared_relu_and_quantize_mxfp8,
     swiglu_and_quantize_mxfp8,
 )
@@ -113,6 +114,16 @@ def test_swiglu_is_quantised_as_its_unfused_form(limit: float | None, device: st
     x[4, :32] = -0.0
     value = padded_swiglu(x, *everyone(70, device), limit).cpu()
     assert_quantised(swiglu_and_quantize_mxfp8(x, *everyone(70, device), limit), value)
+
+
+def test_same_bits_as_quantize_mxfp8(device: str) -> None:
+    """The fused op, and the unfused one followed by quantize_mxfp8."""
+    x = torch.randn(37, 288, generator=torch.Generator().manual_seed(9)).to(torch.bfloat16).to(device)
+    value = padded_squared_relu(x, *everyone(37, device))
+    codes, scale = quantize_mxfp8(value, swizzle=True)
+    result = squared_relu_and_quantize_mxfp8(x, *everyone(37, device))
+    assert torch.equal(as_bytes(result.data), as_bytes(codes))
+    assert torch.equal(as_bytes(result.scale), as_bytes(scale))
 
 
 def test_dequantize(device: str) -> None:
