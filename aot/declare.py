@@ -53,6 +53,7 @@ class TritonKernel:
     constants: values of the tl.constexpr parameters.
     aligned: arguments that the caller promises to be multiples of 16 (pointers: 16-byte aligned). What makes wide loads
         possible; the C entry point must check it.
+    warps_on: architectures on which num_warps would spill, with the number that does not.
     """
 
     function: Any
@@ -62,6 +63,7 @@ class TritonKernel:
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
+    warps_on: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unknown = set(self.aligned) - set(self.arguments)

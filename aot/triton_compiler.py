@@ -46,7 +46,7 @@ def compile_kernel(kernel: TritonKernel, arch: str) -> CompiledKernel:
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned}
     source = ASTSource(kernel.function, signature, dict(kernel.constants), attributes)
     options = {
-        "num_warps": kernel.num_warps,
+        "num_warps": kernel.warps_on.get(arch, kernel.num_warps),
         "num_stages": kernel.num_stages,
         "enable_fp_fusion": True,  # explicit: the default differs between Triton versions
     }

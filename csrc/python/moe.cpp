@@ -61,6 +61,25 @@ void bind_moe(py::module_& module) {
     return call(dsv4_moe_sort, args, topk_ids);
   });
   module.def("moe_sort_max_tiles", &dsv4_moe_sort_max_tiles);
+  module.def("moe_grouped_gemm",
+             [](const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const Tensor& tile_to_expert,
+                const Tensor& row_to_slot, const Tensor& x_scale, const Tensor& alpha, const Tensor& slot_weights,
+                int32_t top_k, bool swiglu, float limit, const Tensor& out) {
+    dsv4_moe_grouped_gemm_args args = {};
+    args.x = x.view;
+    args.weight = weight.view;
+    args.weight_scale = weight_scale.view;
+    args.tile_to_expert = tile_to_expert.view;
+    args.row_to_slot = row_to_slot.view;
+    args.x_scale = x_scale.view;
+    args.alpha = alpha.view;
+    args.slot_weights = slot_weights.view;
+    args.out = out.view;
+    args.top_k = top_k;
+    args.swiglu = swiglu;
+    args.limit = limit;
+    return call(dsv4_moe_grouped_gemm, args, x);
+  });
   module.def("moe_finalize", [](const Tensor& rows, const Tensor& slot_to_row, const Tensor& weights,
                                 const Tensor& shared, const Tensor& out) {
     dsv4_moe_finalize_args args = {};

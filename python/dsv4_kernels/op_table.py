@@ -230,6 +230,36 @@ _add(
         lambda rows, slot_to_row, *_: (((slot_to_row.shape[0], rows.shape[1]), torch.bfloat16),),
     )
 )
+
+
+def _expert_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    tile_to_expert: torch.Tensor,
+    row_to_slot: torch.Tensor,
+    x_scale: torch.Tensor | None = None,
+    alpha: torch.Tensor | None = None,
+    slot_weights: torch.Tensor | None = None,
+    top_k: int = 0,
+    swiglu: bool = False,
+    *_: object,
+) -> tuple[OutputSpec, ...]:
+    columns = weight.shape[1] // 2 if swiglu else weight.shape[1]
+    return (((row_to_slot.shape[0], columns), torch.bfloat16),)
+
+
+_add(
+    Op(
+        "moe",
+        "moe_grouped_gemm",
+        "Tensor x, Tensor weight, Tensor weight_scale, Tensor tile_to_expert, Tensor row_to_slot, "
+        "Tensor? x_scale=None, Tensor? alpha=None, Tensor? slot_weights=None, int top_k=0, bool swiglu=False, "
+        "float limit=0.0",
+        ("out",),
+        _expert_rows,
+    )
+)
 _add(
     Op(
         "moe",

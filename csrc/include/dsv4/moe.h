@@ -94,6 +94,35 @@ DSV4_API dsv4_status dsv4_moe_sort(const dsv4_moe_sort_args* args, dsv4_stream s
  * floor((slots + (tile_size - 1) * local_experts) / tile_size). */
 DSV4_API int64_t dsv4_moe_sort_max_tiles(int64_t slots, int64_t local_experts, int64_t tile_size);
 
+/* out[r] = f(x[source(r)] . weight[e]^T * alpha[e]) * slot_weights[slot] for each row r of a tile of expert e =
+ * tile_to_expert[r / T] with slot = row_to_slot[r], T = rows / tiles: one of 16, 64, 128. Products and sums in float32.
+ * source(r) = slot / top_k, or r itself with top_k 0. f is nothing, or with swiglu
+ *     gate = min(first half, limit), up = clamp(second half, -limit, limit), silu(gate) * up.
+ * Not written: rows whose slot is negative or whose source is beyond x, and tiles whose expert is out of range.
+ *
+ * x and weight: bfloat16 with FP4 weights of either kind; NVFP4 with NVFP4; MXFP8 with MXFP4 (no tiles of 64 rows).
+ * MXFP4: E2M1 codes, an E8M0 scale for 32; NVFP4: an E4M3 scale for 16, and per-tensor scales go into alpha, each once;
+ * MXFP8: E4M3 with an E8M0 scale for 32. The dtype of weight_scale tells which. Rows start on multiples of 16 bytes. */
+typedef struct dsv4_moe_grouped_gemm_args {
+  size_t struct_size;         /* sizeof(dsv4_moe_grouped_gemm_args) */
+  dsv4_tensor x;              /* [x_rows, K] bfloat16 or float8_e4m3fn, or [x_rows, K / 2] packed FP4; may be strided */
+  dsv4_tensor weight;         /* [experts, N, K / 2] packed FP4 (uint8 or float4_e2m1fn_x2, low nibble first); with
+                                 swiglu [experts, 2 N, K / 2], gate rows before up rows. K and N multiples of 64 */
+  dsv4_tensor weight_scale;   /* [experts, N or 2 N, K / 16] float8_e4m3fn, or [.., K / 32] uint8 or float8_e8m0fnu */
+  dsv4_tensor tile_to_expert; /* [tiles] int32, of dsv4_moe_sort */
+  dsv4_tensor row_to_slot;    /* [tiles * T] int32, of dsv4_moe_sort */
+  dsv4_tensor x_scale;        /* of quantised x: [x_rows, K / 16] float8_e4m3fn, or [x_rows, K / 32] uint8 or
+                                 float8_e8m0fnu; row after row, not swizzled */
+  dsv4_tensor alpha;          /* optional [experts] float32; with swiglu also [experts, 2]: gate, up */
+  dsv4_tensor slot_weights;   /* optional [x_rows, top_k] float32 */
+  dsv4_tensor out;            /* [tiles * T, N] bfloat16; rows may be strided */
+  int32_t top_k;              /* 0 to 32 */
+  int32_t swiglu;             /* 0 or 1 */
+  float limit;                /* of swiglu; 0 or less: none */
+} dsv4_moe_grouped_gemm_args;
+
+DSV4_API dsv4_status dsv4_moe_grouped_gemm(const dsv4_moe_grouped_gemm_args* args, dsv4_stream stream);
+
 /* out[t] = bfloat16(sum over k, in order, of weights[t, k] * rows[slot_to_row[t, k]], plus shared[t]), in float32. A
  * row that is negative or beyond the rows contributes nothing. */
 typedef struct dsv4_moe_finalize_args {

@@ -7,7 +7,13 @@ from dsv4_kernels.moe.activations import (
     squared_relu_and_quantize_mxfp8,
     swiglu_and_quantize_mxfp8,
 )
+from dsv4_kernels.moe.grouped_gemm import (
+    moe_grouped_gemm,
+    run_fused_swiglu_grouped_gemm,
+    run_nvfp4_grouped_gemm,
+)
 from dsv4_kernels.moe.mxfp8_tensor import MXFP8Tensor
+from dsv4_kernels.moe.nvfp4_moe import Nvfp4MoE
 from dsv4_kernels.moe.quantize import (
     deinterleave_amax_quantize_nvfp4_fused,
     deinterleave_quantize_nvfp4,
@@ -47,6 +53,7 @@ torch_ops.register()
 __all__ = [
     "InterleavedWeights",
     "MXFP8Tensor",
+    "Nvfp4MoE",
     "SortedRoutes",
     "assemble_raw_scales_2d3d_2d_side",
     "assemble_raw_scales_2d3d_3d_side",
@@ -66,6 +73,7 @@ __all__ = [
     "make_b_k_major",
     "max_tiles",
     "moe_finalize",
+    "moe_grouped_gemm",
     "moe_sort",
     "pad_and_swizzle_single",
     "padded_squared_relu",
@@ -78,6 +86,8 @@ __all__ = [
     "quantize_nvfp4",
     "quantize_nvfp4_gpu_fused",
     "quantize_weight_to_nvfp4",
+    "run_fused_swiglu_grouped_gemm",
+    "run_nvfp4_grouped_gemm",
     "squared_relu_and_quantize_mxfp8",
     "swiglu_and_quantize_mxfp8",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import number_formats
+from dsv4_kernels.moe.grouped_gemm_reference import moe_grouped_gemm
 from dsv4_kernels.moe.quantize_reference import (
     dequantize_blocks,
     quantize_fp8_per_token,
@@ -21,6 +22,7 @@ __all__ = [
     "blackwell_unswizzle_32_4_4",
     "dequantize_blocks",
     "moe_finalize",
+    "moe_grouped_gemm",
     "moe_sort",
     "padded_squared_relu",
     "padded_swiglu",

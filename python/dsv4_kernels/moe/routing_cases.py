@@ -33,7 +33,7 @@ def plain_sort(
     expert_or_0 = torch.where(used, expert, 0)
     rank_of_tile = tile - (last_tile - tiles)[expert_or_0]
     tile_rows = torch.where(used, (count[expert_or_0] - rank_of_tile * tile_size).clamp(max=tile_size), 0)
-    first_row = torch.cat(((last_tile - tiles) * tile_size, torch.tensor([room * tile_size], device=device)))
+    first_row = torch.cat(((last_tile - tiles) * tile_size, torch.full((1,), room * tile_size, device=device)))
     row = first_row[key] + torch.arange(slots, device=device) - (count.cumsum(0) - count)[key]
     row_to_slot = torch.full((room * tile_size + slots + 1,), -1, dtype=torch.int32, device=device)
     row_to_slot[row] = order.to(torch.int32)

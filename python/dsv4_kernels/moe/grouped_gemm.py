@@ -1,0 +1,112 @@
+"""The experts' products: rows grouped by expert times quantised weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dsv4_kernels.op_table import OPS
+
+_moe_grouped_gemm = OPS["moe_grouped_gemm"]
+
+
+def moe_grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    tile_to_expert: Tensor,
+    row_to_slot: Tensor,
+    x_scale: Tensor | None = None,
+    alpha: Tensor | None = None,
+    slot_weights: Tensor | None = None,
+    top_k: int = 0,
+    swiglu: bool = False,
+    limit: float = 0.0,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Each tile's rows times its expert's FP4 weights: out[r] = f(x[source] . weight[e]^T * alpha[e]) * slot weight.
+
+    The op behind run_nvfp4_grouped_gemm and run_fused_swiglu_grouped_gemm. Sums are float32. The launch depends on
+    shapes alone, so a captured graph follows new routes; a row's result does not depend on the other rows.
+
+    Args:
+        x: [x_rows, K] bfloat16; or NVFP4, [x_rows, K / 2] packed codes (uint8 or float4_e2m1fn_x2, low nibble first);
+            or MXFP8, [x_rows, K] float8_e4m3fn. Rows may be strided, and start on multiples of 16 bytes.
+        weight: [experts, N, K / 2] packed E2M1 codes, the checkpoints' layout; with swiglu [experts, 2 N, K / 2], the
+            gate's rows before up's. K and N are multiples of 64.
+        weight_scale: NVFP4: [experts, N or 2 N, K / 16] float8_e4m3fn. MXFP4: [experts, N or 2 N, K / 32] uint8 or
+            float8_e8m0fnu. MXFP8 x needs MXFP4 weights, NVFP4 x needs NVFP4 weights.
+        tile_to_expert: [tiles] int32, of moe_sort.
+        row_to_slot: [tiles * T] int32, of moe_sort, T 16, 64 or 128 (MXFP8 x: 16 or 128).
+        x_scale: of quantised x, one row after another: NVFP4 [x_rows, K / 16] float8_e4m3fn, MXFP8 [x_rows, K / 32]
+            uint8 or float8_e8m0fnu.
+        alpha: [experts] float32 factors, or with swiglu [experts, 2] for gate and up: the product of the per-tensor
+            scales of both operands, each counted here and nowhere else.
+        slot_weights: [x_rows, top_k] float32 to multiply each row by, last.
+        top_k: row r reads x[row_to_slot[r] // top_k]; 0: row r reads x[r].
+        swiglu: gate = min(gate, limit), up = clamp(up, -limit, limit), out = silu(gate) * up, as the models have it.
+        limit: of swiglu; 0 or less means none.
+        out: [tiles * T, N] bfloat16 to write to; rows may be strided.
+
+    Returns:
+        out. Rows without a slot are not written: undefined in an allocated out.
+    """
+    (result,) = _moe_grouped_gemm(
+        (
+            x,
+            weight,
+            weight_scale,
+            tile_to_expert,
+            row_to_slot,
+            x_scale,
+            alpha,
+            slot_weights,
+            top_k,
+            swiglu,
+            float(limit),
+        ),
+        (out,),
+    )
+    return result
+
+
+def run_nvfp4_grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    tile_to_expert: Tensor,
+    row_to_slot: Tensor,
+    *,
+    x_scale: Tensor | None = None,
+    alpha: Tensor | None = None,
+    slot_weights: Tensor | None = None,
+    top_k: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x . weight^T for rows grouped by expert, into bfloat16. Arguments and result are moe_grouped_gemm's."""
+    return moe_grouped_gemm(
+        x, weight, weight_scale, tile_to_expert, row_to_slot, x_scale, alpha, slot_weights, top_k, out=out
+    )
+
+
+def run_fused_swiglu_grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    tile_to_expert: Tensor,
+    row_to_slot: Tensor,
+    *,
+    x_scale: Tensor | None = None,
+    alpha: Tensor | None = None,
+    slot_weights: Tensor | None = None,
+    top_k: int = 0,
+    limit: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Both products of an expert's first layer, clamp and SwiGLU in one kernel. See moe_grouped_gemm.
+
+    weight and weight_scale hold gate rows (w1), then up rows (w3). Both are clamped before silu, as the models do.
+    """
+    return moe_grouped_gemm(
+        x, weight, weight_scale, tile_to_expert, row_to_slot, x_scale, alpha, slot_weights, top_k, True, limit, out=out
+    )

@@ -1,0 +1,245 @@
+"""Cases of moe_grouped_gemm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels.cases import Case, Verdict, Yardstick, is_poison, to_cpu
+from dsv4_kernels.moe import grouped_gemm_reference as reference
+from dsv4_kernels.moe.routing_cases import uniform_ids
+from dsv4_kernels.op_table import OPS
+from dsv4_kernels.presets import PRESETS, Preset
+
+# Of a sum of K products on tensor cores, over the sum of their sizes: they align addends and truncate, and a sum of
+# thousands of products is a chain of as many such steps as fit.
+SUM_ERROR = 2.0**-16
+
+
+def bfloat16_values(codes: Tensor, scale: Tensor | None) -> Tensor:
+    """Dequantised to bfloat16, which holds every product of an FP4 code and a scale, through a table of the bytes."""
+    if codes.dtype == torch.bfloat16 or scale is None:
+        return codes
+    if codes.dtype == torch.float8_e4m3fn:
+        values = codes.to(torch.bfloat16)
+    else:
+        table = reference.dequantize(torch.arange(256, dtype=torch.uint8)[:, None], None)
+        values = table.to(codes.device, torch.bfloat16)[codes.view(torch.uint8).to(torch.int32)].flatten(-2)
+    if scale.dtype == torch.float8_e4m3fn:
+        factor = scale.to(torch.bfloat16)
+    else:
+        factor = (scale.view(torch.uint8).to(torch.int16) << 7).view(torch.bfloat16)
+    result: Tensor = (values.reshape(*factor.shape, -1) * factor[..., None]).flatten(-2)
+    return result
+
+
+def plain_gemm(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    tile_to_expert: Tensor,
+    row_to_slot: Tensor,
+    x_scale: Tensor | None,
+    alpha: Tensor | None,
+    slot_weights: Tensor | None,
+    top_k: int,
+    swiglu: bool,
+    limit: float,
+) -> tuple[Tensor, ...]:
+    """As an engine without such a kernel: expert after expert dequantised, then a bfloat16 product; no host sync."""
+    tiles = tile_to_expert.shape[0]
+    columns = weight.shape[1] // 2 if swiglu else weight.shape[1]
+    out = x.new_zeros((row_to_slot.shape[0], columns), dtype=torch.bfloat16)
+    source, present = reference.sources(row_to_slot, top_k, x.shape[0])
+    source = torch.where(present, source, 0)
+    for tile in range(tiles):
+        rows = slice(tile * (row_to_slot.shape[0] // tiles), (tile + 1) * (row_to_slot.shape[0] // tiles))
+        expert = tile_to_expert[tile : tile + 1].to(torch.int64).clamp(0, weight.shape[0] - 1)
+        taken = x.view(torch.uint8)[source[rows]].view(x.dtype)
+        taken_scale = None if x_scale is None else x_scale.view(torch.uint8)[source[rows]].view(x_scale.dtype)
+        values = bfloat16_values(taken, taken_scale)
+        scales = weight_scale.view(torch.uint8)[expert][0].view(weight_scale.dtype)
+        weights = bfloat16_values(weight.view(torch.uint8)[expert][0], scales)
+        result = (values @ weights.T).to(torch.float32)
+        if alpha is not None:
+            factor = alpha[expert].reshape(-1)
+            result = result * torch.cat((factor[:1].expand(columns), factor[-1:].expand(result.shape[1] - columns)))
+        if swiglu:
+            result = reference.swiglu(result[:, :columns], result[:, columns:], limit)
+        if slot_weights is not None:
+            slots = torch.where(present[rows], row_to_slot[rows], 0).to(torch.int64)
+            result = result * slot_weights.reshape(-1)[slots, None]
+        out[rows] = result.to(torch.bfloat16)
+    return (out,)
+
+
+def judge_gemm(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
+    """Against float64: what rounding to bfloat16 and SUM_ERROR of the operands' sizes allow; padding stays poisoned."""
+    given = to_cpu(arguments)
+    x, weight, _, tile_to_expert, row_to_slot, _, alpha, weights, _, swiglu, limit = given
+    exact = torch.full(results[0].shape, torch.nan, dtype=torch.float64)
+    OPS["moe_grouped_gemm"].reference(*given, exact)
+    written = ~exact.isnan().all(dim=1)
+    touched = int((~is_poison(results[0][~written])).sum())
+    if touched:
+        return Verdict(float(touched), 0.0, "touched elements")
+
+    # The same product of absolute values bounds the sums; SwiGLU's derivatives are at most 1.1 times the other factor.
+    sizes = torch.zeros((results[0].shape[0], weight.shape[1]), dtype=torch.float64)
+    absolute = list(given)
+    absolute[:2] = [x.abs() if x.dtype == torch.bfloat16 else without_sign(x), without_sign(weight)]
+    absolute[6:8], absolute[9] = [None, None], False
+    OPS["moe_grouped_gemm"].reference(*absolute, sizes)
+    if alpha is not None:
+        factor = alpha.abs().reshape(alpha.shape[0], -1)[tile_to_expert.clamp(0).to(torch.int64)]
+        factor = factor.repeat_interleave(row_to_slot.shape[0] // max(tile_to_expert.shape[0], 1), dim=0)
+        half = sizes.shape[1] // 2
+        sizes *= torch.cat((factor[:, :1].expand(-1, half), factor[:, -1:].expand(-1, half)), dim=1)
+    if swiglu:
+        gate, up = sizes.chunk(2, dim=1)
+        bound = limit if limit > 0 else torch.inf
+        sizes = 2.2 * gate.clamp(max=1e30) * up.clamp(max=bound) + up * gate.clamp(max=bound)
+    if weights is not None:
+        slots = row_to_slot.clamp(0).to(torch.int64)
+        sizes = sizes * weights.abs().reshape(-1)[slots, None]
+    allowed = exact.abs() * 2.0**-8 + sizes * SUM_ERROR + 2.0**-126
+    error = ((results[0].to(torch.float64) - exact).abs() / allowed)[written]
+    return Verdict(float(error.max()) if error.numel() else 0.0, 1.0, "error over what rounding allows")
+
+
+def without_sign(codes: Tensor) -> Tensor:
+    """Packed FP4 or FP8 codes of the absolute values."""
+    mask = 0x7F if codes.dtype == torch.float8_e4m3fn else 0x77
+    return (codes.view(torch.uint8) & mask).view(codes.dtype)
+
+
+def gemm_bytes(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, tile_to_expert: Tensor, row_to_slot: Tensor, *rest: Any
+) -> int:
+    """Weights of the experts that a tile has, each once; rows in and out once."""
+    experts: int = tile_to_expert[tile_to_expert >= 0].unique().numel()
+    rows = int((row_to_slot >= 0).sum())
+    columns: int = OPS["moe_grouped_gemm"].outputs(x, weight, weight_scale, tile_to_expert, row_to_slot, *rest)[0][0][1]
+    of_expert = (weight.numel() + weight_scale.numel()) // weight.shape[0]
+    return experts * of_expert + min(rows, x.shape[0]) * x.shape[1] * x.element_size() + rows * columns * 2
+
+
+GEMM = Yardstick(plain_gemm, judge_gemm, gemm_bytes)
+
+
+def random_weights(experts: int, rows: int, inner: int, nvfp4: bool, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Codes of every value; scales that make weights of a trained layer's size, a few units of 1/64."""
+    codes = torch.randint(256, (experts, rows, inner // 2), generator=generator, dtype=torch.uint8)
+    if nvfp4:
+        scale = torch.randint(0x08, 0x20, (experts, rows, inner // 16), generator=generator, dtype=torch.uint8)
+        return codes, scale.view(torch.float8_e4m3fn)
+    return codes, torch.randint(118, 122, (experts, rows, inner // 32), generator=generator, dtype=torch.uint8)
+
+
+def gemm_case(
+    name: str,
+    tokens: int,
+    experts: int,
+    columns: int,
+    inner: int,
+    tile_size: int,
+    x_format: str = "bfloat16",
+    nvfp4: bool = False,
+    top_k: int = 2,
+    swiglu: bool = False,
+    limit: float = 0.0,
+    alphas: int = 0,
+    weighted: bool = False,
+    from_slots: bool = True,
+    dropped: float = 0.1,
+    benched: bool = False,
+) -> Case:
+    """dropped: the share of slots without an expert. from_slots: rows are taken from tokens; else x has a row for each
+    expert row, as in the second product.
+
+    Benched cases have the same weights in every expert, each in memory of its own: drawn in a hundredth of the time.
+    """
+
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        ids = uniform_ids(tokens, experts, top_k, generator)
+        ids[torch.rand(ids.shape, generator=generator) < dropped] = -1
+        routes = tuple(
+            torch.empty(shape, dtype=dtype) for shape, dtype in OPS["moe_sort"].outputs(ids, experts, tile_size)
+        )
+        routes[2].fill_(-1)
+        OPS["moe_sort"].reference(ids, experts, tile_size, 0, *routes)
+        rows = columns * (2 if swiglu else 1)
+        weight, scale = random_weights(1 if benched else experts, rows, inner, nvfp4, generator)
+        if benched:
+            weight = weight.repeat(experts, 1, 1)
+            scale = scale.view(torch.uint8).repeat(experts, 1, 1).view(scale.dtype)
+        x_rows = tokens if from_slots else routes[2].numel()
+        x_scale = None
+        if x_format == "bfloat16":
+            x = torch.randn(x_rows, inner, generator=generator).to(torch.bfloat16)
+        elif x_format == "nvfp4":
+            x, x_scale = (tensor[0] for tensor in random_weights(1, x_rows, inner, True, generator))
+        else:
+            x = torch.randn(x_rows, inner, generator=generator).to(torch.float8_e4m3fn)
+            x_scale = torch.randint(124, 130, (x_rows, inner // 32), generator=generator, dtype=torch.uint8)
+        alpha = torch.rand(experts, *((2,) if alphas == 2 else ()), generator=generator) + 0.5 if alphas else None
+        weights = torch.rand(tokens, top_k, generator=generator) if weighted else None
+        k = top_k if from_slots else 0
+        return x, weight, scale, routes[0], routes[2], x_scale, alpha, weights, k, swiglu, limit
+
+    return Case(
+        "moe_grouped_gemm",
+        f"{name}, {tokens} tokens",
+        make,
+        GEMM,
+        benched=benched,
+        large=benched,
+        labels={"tokens": tokens, "columns": columns, "inner": inner, "experts": experts},
+    )
+
+
+def preset_cases(preset: Preset, tokens: int, tile_size: int, nvfp4: bool = False) -> tuple[Case, Case]:
+    """Both products of a layer."""
+    hidden, inter = preset.hidden_size, preset.expert_intermediate
+    name = f"{preset.name}, {'NVFP4' if nvfp4 else 'MXFP4'}"
+    common: dict[str, Any] = {"nvfp4": nvfp4, "top_k": preset.top_k, "dropped": 0.0, "benched": True}
+    first = gemm_case(
+        f"{name}, SwiGLU", tokens, preset.experts, inter, hidden, tile_size, swiglu=True, limit=10.0, **common
+    )
+    second = gemm_case(f"{name}, second", tokens, preset.experts, hidden, inter, tile_size, from_slots=False, **common)
+    return first, second
+
+
+FLASH = PRESETS["v4-flash"]
+
+CASES = (
+    gemm_case("no padding", 16, 1, 64, 64, 16, top_k=1, dropped=0.0),
+    gemm_case("W4A16 MXFP4 SwiGLU", 9, 4, 64, 192, 16, swiglu=True, limit=1.5, alphas=2, weighted=True),
+    gemm_case("W4A16 MXFP4, tiles of 64", 70, 2, 64, 128, 64, alphas=1, from_slots=False),
+    gemm_case("W4A16 MXFP4 SwiGLU, tiles of 64", 50, 2, 64, 64, 64, swiglu=True),
+    gemm_case("W4A16 MXFP4, tiles of 128", 80, 2, 64, 64, 128),
+    gemm_case("W4A16 MXFP4 SwiGLU, tiles of 128", 80, 2, 64, 64, 128, swiglu=True, limit=2.0),
+    gemm_case("W4A16 NVFP4", 9, 3, 128, 192, 16, nvfp4=True, alphas=1, weighted=True),
+    gemm_case("W4A16 NVFP4 SwiGLU", 9, 3, 64, 128, 16, nvfp4=True, swiglu=True, alphas=1),
+    gemm_case("W4A16 NVFP4, tiles of 64", 50, 2, 64, 64, 64, nvfp4=True),
+    gemm_case("W4A16 NVFP4 SwiGLU, tiles of 64", 50, 2, 64, 64, 64, nvfp4=True, swiglu=True),
+    gemm_case("W4A16 NVFP4, tiles of 128", 80, 2, 64, 64, 128, nvfp4=True),
+    gemm_case("W4A16 NVFP4 SwiGLU, tiles of 128", 80, 2, 64, 64, 128, nvfp4=True, swiglu=True),
+    gemm_case("W4A4", 9, 3, 192, 192, 16, "nvfp4", nvfp4=True, alphas=1),
+    gemm_case("W4A4 SwiGLU", 9, 3, 64, 128, 16, "nvfp4", nvfp4=True, swiglu=True, limit=3.0, alphas=2),
+    gemm_case("W4A4, tiles of 64", 50, 2, 64, 128, 64, "nvfp4", nvfp4=True, from_slots=False),
+    gemm_case("W4A4 SwiGLU, tiles of 64", 50, 2, 64, 64, 64, "nvfp4", nvfp4=True, swiglu=True),
+    gemm_case("W4A4, tiles of 128", 80, 2, 64, 64, 128, "nvfp4", nvfp4=True),
+    gemm_case("W4A4 SwiGLU, tiles of 128", 80, 2, 64, 64, 128, "nvfp4", nvfp4=True, swiglu=True),
+    gemm_case("W4A8", 9, 3, 192, 192, 16, "mxfp8", alphas=1),
+    gemm_case("W4A8 SwiGLU", 9, 3, 64, 128, 16, "mxfp8", swiglu=True, limit=3.0, weighted=True),
+    gemm_case("W4A8, tiles of 128", 80, 2, 64, 64, 128, "mxfp8", from_slots=False),
+    gemm_case("W4A8 SwiGLU, tiles of 128", 80, 2, 64, 64, 128, "mxfp8", swiglu=True),
+    *preset_cases(FLASH, 1, 16),
+    *preset_cases(FLASH, 128, 16),
+    *preset_cases(FLASH, 128, 16, nvfp4=True),
+    *preset_cases(FLASH, 8192, 128),
+    *preset_cases(FLASH, 8192, 128, nvfp4=True),
+)
