@@ -7,6 +7,7 @@ from dsv4_kernels.moe.activations import (
     squared_relu_and_quantize_mxfp8,
     swiglu_and_quantize_mxfp8,
 )
+from dsv4_kernels.moe.expert_parallel import ExpertParallelMoE
 from dsv4_kernels.moe.grouped_gemm import (
     moe_grouped_gemm,
     run_fused_swiglu_grouped_gemm,
@@ -51,6 +52,7 @@ from dsv4_kernels.moe.weight_layouts import (
 torch_ops.register()
 
 __all__ = [
+    "ExpertParallelMoE",
     "InterleavedWeights",
     "MXFP8Tensor",
     "Nvfp4MoE",
