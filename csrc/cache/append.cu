@@ -1,5 +1,6 @@
 #include "cache/tail.cuh"
 #include "core/launch.h"
+#include "device/divide.cuh"
 #include "device/row.cuh"
 
 namespace dsv4 {
@@ -64,9 +65,24 @@ __device__ inline int64_t request_of(const NewTokens& given, int64_t token, int6
 }
 
 // A block a token and kThreads groups of four columns. What a token writes follows from its position alone, and one
-// token of each request writes the request's counters: nothing that another block writes is read.
-__global__ void __launch_bounds__(kThreads) append_kernel(NewTokens given, Tail tail, int m, int round) {
+// token of each request writes the request's counters: nothing that another block writes is read. The token's columns
+// are loaded before it is known whether they are wanted, beside the loads that say so.
+__global__ void __launch_bounds__(kThreads) append_kernel(NewTokens given, Tail tail, LongDivisor m, int round) {
   const int64_t token = blockIdx.x;
+  const int at = (blockIdx.y * kThreads + threadIdx.x) * kFour;
+  const bool has_columns = at < tail.streams * tail.width;
+  const int stream = at >= tail.width;
+  const int column = at - stream * tail.width;
+  const bool in_entry = column < given.entry.columns;
+  const TokenRows& from = in_entry ? given.entry : given.indexer;
+  const int source = stream * from.columns + column - (in_entry ? 0 : given.entry.columns);
+  Four<float> values = {};
+  Four<float> scores = {};
+  if (has_columns) {
+    values = *reinterpret_cast<const Four<float>*>(from.values + token * from.values_stride + source);
+    scores = *reinterpret_cast<const Four<float>*>(from.scores + token * from.scores_stride + source);
+  }
+
   int64_t number = 0;
   bool is_last = false;
   const int64_t request = request_of(given, token, &number, &is_last);
@@ -74,27 +90,16 @@ __global__ void __launch_bounds__(kThreads) append_kernel(NewTokens given, Tail 
   const int64_t slot = slot_of(given.request_slots, request, tail.slots);
   const int64_t start = given.positions[request];
   if (slot < 0 || start < 0) return;
-  const int64_t position = start + number;
-  const int64_t block = position / m;
-  if (block != start / m + round) return;
-  const int row = static_cast<int>(position - block * m);
-  if (blockIdx.y == 0 && threadIdx.x == 0 && (is_last || row == m - 1)) {
-    tail.length[slot] = row + 1;
-    tail.positions[slot] = position + 1;
+  const int64_t row = start + number - (m.quotient(start) + round) * m.value;  // in the block of this round
+  if (row < 0 || row >= m.value) return;
+  if (blockIdx.y == 0 && threadIdx.x == 0 && (is_last || row == m.value - 1)) {
+    tail.length[slot] = static_cast<int32_t>(row) + 1;
+    tail.positions[slot] = start + number + 1;
   }
-
-  const int at = (blockIdx.y * kThreads + threadIdx.x) * kFour;
-  if (at >= tail.streams * tail.width) return;
-  const int stream = at >= tail.width;
-  const int column = at - stream * tail.width;
-  const bool in_entry = column < given.entry.columns;
-  const TokenRows& from = in_entry ? given.entry : given.indexer;
-  const int source = stream * from.columns + column - (in_entry ? 0 : given.entry.columns);
-  const Four<float> values = *reinterpret_cast<const Four<float>*>(from.values + token * from.values_stride + source);
-  Four<float> scores = *reinterpret_cast<const Four<float>*>(from.scores + token * from.scores_stride + source);
+  if (!has_columns) return;
   if (from.ape) {
-    const int64_t ape_row = static_cast<int64_t>(row) * tail.streams * from.columns;
-    const Four<float> ape = *reinterpret_cast<const Four<float>*>(from.ape + ape_row + source);
+    const Four<float> ape =
+        *reinterpret_cast<const Four<float>*>(from.ape + row * tail.streams * from.columns + source);
 #pragma unroll
     for (int j = 0; j < kFour; ++j) scores.values[j] += ape.values[j];
   }
@@ -190,5 +195,5 @@ extern "C" dsv4_status dsv4_append(const dsv4_append_args* given, dsv4_stream st
   tail.width = static_cast<int>(width);
   tail.streams = static_cast<int>(streams);
   const dim3 grid(static_cast<uint32_t>(tokens), std::max(1u, blocks_for(streams * width, kThreads * kFour)));
-  return launch<append_kernel>(target, {grid, kThreads}, tokens_given, tail, args.m, args.round);
+  return launch<append_kernel>(target, {grid, kThreads}, tokens_given, tail, LongDivisor(args.m), args.round);
 }

@@ -1,11 +1,12 @@
 // Quantising an entry (and an indexer key) and writing it to the pool in the split layout: what flush_write_csa and
-// flush_write_hca share. One block a request: the first kEntryWarps warps take the entry, one more the indexer key.
+// flush_write_hca share. A block for each request's entry, and one for its indexer key.
 #pragma once
 
 #include <cfloat>
 
 #include "cache/tail.cuh"
 #include "core/launch.h"
+#include "device/divide.cuh"
 #include "device/fp4.cuh"
 #include "device/fp8.cuh"
 #include "device/reduce.cuh"
@@ -30,8 +31,8 @@ struct PoolTarget {
   int64_t table_stride;
   int64_t table_columns;
   int64_t blocks;
-  int64_t entries_per_block;
-  int m;
+  LongDivisor entries_per_block;
+  LongDivisor m;
 };
 
 struct SplitPages {
@@ -51,12 +52,12 @@ __device__ inline int64_t pool_row(const PoolTarget& target, int64_t request) {
   if (slot < 0) return -1;
   const int64_t position = target.slot_positions[slot];
   if (position < 1) return -1;
-  const int64_t entry = (position - 1) / target.m;
-  const int64_t column = entry / target.entries_per_block;
+  const int64_t entry = target.m.quotient(position - 1);
+  const int64_t column = target.entries_per_block.quotient(entry);
   if (column >= target.table_columns) return -1;
   const int64_t block = target.block_table[request * target.table_stride + column];
   if (block < 0 || block >= target.blocks) return -1;
-  return block * target.entries_per_block + entry - column * target.entries_per_block;
+  return entry + (block - column) * target.entries_per_block.value;
 }
 
 // Four values as FP8 with a common scale.
@@ -67,72 +68,79 @@ __device__ inline uint32_t encode_scaled(const Four<__nv_bfloat16>& values, floa
   return encode_e4m3x4(scaled[0], scaled[1], scaled[2], scaled[3]);
 }
 
-// One lane's eight columns of the indexer key; two lanes share a group. Every lane of the warp must call it.
-__device__ inline void write_indexer_key(const SplitPages& pages, const __nv_bfloat16* key, int64_t row, int column) {
-  const bool inside = column < pages.indexer_head_dim;
-  float values[kEight] = {};
-  float amax = 0.0f;
-  if (inside) {
+// Eight columns of the indexer key a lane; two lanes share a group. One warp. The columns are loaded before it is known
+// whether they are wanted, beside the loads that say so.
+__device__ inline void write_indexer_key(const SplitPages& pages, const __nv_bfloat16* key, bool valid,
+                                         const PoolTarget& target, int64_t request) {
+  const int64_t row = pool_row(target, request);
+  for (int first = 0; first < pages.indexer_head_dim; first += kWarpLanes * kEight) {
+    const int column = first + threadIdx.x * kEight;
+    const bool inside = column < pages.indexer_head_dim;
+    float values[kEight] = {};
+    float amax = 0.0f;
+    if (inside) {
 #pragma unroll
-    for (int i = 0; i < kEight; i += kFour) {
-      const Four<__nv_bfloat16> four = *reinterpret_cast<const Four<__nv_bfloat16>*>(key + column + i);
+      for (int i = 0; i < kEight; i += kFour) {
+        const Four<__nv_bfloat16> four = *reinterpret_cast<const Four<__nv_bfloat16>*>(key + column + i);
 #pragma unroll
-      for (int j = 0; j < kFour; ++j) {
-        values[i + j] = static_cast<float>(four.values[j]);
-        amax = fmaxf(amax, fabsf(values[i + j]));
+        for (int j = 0; j < kFour; ++j) {
+          values[i + j] = static_cast<float>(four.values[j]);
+          amax = fmaxf(amax, fabsf(values[i + j]));
+        }
       }
     }
-  }
-  amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, 1));
-  if (!inside) return;
-  const uint32_t scale_code = encode_e4m3(__fdiv_rn(amax, kLargestE2m1));
-  const float scale = decode_e4m3(scale_code);
+    amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, 1));
+    if (!inside || !valid || row < 0) continue;
+    const uint32_t scale_code = encode_e4m3(__fdiv_rn(amax, kLargestE2m1));
+    const bool all_zero = scale_code == 0;
+    const float scale = all_zero ? 1.0f : decode_e4m3(scale_code);  // a division by 0 takes a long way round
 #pragma unroll
-  for (int i = 0; i < kEight; ++i) values[i] = __fdiv_rn(values[i], scale);
-  const uint32_t codes = scale == 0.0f ? 0u : encode_e2m1x8(values);
-  *reinterpret_cast<uint32_t*>(pages.indexer_keys_fp4 + row * (pages.indexer_head_dim / 2) + column / 2) = codes;
-  if (column % kNvfp4Group == 0)
-    pages.indexer_scale[row * (pages.indexer_head_dim / kNvfp4Group) + column / kNvfp4Group] =
-        static_cast<uint8_t>(scale_code);
+    for (int i = 0; i < kEight; ++i) values[i] = __fdiv_rn(values[i], scale);
+    const uint32_t codes = all_zero ? 0u : encode_e2m1x8(values);
+    *reinterpret_cast<uint32_t*>(pages.indexer_keys_fp4 + row * (pages.indexer_head_dim / 2) + column / 2) = codes;
+    if (column % kNvfp4Group == 0)
+      pages.indexer_scale[row * (pages.indexer_head_dim / kNvfp4Group) + column / kNvfp4Group] =
+          static_cast<uint8_t>(scale_code);
+  }
 }
 
+// Block (r, 0) writes request r's entry, block (r, 1) its indexer key.
 template <bool WithIndexer>
-__global__ void __launch_bounds__(kEntryThreads + WithIndexer * kWarpLanes)
+__global__ void __launch_bounds__(kEntryThreads)
     flush_write_kernel(const __nv_bfloat16* __restrict__ entry, const __nv_bfloat16* __restrict__ indexer_key,
                        const bool* __restrict__ valid_mask, PoolTarget target, SplitPages pages) {
   const int64_t request = blockIdx.x;
   const bool valid = valid_mask[request];
+  if (WithIndexer && blockIdx.y == 1) {
+    if (threadIdx.x < kWarpLanes)
+      write_indexer_key(pages, indexer_key + request * pages.indexer_head_dim, valid, target, request);
+    return;
+  }
+  const int warp = threadIdx.x / kWarpLanes;
+  const int lane = threadIdx.x % kWarpLanes;
+  const int stored = pages.head_dim - pages.rope_dim;
+  Four<__nv_bfloat16> fours[kFoursAThread];
+#pragma unroll
+  for (int i = 0; i < kFoursAThread; ++i)
+    fours[i] = load_four(entry + request * pages.head_dim, (i * kEntryThreads + static_cast<int>(threadIdx.x)) * kFour,
+                         pages.head_dim, true);
   const int64_t row = pool_row(target, request);
   if (!valid || row < 0) return;
 
-  const int warp = threadIdx.x / kWarpLanes;
-  const int lane = threadIdx.x % kWarpLanes;
+  float amax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kFoursAThread; ++i) {
+    if ((i * kEntryThreads + static_cast<int>(threadIdx.x)) * kFour >= stored) continue;
+#pragma unroll
+    for (int j = 0; j < kFour; ++j) amax = fmaxf(amax, fabsf(static_cast<float>(fours[i].values[j])));
+  }
+#pragma unroll
+  for (int distance = kWarpLanes / 2; distance > 0; distance /= 2)
+    amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, distance));
   __shared__ float warp_amax[kEntryWarps];
-  const int stored = pages.head_dim - pages.rope_dim;
-  Four<__nv_bfloat16> fours[kFoursAThread];
-  if (warp < kEntryWarps) {
-    float amax = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kFoursAThread; ++i) {
-      const int column = (i * kEntryThreads + threadIdx.x) * kFour;
-      fours[i] = load_four(entry + request * pages.head_dim, column, pages.head_dim, true);
-      if (column >= stored) continue;
-#pragma unroll
-      for (int j = 0; j < kFour; ++j) amax = fmaxf(amax, fabsf(static_cast<float>(fours[i].values[j])));
-    }
-#pragma unroll
-    for (int distance = kWarpLanes / 2; distance > 0; distance /= 2)
-      amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, distance));
-    if (lane == 0) warp_amax[warp] = amax;
-  }
+  if (lane == 0) warp_amax[warp] = amax;
   __syncthreads();
-  if (WithIndexer && warp == kEntryWarps) {
-    const __nv_bfloat16* const key = indexer_key + request * pages.indexer_head_dim;
-    for (int first = 0; first < pages.indexer_head_dim; first += kWarpLanes * kEight)
-      write_indexer_key(pages, key, row, first + lane * kEight);
-    return;
-  }
-  const float amax = fmaxf(fmaxf(warp_amax[0], warp_amax[1]), fmaxf(warp_amax[2], warp_amax[3]));
+  amax = fmaxf(fmaxf(warp_amax[0], warp_amax[1]), fmaxf(warp_amax[2], warp_amax[3]));
   const float scale = fmaxf(__fdiv_rn(amax, kLargestE4m3), kLeastScale);
   if (threadIdx.x == 0) pages.inv_scale[row] = scale;
 #pragma unroll
@@ -182,8 +190,8 @@ PoolTarget pool_target(const Args& args) {
   target.table_stride = args.block_table.stride[0];
   target.table_columns = extent(args.block_table, 1);
   target.blocks = extent(args.entries_fp8, 0);
-  target.entries_per_block = extent(args.entries_fp8, 1);
-  target.m = args.m;
+  target.entries_per_block = LongDivisor(extent(args.entries_fp8, 1));
+  target.m = LongDivisor(args.m);
   return target;
 }
 

@@ -26,7 +26,7 @@ extern "C" dsv4_status dsv4_flush_write_csa(const dsv4_flush_write_csa_args* giv
   pages.indexer_keys_fp4 = static_cast<uint8_t*>(args.indexer_keys_fp4.data);
   pages.indexer_scale = static_cast<uint8_t*>(args.indexer_scale.data);
   pages.indexer_head_dim = static_cast<int>(indexer_head_dim);
-  const Geometry geometry = {static_cast<uint32_t>(requests), kEntryThreads + kWarpLanes};
+  const Geometry geometry = {dim3(static_cast<uint32_t>(requests), 2), kEntryThreads};
   return launch<flush_write_kernel<true>>(target, geometry, static_cast<const __nv_bfloat16*>(args.entry.data),
                                           static_cast<const __nv_bfloat16*>(args.indexer_key.data),
                                           static_cast<const bool*>(args.valid_mask.data), pool_target(args), pages);

@@ -55,7 +55,7 @@ class Engine:
         self.allocator = BlockAllocator(blocks)
         state = CacheState.allocate(schema, slots, device=device)
         paged = PagedCache.allocate(schema, blocks, device=device)
-        self.handle = CacheHandle.allocate(state, paged, requests, blocks)
+        self.handle = CacheHandle.allocate(state, paged, requests, blocks + 2)  # the pool runs out before the table
         capacity = requests * max_new_tokens
         empty = torch.zeros(capacity, 2, schema.projections * schema.width, device=device)
         self.inputs = sequences.split_rows(schema, empty)
