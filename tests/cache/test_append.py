@@ -116,10 +116,11 @@ def test_several_tokens(streams: int, indexer: int, ape: bool, round: int, devic
     assert is_poison(got["tail_ka"]).any()
 
 
+@pytest.mark.parametrize("m", [1, 3, 4, 7])
 @pytest.mark.parametrize("position", [0, 1_000_003, 2**31 - 1, 2**31, 2**40 + 6, 2**62 - 1])
-def test_one_token_at_long_positions(position: int, device: str) -> None:
+def test_one_token_at_long_positions(position: int, m: int, device: str) -> None:
     """Without offsets: one token a request; more token rows than requests are skipped."""
-    problem = Problem([position, position + 1], [1, 1], [1, 3], extra=2)
+    problem = Problem([position, position + 1], [1, 1], [1, 3], m=m, extra=2)
     got = problem.run(device, offsets=False)
     assert same(got, problem.expected())
     assert got["slot_positions"][[1, 3]].tolist() == [position + 1, position + 2]
