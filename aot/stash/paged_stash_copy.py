@@ -63,6 +63,7 @@ def paged_stash_copy_kernel(
     host_spill,
     spilled_to_host,
     new_free_list_head,  # [2]; may be free_list_head
+    high_water,  # [2], or null
     arrivals,  # [1], 0 before and after
     rows,
     row_bytes,
@@ -97,6 +98,10 @@ def paged_stash_copy_kernel(
                 tl.store(host_spill, tl.full((), 1, tl.int64))
             elif to_cuda == 0:
                 tl.store(overflow, tl.full((), 1, tl.int64))
+            if (to_cuda | to_host) & (high_water.to(tl.int64) != 0):
+                used = tl.where(to_host, host_capacity - host_free, cuda_capacity - cuda_free) + needed
+                mark = high_water + tl.where(to_host, 1, 0)
+                tl.store(mark, tl.maximum(tl.load(mark), used))
 
     if (idle == 0) & (to_cuda | to_host):
         pool = tl.where(to_host, host_pool, cuda_pool)
@@ -135,6 +140,7 @@ KERNELS = [
             "host_spill": "int64*",
             "spilled_to_host": "int64*",
             "new_free_list_head": "int64*",
+            "high_water": "int64*",
             "arrivals": "int32*",
             "rows": "int64",
             "row_bytes": "int64",

@@ -11,7 +11,7 @@ void bind_stash(py::module_& module) {
                 const Tensor& free_list_cuda, const Tensor& free_list_host, const Tensor& free_list_head,
                 const Tensor& free_list_tail, const Tensor& free_list_capacity, const Tensor& page_record,
                 const Tensor& overflow, const Tensor& host_spill_global, const Tensor& spilled_to_host,
-                const Tensor& new_free_list_head, const Tensor& workspace) {
+                const Tensor& new_free_list_head, const Tensor& high_water, const Tensor& workspace) {
     dsv4_paged_stash_copy_args args = {};
     args.src = src.view;
     args.cuda_dst = cuda_dst.view;
@@ -27,6 +27,7 @@ void bind_stash(py::module_& module) {
     args.host_spill_global = host_spill_global.view;
     args.spilled_to_host = spilled_to_host.view;
     args.new_free_list_head = new_free_list_head.view;
+    args.high_water = high_water.view;
     args.workspace = workspace.view;
     return call(dsv4_paged_stash_copy, args, src);
   });

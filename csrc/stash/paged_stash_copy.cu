@@ -18,6 +18,7 @@ struct StashCopy {
   int64_t* host_spill;
   int64_t* spilled_to_host;
   int64_t* new_head;
+  int64_t* high_water;  // may be null
   StashCounters* counters;
   int64_t rows;
   int64_t row_bytes;
@@ -38,7 +39,7 @@ struct CopyPlan {
   bool idle, to_cuda, to_host;
   char* pool;
   const int64_t* free_list;
-  int64_t pool_pages, capacity;
+  int64_t pool_pages, capacity, head, tail;  // of the pool that is chosen
 
   __device__ explicit CopyPlan(const StashCopy& stash) {
     cuda_head = stash.head[0], host_head = stash.head[1];
@@ -55,12 +56,14 @@ struct CopyPlan {
     free_list = stash.free_lists[to_host];
     pool_pages = stash.pool_pages[to_host];
     capacity = to_host ? host_capacity : cuda_capacity;
+    head = to_host ? host_head : cuda_head;
+    tail = to_host ? host_tail : cuda_tail;
   }
 
   __device__ bool moves() const { return !idle && (to_cuda || to_host); }
 
   // Where in the list the first page is. A division of 64 bits: to be done once, while loads are on their way.
-  __device__ int64_t first_slot() const { return (to_host ? host_head : cuda_head) % capacity; }
+  __device__ int64_t first_slot() const { return head % capacity; }
 
   __device__ int64_t page_id(int64_t first, uint32_t page) const {
     const int64_t slot = first + page;
@@ -77,6 +80,9 @@ struct CopyPlan {
     *stash.spilled_to_host = !to_cuda;
     if (to_host) *stash.host_spill = 1;
     if (!to_cuda && !to_host) *stash.overflow = 1;
+    if (!stash.high_water || !moves()) return;
+    const int64_t used = capacity - (tail - head) + needed;
+    if (used > stash.high_water[to_host]) stash.high_water[to_host] = used;
   }
 };
 
@@ -139,6 +145,7 @@ extern "C" dsv4_status dsv4_paged_stash_copy(const dsv4_paged_stash_copy_args* g
   check_one(check, "host_spill_global", args.host_spill_global);
   check_one(check, "spilled_to_host", args.spilled_to_host);
   check.optional_tensor("new_free_list_head", args.new_free_list_head, one_of(DSV4_INT64), {2});
+  check.optional_tensor("high_water", args.high_water, one_of(DSV4_INT64), {2});
   check_workspace(check, args.workspace);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
@@ -150,8 +157,8 @@ extern "C" dsv4_status dsv4_paged_stash_copy(const dsv4_paged_stash_copy_args* g
         target, bytes_grid(*target.device, shape), args.src.data, args.cuda_dst.data, args.host_dst.data,
         args.num_tokens.data, args.free_list_cuda.data, args.free_list_host.data, args.free_list_head.data,
         args.free_list_tail.data, args.free_list_capacity.data, args.page_record.data, args.overflow.data,
-        args.host_spill_global.data, args.spilled_to_host.data, new_head, args.workspace.data, shape.rows,
-        shape.row_bytes, shape.cuda_pages, shape.host_pages, shape.page_size);
+        args.host_spill_global.data, args.spilled_to_host.data, new_head, args.high_water.data, args.workspace.data,
+        shape.rows, shape.row_bytes, shape.cuda_pages, shape.host_pages, shape.page_size);
   const auto numbers = [](const dsv4_tensor& tensor) { return static_cast<int64_t*>(tensor.data); };
   StashCopy stash = {};
   stash.source = static_cast<const char*>(args.src.data);
@@ -170,6 +177,7 @@ extern "C" dsv4_status dsv4_paged_stash_copy(const dsv4_paged_stash_copy_args* g
   stash.host_spill = numbers(args.host_spill_global);
   stash.spilled_to_host = numbers(args.spilled_to_host);
   stash.new_head = static_cast<int64_t*>(new_head);
+  stash.high_water = numbers(args.high_water);
   stash.counters = static_cast<StashCounters*>(args.workspace.data);
   stash.rows = shape.rows;
   stash.row_bytes = shape.row_bytes;

@@ -72,13 +72,14 @@ __device__ inline void zero_rest(const StashPop& stash, const PopPlan& plan, int
 }
 
 __global__ void __launch_bounds__(kUnitThreads) paged_stash_pop_units(StashPop stash) {
+  const int64_t page_bytes = stash.page_size * stash.row_bytes;
+  const int lane = threadIdx.x % kWarpLanes;
+  UnitWalk at(page_bytes);
+  // The record has an entry for every page of the rows, so this need not wait for the count.
+  int64_t next = at.page * stash.page_size < stash.rows ? stash.page_record[at.page] : 0;
   const PopPlan plan(stash);
   const bool last = arrives_last(&stash.counters->arrivals);
   if (plan.moves) {
-    const int64_t page_bytes = stash.page_size * stash.row_bytes;
-    const int lane = threadIdx.x % kWarpLanes;
-    UnitWalk at(page_bytes);
-    int64_t next = at.page < plan.needed ? stash.page_record[at.page] : 0;
     while (at.page < plan.needed) {
       const UnitWalk here = at;
       const int64_t id = next;

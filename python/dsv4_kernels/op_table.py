@@ -377,7 +377,7 @@ _add(
         "Tensor src, Tensor(a!) cuda_dst, Tensor(b!)? host_dst, Tensor num_tokens, Tensor free_list_cuda, "
         "Tensor? free_list_host, Tensor(c!) free_list_head, Tensor free_list_tail, Tensor free_list_capacity, "
         "Tensor(d!) page_record, Tensor(e!) overflow, Tensor(f!) host_spill_global, Tensor(g!) spilled_to_host, "
-        "Tensor(h!)? new_free_list_head=None",
+        "Tensor(h!)? new_free_list_head=None, Tensor(i!)? high_water=None",
         workspace_size=lambda *_: _native.paged_stash_workspace_size(),
     )
 )

@@ -61,6 +61,7 @@ class Pools:
         self.head = torch.full_like(counts, head)
         self.tail, self.capacity = self.head + counts, counts
         self.overflow, self.host_spill = number(0, device), number(0, device)
+        self.high_water = torch.zeros_like(counts)
 
     def record(self, rows: int, tokens: int) -> Record:
         pages = poison(torch.empty(-(-rows // self.page_size) + 2, dtype=torch.int64, device=self.device))
@@ -83,6 +84,7 @@ class Pools:
             self.host_spill,
             record.spilled,
             new_head,
+            self.high_water,
         )
         return record
 

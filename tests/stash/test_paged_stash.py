@@ -160,6 +160,7 @@ def test_cuda_then_host_then_overflow(hidden: int, device: str) -> None:
     d = pools.copy(rows[3], 32)
     pools.expect_stashed(rows[3], d, host[3:], place=1)
     assert pools.head.tolist() == [FAR + 4, FAR + 5]
+    assert pools.high_water.tolist() == [4, 5]
     assert (pools.free(), pools.free(1)) == ([], [])
     for record, source, tokens in ((b, rows[1], 33), (a, rows[0], 48), (d, rows[3], 32), (c, rows[2], 16)):
         back = pools.pop(pools.poisoned(64), record)
@@ -180,7 +181,9 @@ def test_interleaved_then_refilled(device: str) -> None:
     records = {name: pools.copy(rows[name], tokens[name]) for name in "ab"}
     back = pools.pop(pools.poisoned(60), records["a"])
     assert torch.equal(as_bytes(back[:20]), as_bytes(rows["a"][:20]))
+    assert pools.high_water.tolist() == [5, 0]
     records |= {name: pools.copy(rows[name], tokens[name]) for name in "cd"}
+    assert pools.high_water.tolist() == [8, 0]
     taken = [records[name].pages[: -(-tokens[name] // 16)].tolist() for name in "bcd"]
     assert len(set(functools.reduce(operator.iadd, taken, []))) == 8  # no page twice
     for name in "cbd":
@@ -189,7 +192,10 @@ def test_interleaved_then_refilled(device: str) -> None:
     assert sorted(pools.free()) == list(range(9))
     full = pools.rows(144, 9)
     record = pools.copy(full, 144)
+    assert pools.high_water.tolist() == [9, 0]
     assert torch.equal(as_bytes(pools.pop(pools.poisoned(144), record)), as_bytes(full))
+    pools.copy(full, 1)
+    assert pools.high_water.tolist() == [9, 0]
 
 
 @pytest.mark.parametrize("hidden", [16, 3])
@@ -395,6 +401,7 @@ def test_pages_are_conserved_over_100000_operations() -> None:
 
     def copy(source, tokens, record, spilled, _):  # type: ignore[no-untyped-def]
         counters = (pools.head, pools.tail, pools.capacity, record, pools.overflow, pools.host_spill, spilled, None)
+        counters = (*counters, pools.high_water)
         reference.paged_stash_copy(source, pools.pool, pools.host_pool, tokens, *lists, *counters)
 
     def pop(target, tokens, record, spilled, _):  # type: ignore[no-untyped-def]

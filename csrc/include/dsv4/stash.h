@@ -54,7 +54,8 @@ typedef struct dsv4_paged_stash_copy_args {
   dsv4_tensor host_spill_global;
   dsv4_tensor spilled_to_host;
   dsv4_tensor new_free_list_head; /* [2] int64; absent: free_list_head is updated in place */
-  dsv4_tensor workspace;          /* dsv4_paged_stash_workspace_size() bytes of uint8, zero; zero again afterwards */
+  dsv4_tensor high_water; /* [2] int64; may be absent; raised to the pages in use: capacity - (tail - new head) */
+  dsv4_tensor workspace;  /* dsv4_paged_stash_workspace_size() bytes of uint8, zero; zero again afterwards */
 } dsv4_paged_stash_copy_args;
 
 DSV4_API dsv4_status dsv4_paged_stash_copy(const dsv4_paged_stash_copy_args* args, dsv4_stream stream);

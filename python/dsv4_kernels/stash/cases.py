@@ -86,6 +86,7 @@ def expected_paged_stash_copy(
     host_spill: Tensor,
     spilled: Tensor,
     new_head: Tensor | None,
+    high_water: Tensor | None,
 ) -> None:
     """The description, page by page, for lists and counts that are sound."""
     page_size, tokens = cuda_dst.shape[1], int(num_tokens)
@@ -103,6 +104,9 @@ def expected_paged_stash_copy(
             pool[identity, : len(rows)] = rows
             page_record[page] = identity
         (head if new_head is None else new_head)[place] += pages
+        if high_water is not None:
+            in_use = capacity[place] - tail[place] + (head if new_head is None else new_head)[place]
+            high_water[place] = torch.maximum(high_water[place], in_use)
         spilled.fill_(place)
         host_spill.fill_(max(place, int(host_spill)))
         return
@@ -223,7 +227,8 @@ def cases_of(
         new_head = None if in_place else torch.tensor([-1, -1])
         src = random_rows(generator, dtype, rows, hidden)
         fixed = (src, cuda_pool, host_pool, torch.tensor([tokens]), cuda_list, host_list, head, tail, capacity)
-        return (*fixed, record, *flags, new_head)
+        high_water = torch.tensor([needed, 1]) if in_place else None
+        return (*fixed, record, *flags, new_head, high_water)
 
     def make_pop(generator: torch.Generator) -> tuple[Any, ...]:
         cuda_pool, host_pool, cuda_list, host_list, _, tail, capacity = pools(generator)

@@ -58,6 +58,7 @@ def paged_stash_copy(
     host_spill_global: Tensor,
     spilled_to_host: Tensor,
     new_free_list_head: Tensor | None = None,
+    high_water: Tensor | None = None,
     *,
     workspace: Tensor | None = None,
 ) -> None:
@@ -88,6 +89,7 @@ def paged_stash_copy(
         host_spill_global: one int64, only ever set.
         spilled_to_host: one int64, where this tensor's rows are.
         new_free_list_head: [2] int64 to write the heads to instead.
+        high_water: [2] int64, raised to the pages in use after the copy: capacity - (tail - new head). CUDA, host.
         workspace: paged_stash_workspace_size() zeroed bytes, uint8; allocated unless given. Zero again afterwards.
             Calls that may run at the same time need one each.
 
@@ -110,6 +112,7 @@ def paged_stash_copy(
             host_spill_global,
             spilled_to_host,
             new_free_list_head,
+            high_water,
         ),
         (),
         workspace,

@@ -67,6 +67,7 @@ def paged_stash_copy(
     host_spill_global: Tensor,
     spilled_to_host: Tensor,
     new_free_list_head: Tensor | None,
+    high_water: Tensor | None,
 ) -> None:
     if new_free_list_head is not None:
         new_free_list_head.copy_(free_list_head)
@@ -87,6 +88,9 @@ def paged_stash_copy(
         spilled_to_host.fill_(place)
         if place == HOST:
             host_spill_global.fill_(1)
+        if high_water is not None:
+            used = capacities[place] - (tails[place] - heads[place]) + needed
+            high_water[place] = max(int(high_water[place]), used)
         return
     overflow.fill_(1)
     spilled_to_host.fill_(1)
