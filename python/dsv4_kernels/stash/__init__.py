@@ -3,7 +3,20 @@
 from dsv4_kernels import torch_ops
 from dsv4_kernels._native import paged_stash_workspace_size
 from dsv4_kernels.stash.functions import paged_stash_copy, paged_stash_pop
+from dsv4_kernels.stash.paged_stash import PagedStash, PoolReport, PoolSize, StashHandle, StashReport, pages_for
+from dsv4_kernels.stash.saved import SavedActivations
 
 torch_ops.register()
 
-__all__ = ["paged_stash_copy", "paged_stash_pop", "paged_stash_workspace_size"]
+__all__ = [
+    "PagedStash",
+    "PoolReport",
+    "PoolSize",
+    "SavedActivations",
+    "StashHandle",
+    "StashReport",
+    "paged_stash_copy",
+    "paged_stash_pop",
+    "paged_stash_workspace_size",
+    "pages_for",
+]

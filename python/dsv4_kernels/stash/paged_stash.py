@@ -1,0 +1,425 @@
+"""PagedStash: pools, free lists and flags of one training step, and activations that go through them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels._native import paged_stash_workspace_size
+from dsv4_kernels.errors import InvalidArgumentError
+from dsv4_kernels.stash.functions import paged_stash_copy, paged_stash_pop
+from dsv4_kernels.stash.saved import SavedActivations
+
+# What rows of a tensor go to: their dtype and the elements of one.
+PoolKey = tuple[torch.dtype, int]
+
+_LIST_ALIGNMENT = 2  # int64 entries: pieces of the metadata start on 16 bytes
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """pages: in device memory; host_pages: in pinned host memory, for when the first are taken."""
+
+    pages: int
+    host_pages: int = 0
+
+
+@dataclass(frozen=True)
+class PoolReport:
+    """Pages of one pool, (CUDA, host): how many there are, how many are taken, and the most that ever were since the
+    pages were last reset.
+    """
+
+    pages: tuple[int, int]
+    used: tuple[int, int]
+    high_water: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StashReport:
+    """What PagedStash.check() found.
+
+    overflow: a tensor found no pages. The step's results are worthless: reset() and run it again, with larger pools.
+    spilled: a tensor went to the host pool. Right, but slow.
+    """
+
+    overflow: bool
+    spilled: bool
+    pools: dict[PoolKey, PoolReport]
+
+
+@dataclass
+class StashHandle:
+    """What stash() returns and pop() takes, once."""
+
+    key: PoolKey
+    shape: torch.Size
+    num_tokens: Tensor
+    record: Tensor = field(repr=False)
+    spilled: Tensor = field(repr=False)
+    epoch: int = 0
+    popped: bool = False
+
+
+@dataclass(frozen=True)
+class _Pool:
+    size: PoolSize
+    pool: Tensor
+    host_pool: Tensor | None
+    free_list: Tensor
+    host_list: Tensor | None
+    head: Tensor
+    tail: Tensor
+    capacity: Tensor
+    high_water: Tensor
+
+
+def pages_for(expected_tokens: int, tensors: int = 1, *, factor: float = 1.0, page_size: int = 64) -> int:
+    """Pages that hold `tensors` tensors at a time, each of `factor` times as many tokens as are expected.
+
+    Args:
+        expected_tokens: rows of one tensor on average: T tokens, top-k routing and R ranks give T * k / R.
+        tensors: stashed and not yet popped, at most: layers times tensors of a layer, say.
+        factor: room for imbalance; 1.0 for none.
+        page_size: as given to PagedStash.
+    """
+    for name, value, good in (
+        ("expected_tokens", expected_tokens, expected_tokens >= 0),
+        ("tensors", tensors, tensors >= 0),
+        ("factor", factor, math.isfinite(factor) and factor >= 0),
+        ("page_size", page_size, page_size >= 1),
+    ):
+        if not good:
+            raise InvalidArgumentError(f"pages_for: {name}: expected a number that is not negative, got {value}")
+    return tensors * math.ceil(expected_tokens * factor / page_size)
+
+
+class PagedStash:
+    """Activations in pages, for counts that only the device knows.
+
+    Owns a pool in device memory, and one in pinned host memory if asked for, for each dtype and hidden size; their free
+    lists; and the flags of a step. All of it is allocated at construction: stash() and pop() launch one kernel each,
+    can be captured in a CUDA graph and never synchronise. check(), once a step, does, and says whether all fitted.
+
+        stash = PagedStash({(torch.bfloat16, 4096): PoolSize(pages_for(8192, layers, factor=1.2))})
+        handle = stash.stash(x, num_tokens)      # x's memory is free now
+        x = stash.pop(handle)                    # in any order
+        if stash.check().overflow: ...           # rerun the step
+        stash.reset()
+
+    Args:
+        pools: the size of each pool, by dtype and hidden size (the elements of a row).
+        page_size: rows of a page.
+        device: where activations are; "cpu" for the CPU implementation.
+        side_stream: copies of stash() run on a stream of their own, beside what comes next. pop() waits for them.
+
+    Raises:
+        InvalidArgumentError: a size that makes no pool.
+        torch.OutOfMemoryError: the pools do not fit into device memory.
+        MemoryError: the host pools cannot be pinned.
+    """
+
+    def __init__(
+        self,
+        pools: Mapping[PoolKey, PoolSize],
+        *,
+        page_size: int = 64,
+        device: torch.device | str = "cuda",
+        side_stream: bool = False,
+    ) -> None:
+        if not pools:
+            raise InvalidArgumentError("PagedStash: pools: expected at least one dtype and hidden size, got none")
+        if type(page_size) is not int or not 1 <= page_size <= 65536:
+            raise InvalidArgumentError(f"PagedStash: page_size: expected 1 to 65536, got {page_size}")
+        for key, size in pools.items():
+            _check_size(key, size)
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.page_size, self.device = page_size, device
+        self.stashed = self.popped = 0
+        self._epoch = 0
+        self._stream = torch.cuda.Stream(device) if side_stream and device.type == "cuda" else None
+        self._pending = False  # whether the side stream has work that no stream waits for yet
+        self._rows: dict[int, Tensor] = {}
+        self._allocate(dict(pools))
+
+    def _allocate(self, sizes: dict[PoolKey, PoolSize]) -> None:
+        # One tensor holds all metadata, what check() reads in front: one copy resets it, one brings it to the host.
+        counters = 2 + 8 * len(sizes)
+        lists = sum(_padded(s.pages) + _padded(s.host_pages) for s in sizes.values())
+        initial = torch.zeros(counters + lists, dtype=torch.int64)
+        for number, size in enumerate(sizes.values()):
+            counts = torch.tensor([size.pages, size.host_pages])
+            initial[2 + 8 * number : 10 + 8 * number] = torch.cat((counts * 0, counts, counts, counts * 0))
+        place = counters
+        for size in sizes.values():
+            for pages in (size.pages, size.host_pages):
+                initial[place : place + pages] = torch.arange(pages)
+                place += _padded(pages)
+        self._initial = initial.to(self.device)
+        self._state = self._initial.clone()
+        self._counters = self._state[:counters]
+        self.overflow, self.host_spill = self._state[0:1], self._state[1:2]
+        self._workspace = torch.zeros(paged_stash_workspace_size(), dtype=torch.uint8, device=self.device)
+        self._pools: dict[PoolKey, _Pool] = {}
+        place = counters
+        for number, (key, size) in enumerate(sizes.items()):
+            head, tail, capacity, high_water = self._state[2 + 8 * number : 10 + 8 * number].view(4, 2)
+            free_list = self._state[place : place + size.pages]
+            place += _padded(size.pages)
+            host_list = self._state[place : place + size.host_pages] if size.host_pages else None
+            place += _padded(size.host_pages)
+            pool = self._device_pool(key, size.pages)
+            host_pool = self._host_pool(key, size.host_pages) if size.host_pages else None
+            self._pools[key] = _Pool(size, pool, host_pool, free_list, host_list, head, tail, capacity, high_water)
+
+    def _device_pool(self, key: PoolKey, pages: int) -> Tensor:
+        dtype, hidden = key
+        try:
+            return torch.empty(pages, self.page_size, hidden, dtype=dtype, device=self.device)
+        except torch.OutOfMemoryError as error:
+            size = _gibibytes(pages * self.page_size * hidden * dtype.itemsize)
+            text = (
+                f"PagedStash: {pages} pages of {self.page_size} x {hidden} {dtype} ({size}) do not fit on {self.device}"
+            )
+            raise torch.OutOfMemoryError(f"{text}; give it fewer pages and more host_pages. {error}") from error
+
+    def _host_pool(self, key: PoolKey, pages: int) -> Tensor:
+        dtype, hidden = key
+        if self.device.type != "cuda":
+            return torch.empty(pages, self.page_size, hidden, dtype=dtype)
+        size = pages * self.page_size * hidden * dtype.itemsize
+        what = f"PagedStash: {pages} host pages of {self.page_size} x {hidden} {dtype} ({_gibibytes(size)})"
+        available = available_host_memory()
+        if available is not None and size > available:
+            # Pinned memory cannot be swapped out: asking for more than there is may take the machine down.
+            raise MemoryError(f"{what}: the host has {_gibibytes(available)} available; give it fewer host_pages")
+        try:
+            return torch.empty(pages, self.page_size, hidden, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            way_out = "give it fewer host_pages, or raise the limit on locked memory (ulimit -l) or the container's"
+            raise MemoryError(f"{what} could not be pinned; {way_out}. {error}") from error
+
+    @property
+    def live(self) -> int:
+        """Handles that have not been popped."""
+        return self.stashed - self.popped
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of the pools and their metadata."""
+        tensors = [pool.pool for pool in self._pools.values()] + [self._state, self._initial, self._workspace]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def host_bytes(self) -> int:
+        """Pinned host memory of the pools."""
+        tensors = [pool.host_pool for pool in self._pools.values() if pool.host_pool is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def has_pool(self, tensor: Tensor) -> bool:
+        """Whether a tensor's rows have a pool here."""
+        return tensor.dim() > 0 and tensor.numel() > 0 and _key_of(tensor) in self._pools
+
+    def stash(self, tensor: Tensor, num_tokens: Tensor | None = None) -> StashHandle:
+        """Copies the first num_tokens rows into pages. The tensor is not needed afterwards.
+
+        Args:
+            tensor: [rows, ...] on the stash's device, contiguous; the elements of a row are its hidden size.
+            num_tokens: one int64 on the device, which must keep its value until pop(); None: all rows.
+
+        Returns:
+            The handle for pop(). Where neither pool has room, overflow is set, which check() reports.
+        """
+        if tensor.dim() == 0 or _key_of(tensor) not in self._pools:
+            held = ", ".join(f"{hidden} x {dtype}" for dtype, hidden in self._pools)
+            got = "a scalar" if tensor.dim() == 0 else f"{_key_of(tensor)[1]} x {tensor.dtype}"
+            raise InvalidArgumentError(f"PagedStash.stash: tensor: expected rows of {held}, got {got}")
+        if not tensor.is_contiguous():
+            got = f"strides {list(tensor.stride())} for shape {list(tensor.shape)}"
+            raise InvalidArgumentError(
+                f"PagedStash.stash: tensor: expected a contiguous tensor, got {got}; call .contiguous()"
+            )
+        key = _key_of(tensor)
+        pool, rows = self._pools[key], tensor.shape[0]
+        if num_tokens is None:
+            num_tokens = self._all_rows(rows)
+        # The last entry is the flag: one allocation.
+        record = torch.empty(-(-rows // self.page_size) + 1, dtype=torch.int64, device=self.device)
+        handle = StashHandle(key, tensor.shape, num_tokens, record[:-1], record[-1:], self._epoch)
+        with self._beside(tensor, record, num_tokens), torch.no_grad():
+            paged_stash_copy(
+                tensor.detach().view(rows, key[1]),
+                pool.pool,
+                pool.host_pool,
+                num_tokens,
+                pool.free_list,
+                pool.host_list,
+                pool.head,
+                pool.tail,
+                pool.capacity,
+                handle.record,
+                self.overflow,
+                self.host_spill,
+                handle.spilled,
+                high_water=pool.high_water,
+                workspace=self._workspace,
+            )
+        self.stashed += 1
+        return handle
+
+    def pop(self, handle: StashHandle, *, out: Tensor | None = None, zero_rest: bool = False) -> Tensor:
+        """Brings a tensor back and returns its pages.
+
+        Args:
+            handle: of stash(), since the last reset(); each can be popped once.
+            out: a contiguous tensor of the same shape and dtype to write to.
+            zero_rest: zero the rows behind the last token; else they keep what out held, or are undefined.
+
+        Returns:
+            out. After an overflow it is not written: the step is worthless, see check().
+        """
+        if handle.popped:
+            raise InvalidArgumentError("PagedStash.pop: handle: expected one that was not popped, got one that was")
+        if handle.epoch != self._epoch:
+            raise InvalidArgumentError("PagedStash.pop: handle: expected one of this step, got one from before reset()")
+        pool = self._pools[handle.key]
+        if out is None:
+            out = torch.empty(handle.shape, dtype=handle.key[0], device=self.device)
+        elif out.shape != handle.shape or not out.is_contiguous():
+            got = f"shape {list(out.shape)}, strides {list(out.stride())}"
+            raise InvalidArgumentError(
+                f"PagedStash.pop: out: expected a contiguous tensor of shape {list(handle.shape)}, got {got}"
+            )
+        self.join()
+        with torch.no_grad():
+            paged_stash_pop(
+                pool.pool,
+                pool.host_pool,
+                out.detach().view(handle.shape[0], handle.key[1]),
+                handle.num_tokens,
+                handle.record,
+                handle.spilled,
+                self.overflow,
+                pool.free_list,
+                pool.host_list,
+                pool.tail,
+                pool.capacity,
+                None,
+                zero_rest,
+                workspace=self._workspace,
+            )
+        handle.popped = True
+        self.popped += 1
+        return out
+
+    def reset(self) -> None:
+        """A new step: all pages free, all flags clear, high-water marks at 0. Handles from before are void."""
+        self.join()
+        self._state.copy_(self._initial)
+        self._epoch += 1
+        self.stashed = self.popped = 0
+
+    def check(self) -> StashReport:
+        """What happened since the last reset(). The only call that synchronises: once a step, outside of captures."""
+        self.join()
+        overflow, spilled, *counters = self._counters.tolist()
+        pools = {}
+        for number, (key, pool) in enumerate(self._pools.items()):
+            head, tail, high = (counters[8 * number + i : 8 * number + i + 2] for i in (0, 2, 6))
+            pages = (pool.size.pages, pool.size.host_pages)
+            used = (pages[0] - tail[0] + head[0], pages[1] - tail[1] + head[1])
+            pools[key] = PoolReport(pages, used, (high[0], high[1]))
+        return StashReport(bool(overflow), bool(spilled), pools)
+
+    def join(self) -> None:
+        """Makes the current stream wait for the side stream, as pop(), reset() and check() do.
+
+        To be called before a capture begins or ends that follows a stash().
+        """
+        if self._stream is not None and self._pending:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            self._pending = False
+
+    @contextmanager
+    def saved_activations(
+        self, select: Callable[[Tensor], Tensor | bool | None] | None = None
+    ) -> Iterator[SavedActivations]:
+        """Autograd's saved tensors go through the stash: out of memory between forward and backward.
+
+            with stash.saved_activations() as saved:
+                y = experts(saved.mark(x, num_tokens))
+
+        A marked tensor is stashed when an operation saves it, once however many do, and popped when backward first asks
+        for it. Rows behind the last token come back as zeros, so gradients equal those without the stash, bit for bit,
+        where those rows were zeros or count for nothing. Backward can run once (no retain_graph).
+
+        Args:
+            select: asked about every other tensor that is saved: its num_tokens, True for all rows, None to leave it.
+                What is saved of an operation's result can only be chosen so.
+        """
+        saved = SavedActivations(self, select)
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+            yield saved
+
+    def _all_rows(self, rows: int) -> Tensor:
+        if rows not in self._rows:
+            count = torch.full((1,), rows, dtype=torch.int64, device=self.device)
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return count  # belongs to the graph
+            self._rows[rows] = count
+        return self._rows[rows]
+
+    def _beside(self, *tensors: Tensor) -> Any:
+        """The context in which a copy runs: on the side stream if there is one, behind what the current one has."""
+        if self._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._pending = True
+        for tensor in tensors:
+            tensor.record_stream(self._stream)  # their memory may be given back at once: not before the copy is done
+        return torch.cuda.stream(self._stream)
+
+
+def _key_of(tensor: Tensor) -> PoolKey:
+    return tensor.dtype, math.prod(tensor.shape[1:])
+
+
+def _padded(entries: int) -> int:
+    return -(-entries // _LIST_ALIGNMENT) * _LIST_ALIGNMENT
+
+
+def _gibibytes(size: int) -> str:
+    return f"{size / (1 << 30):.2f} GiB"
+
+
+def _check_size(key: PoolKey, size: PoolSize) -> None:
+    if (
+        not isinstance(key, tuple)
+        or len(key) != 2
+        or not isinstance(key[0], torch.dtype)
+        or type(key[1]) is not int
+        or key[1] < 1
+    ):
+        raise InvalidArgumentError(f"PagedStash: pools: expected keys of a dtype and a hidden size, got {key!r}")
+    if not isinstance(size, PoolSize) or size.pages < 0 or size.host_pages < 0:
+        raise InvalidArgumentError(f"PagedStash: pools: expected a PoolSize that is not negative, got {size!r}")
+
+
+def available_host_memory() -> int | None:
+    """Bytes of host memory that can be had without swapping; None where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:  # noqa: PTH123
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
