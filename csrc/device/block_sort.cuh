@@ -40,30 +40,38 @@ __device__ inline void add_own_bins(const uint32_t* bins, uint32_t (&counts)[kBi
   }
 }
 
-// A sorting network over all numbers: any distribution, about five times the time of what it stands in for.
+// A sorting network over all numbers, whatever their distribution: some times slower than what it stands in for. Every
+// comparison puts the lesser first, so the numbers that a full network would have behind the last stay there, and need
+// not exist. Steps within 64 neighbours concern one warp alone.
 template <int Threads>
 __device__ void bitonic_sort(uint64_t* entries, int count) {
-  int size_of_all = 2;
-  while (size_of_all < count) size_of_all *= 2;
-  for (int place = count + threadIdx.x; place < size_of_all; place += Threads) entries[place] = ~uint64_t{0};
-  __syncthreads();
-  for (int size = 2; size <= size_of_all; size *= 2)
+  constexpr int kWarpNumbers = 2 * kWarpLanes;
+  for (int size = 2; size < 2 * count; size *= 2)
     for (int distance = size / 2; distance > 0; distance /= 2) {
-      for (int pair = threadIdx.x; pair < size_of_all / 2; pair += Threads) {
-        const int low = 2 * pair - pair % distance, high = low + distance;
+      const bool mirrored = distance == size / 2;  // the first step of a merge: of two sorted halves
+      for (int pair = threadIdx.x; pair < (count + size) / 2; pair += Threads) {
+        const int within = pair & (distance - 1);
+        const int low = 2 * pair - within;
+        const int high = mirrored ? low + size - 1 - 2 * within : low + distance;
+        if (high >= count) continue;
         const uint64_t a = entries[low], b = entries[high];
-        if ((a > b) == ((low & size) == 0)) {
+        if (a > b) {
           entries[low] = b;
           entries[high] = a;
         }
       }
-      __syncthreads();
+      const int next_span = distance > 1 ? distance : 2 * size;
+      if (max(2 * distance, next_span) <= kWarpNumbers)
+        __syncwarp();
+      else
+        __syncthreads();
     }
+  __syncthreads();
 }
 
 // Sorts `count` numbers, no two equal, in ascending order. They are spread over bins by their distance from the least:
-// few share a bin, and those are ranked by counting. Where many do, a sorting network serves. `entries` has room for a
-// power of two and kSortPadding; a barrier has made it visible before, and does again at the end. low_bits: at least 32
+// few share a bin, and those are ranked by counting. Where many do, a sorting network serves. `entries` has room for
+// kSortPadding more; a barrier has made it visible before, and does again at the end. low_bits: at least 32
 // fewer than the numbers have.
 template <int Threads, int Most>
 __device__ void sort_entries(SortScratch<Threads>& scratch, uint64_t* entries, int count, int low_bits) {

@@ -96,7 +96,8 @@ __global__ void __launch_bounds__(kRowsPerBlock* kWarpLanes)
 // with one same key are divided by column: the result has no choice.
 
 constexpr int kThreads = 512;
-constexpr int kGathered = 4096;  // entries that the first block has room for
+constexpr uint32_t kFew = 1024;  // entries of the last bin that are sorted rather than divided again
+constexpr int kGathered = kMaxSelected + kFew;
 
 using Bins = uint32_t[kBins];
 
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint64_t first = 0, last = uint64_t{kLastKey<Score>} << column_bits | all_columns;
   uint32_t ahead = 0, count = length;
   int turn = 1;
-  if (count > kGathered) {
+  if (count > kFew && count > selected) {
     const Bin bin = find_bin(shared, 0, selected - 1);
     first = uint64_t{first_key_of(bin.number) >> kKeyShift<Score>} << column_bits;
     last = uint64_t{last_key_of(bin.number) >> kKeyShift<Score>} << column_bits | all_columns;
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __cluster_barrier_arrive();
     __cluster_barrier_wait();  // the first block's counter is 0
   }
-  for (; ahead + count > kGathered; ++turn) {
+  for (; count > kFew && ahead + count > selected; ++turn) {
     clear_bins<kThreads>(bins_of_turn(shared, turn));  // the others have read them before the last barrier
     __syncthreads();
     const int shift = shift_for(last - first);

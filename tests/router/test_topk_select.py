@@ -65,6 +65,8 @@ def test_short_rows(columns: int, k: int, dtype: torch.dtype, device: str) -> No
     [
         (2, 1025, 1),
         (3, 1000, 33),
+        (1, 1024, 40),
+        (1, 1025, 40),
         (3, 64, 64),
         (2, 65, 2048),
         (5, 2047, 2047),
