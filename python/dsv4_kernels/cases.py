@@ -93,6 +93,13 @@ class Case:
         return op(arguments, out) + op.mutated_of(arguments)
 
 
+@dataclass(frozen=True)
+class Composite(Case):
+    """A public function made of several ops, by its name; for the benchmark alone. function takes what make makes."""
+
+    function: Callable[..., tuple[Tensor, ...]] = field(kw_only=True)
+
+
 def fresh(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same values in memory of their own."""
     return tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
@@ -137,3 +144,10 @@ def all_cases() -> list[Case]:
     cases = [case for family in families for case in importlib.import_module(f"dsv4_kernels.{family}.cases").CASES]
     order = list(OPS)
     return sorted(cases, key=lambda case: order.index(case.op))
+
+
+def composites() -> list[Composite]:
+    """What the families have composed of their ops."""
+    families = dict.fromkeys(op.family for op in OPS.values())
+    modules = [importlib.import_module(f"dsv4_kernels.{family}.cases") for family in families]
+    return [composite for module in modules for composite in getattr(module, "COMPOSITES", ())]

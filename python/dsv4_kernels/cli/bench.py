@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dsv4_kernels import _native
-from dsv4_kernels.cases import Case, all_cases, fresh
+from dsv4_kernels.cases import Case, Composite, all_cases, composites, fresh
 from dsv4_kernels.cli.machine import default_device, describe, image_for
 from dsv4_kernels.cli.timing import Ceilings, ceilings, host_seconds_per_call, seconds_per_call
 from dsv4_kernels.op_table import OPS
@@ -44,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     device = options.device or default_device()
-    cases = [case for case in all_cases() if case.benched and (not options.op or case.op in options.op)]
+    benched = [*(case for case in all_cases() if case.benched), *composites()]
+    cases = [case for case in benched if not options.op or case.op in options.op]
     cases = [case for case in cases if device != "cpu" or not case.large]
     if not cases:
         print(f"bench: no op named {', '.join(options.op)}")
@@ -82,7 +84,7 @@ def measure(case: Case, device: str, best: Ceilings, with_compile: bool) -> dict
         "op": case.op,
         "case": case.name,
         **case.labels,
-        "image": image_for(case.op, device),
+        "image": "several" if isinstance(case, Composite) else image_for(case.op, device),
         "moved_bytes": moved_bytes,
         "floor_us": best.floor(moved_bytes) * 1e6,
         "warm_us": seconds_per_call(calls_of(case, sets[:1]), device) * 1e6,
@@ -98,6 +100,8 @@ def measure(case: Case, device: str, best: Ceilings, with_compile: bool) -> dict
 
 def calls_of(case: Case, sets: Sequence[tuple[Any, ...]]) -> list[Callable[[], object]]:
     """A call on each set of inputs, into outputs of its own."""
+    if isinstance(case, Composite):
+        return [partial(case.function, *arguments) for arguments in sets]
     op = OPS[case.op]
 
     def call(arguments: tuple[Any, ...]) -> Callable[[], object]:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_kernels.cases import FLOAT32_ULP, Case, Verdict, Yardstick, to_cpu, worst_relative_error
+from dsv4_kernels.cases import FLOAT32_ULP, Case, Composite, Verdict, Yardstick, to_cpu, worst_relative_error
 from dsv4_kernels.op_table import OPS
 from dsv4_kernels.presets import PRESETS, Preset
 from dsv4_kernels.router import reference
+from dsv4_kernels.router.prefill import dense_router_prefill
 
 TOKENS = (1, 16, 64, 1024, 8192)
 DECODE_TOKENS = (1, 8, 16, 33, 64)
@@ -454,4 +455,29 @@ CASES = (
     topk_select_case(3, 2049, 2048),
     topk_select_case(3, 9000, 33, levels=9, with_lengths=True),
     topk_select_case(2, 40000, 777, torch.bfloat16, sorted=False, with_lengths=True),
+)
+
+
+def prefill_case(preset: Preset, tokens: int) -> Composite:
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        inputs = gate_inputs(generator, tokens, preset.hidden_size, preset.experts)
+        return *inputs, preset.top_k, True, preset.routed_scaling, 0.0
+
+    def route(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, *weighing: Any) -> tuple[Tensor, Tensor]:
+        renormalize, scale, epsilon = weighing
+        return dense_router_prefill(hidden, weight, bias, k, renormalize=renormalize, scale=scale, epsilon=epsilon)
+
+    return Composite(
+        "dense_router_prefill",
+        f"{preset.name}, {tokens} tokens",
+        make,
+        YARDSTICKS["dense_router_decode"],
+        large=tokens > 1024,
+        labels={"preset": preset.name, "tokens": tokens},
+        function=route,
+    )
+
+
+COMPOSITES = tuple(
+    prefill_case(PRESETS[name], tokens) for name in ("v4-flash", "v4-pro") for tokens in (128, 1024, 8192)
 )
