@@ -29,22 +29,22 @@ bool shape_matches(const dsv4_tensor& value, std::initializer_list<int64_t> shap
   return true;
 }
 
+bool is_empty(const dsv4_tensor& value) {
+  for (int i = 0; i < value.rank; ++i)
+    if (value.shape[i] == 0) return true;
+  return false;
+}
+
 bool layout_matches(const dsv4_tensor& value, Layout layout) {
+  if (is_empty(value)) return true;  // nothing is ever addressed
   int64_t expected = 1;
   for (int i = value.rank - 1; i >= 0; --i) {
-    if (value.shape[i] == 0) return true;  // nothing is ever addressed
     const bool free_stride = layout == Layout::kStridedRows && i < value.rank - 1;
     // A row stride may be any size that does not make rows overlap; the stride of a single row is never used.
     if (value.shape[i] != 1 && (free_stride ? value.stride[i] < expected : value.stride[i] != expected)) return false;
     expected = free_stride && value.shape[i] != 1 ? value.stride[i] * value.shape[i] : expected * value.shape[i];
   }
   return true;
-}
-
-bool is_empty(const dsv4_tensor& value) {
-  for (int i = 0; i < value.rank; ++i)
-    if (value.shape[i] == 0) return true;
-  return false;
 }
 
 }  // namespace

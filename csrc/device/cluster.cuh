@@ -23,6 +23,19 @@ __device__ inline void expect_bytes(ByteBarrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
 }
 
+// Stores to the same variable as `place` in the cluster's block number `block`, which sees it after a barrier of the
+// cluster that follows.
+__device__ inline void store_to_block(float* place, float value, uint32_t block) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote_place;\n"
+      "mapa.shared::cluster.u32 remote_place, %0, %2;\n"
+      "st.shared::cluster.f32 [remote_place], %1;\n"
+      "}" ::"r"(shared_address(place)),
+      "f"(value), "r"(block)
+      : "memory");
+}
+
 // Stores to the same variable as `place` in the cluster's block number `block`, and counts it at that block's barrier.
 __device__ inline void store_to_block(float* place, float value, ByteBarrier* barrier, uint32_t block) {
   asm volatile(

@@ -128,6 +128,61 @@ void bind_cache(py::module_& module) {
     args.clear_rows = clear_rows;
     return call(dsv4_hca_reset_state, args, tail_ka);
   });
+
+  module.def("page_layouts", [] {
+    py::list layouts;
+    dsv4_page_layout_info info;
+    for (int32_t i = 0; dsv4_page_layout_at(i, &info) == DSV4_OK; ++i)
+      layouts.append(py::make_tuple(info.name, info.head_dim, info.quantized_dims, dsv4_dtype_name(info.element),
+                                    info.group, dsv4_dtype_name(info.scale), info.value_bytes, info.scale_bytes,
+                                    info.page_alignment, info.amax_floor));
+    return layouts;
+  });
+  module.def("page_bytes", &dsv4_page_bytes);
+
+  module.def("compress_flush", [](const Tensor& kv, const Tensor& score, const Tensor& ape, const Tensor& query_starts,
+                                  const Tensor& start_positions, const Tensor& state, const Tensor& state_table,
+                                  const Tensor& norm_weight, const Tensor& cos_sin, const Tensor& pages,
+                                  const Tensor& block_table, const Tensor& slot_mapping, int ratio, bool overlap,
+                                  int layout, int entries_per_page, bool hadamard, bool round_once, float epsilon,
+                                  float amax_floor, float scale_floor, bool fp4_ties_toward_zero, bool exact_scale) {
+    dsv4_compress_flush_args args = {};
+    args.kv = kv.view;
+    args.score = score.view;
+    args.ape = ape.view;
+    args.query_starts = query_starts.view;
+    args.start_positions = start_positions.view;
+    args.state = state.view;
+    args.state_table = state_table.view;
+    args.norm_weight = norm_weight.view;
+    args.cos_sin = cos_sin.view;
+    args.pages = pages.view;
+    args.block_table = block_table.view;
+    args.slot_mapping = slot_mapping.view;
+    args.ratio = ratio;
+    args.overlap = overlap;
+    args.layout = layout;
+    args.entries_per_page = entries_per_page;
+    args.hadamard = hadamard;
+    args.round_once = round_once;
+    args.epsilon = epsilon;
+    args.amax_floor = amax_floor;
+    args.scale_floor = scale_floor;
+    args.fp4_ties_toward_zero = fp4_ties_toward_zero;
+    args.exact_scale = exact_scale;
+    return call(dsv4_compress_flush, args, kv);
+  });
+
+  module.def("unpack_entries",
+             [](const Tensor& pages, const Tensor& slots, int layout, int entries_per_page, const Tensor& out) {
+    dsv4_unpack_entries_args args = {};
+    args.pages = pages.view;
+    args.slots = slots.view;
+    args.out = out.view;
+    args.layout = layout;
+    args.entries_per_page = entries_per_page;
+    return call(dsv4_unpack_entries, args, pages);
+  });
 }
 
 }  // namespace dsv4::python

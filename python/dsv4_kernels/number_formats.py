@@ -6,8 +6,6 @@ Values are float32: what is wider must be rounded before. Nothing is in place.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -45,8 +43,9 @@ def encode_e2m1(values: Tensor, *, ties_to_even: bool = True) -> Tensor:
 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """The float32 values of E2M1 codes, of which the low 4 bits count."""
-    table = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=codes.device)
-    return table[(codes & 15).to(torch.int64)]
+    # The code's bits are those of a float32 2^126 times smaller; no table, which a captured graph could not copy.
+    bits = codes.to(torch.int32)
+    return (bits << 28 & -(2**31) | (bits & 7) << 22).view(torch.float32) * 2.0**126
 
 
 def pack_e2m1(codes: Tensor) -> Tensor:
@@ -110,14 +109,14 @@ def floor_e8m0(amax: Tensor, largest_exponent: int) -> Tensor:
 
 def decode_e8m0(codes: Tensor) -> Tensor:
     """2^(code - 127) in float32; 255 is NaN."""
-    return _power_of_two(codes, sign=1)
+    return _power_of_two(codes.to(torch.int32), codes)
 
 
 def reciprocal_e8m0(codes: Tensor) -> Tensor:
     """2^(127 - code) in float32, exact; NaN for 255."""
-    return _power_of_two(codes, sign=-1)
+    return _power_of_two(254 - codes.to(torch.int32), codes)
 
 
-def _power_of_two(codes: Tensor, sign: int) -> Tensor:
-    table = torch.tensor([2.0 ** (sign * (e - 127)) for e in range(255)] + [math.nan], device=codes.device)
-    return table[codes.to(torch.int64)]
+def _power_of_two(exponent: Tensor, codes: Tensor) -> Tensor:
+    bits = torch.where(exponent == 0, 0x00400000, exponent << 23)
+    return torch.where(codes == E8M0_NAN, torch.nan, bits.view(torch.float32))

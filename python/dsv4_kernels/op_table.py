@@ -162,6 +162,28 @@ _add(
 )
 _add(
     Op(
+        "cache",
+        "compress_flush",
+        "Tensor kv, Tensor? score, Tensor? ape, Tensor query_starts, Tensor start_positions, Tensor(a!) state, "
+        "Tensor state_table, Tensor norm_weight, Tensor cos_sin, Tensor(b!) pages, Tensor? block_table, "
+        "Tensor? slot_mapping, int ratio, bool overlap, int layout, int entries_per_page, bool hadamard=False, "
+        "bool round_once=False, float epsilon=1e-06, float amax_floor=0.0, float scale_floor=0.0, "
+        "bool fp4_ties_toward_zero=False, bool exact_scale=False",
+    )
+)
+_add(
+    Op(
+        "cache",
+        "unpack_entries",
+        "Tensor pages, Tensor slots, int layout, int entries_per_page",
+        ("out",),
+        lambda pages, slots, layout, entries_per_page: (
+            ((slots.shape[0], _native.page_layouts()[layout][1]), torch.float32),
+        ),
+    )
+)
+_add(
+    Op(
         "moe",
         "padded_squared_relu",
         "Tensor x, Tensor permutation_map, Tensor n_used",

@@ -162,6 +162,99 @@ typedef struct dsv4_hca_reset_state_args {
 
 DSV4_API dsv4_status dsv4_hca_reset_state(const dsv4_hca_reset_state_args* args, dsv4_stream stream);
 
+/* How pages hold entries. A page has the values of its entries one after another, then their scales one after another,
+ * then whatever is left of its bytes, which no op touches. */
+typedef enum dsv4_page_layout {
+  DSV4_PAGE_BF16 = 0,          /* 512 bfloat16 */
+  DSV4_PAGE_INDEXER_BF16 = 1,  /* 128 bfloat16 */
+  DSV4_PAGE_FP8_DS_MLA = 2,    /* 448 E4M3 and 64 bfloat16; an E8M0 scale for 64, and a byte of padding */
+  DSV4_PAGE_INDEXER_FP8 = 3,   /* 128 E4M3; a float32 scale */
+  DSV4_PAGE_INDEXER_MXFP4 = 4, /* 128 E2M1; an E8M0 scale for 32 */
+  DSV4_PAGE_V41_FP8 = 5,       /* 512 E4M3; an E8M0 scale for 32 */
+  DSV4_PAGE_V41_FP4 = 6        /* 512 E2M1; an E4M3 scale for 16 */
+} dsv4_page_layout;
+
+typedef struct dsv4_page_layout_info {
+  const char* name;
+  int32_t head_dim;       /* channels of an entry */
+  int32_t quantized_dims; /* how many of them are quantised, the first ones; the rest is bfloat16 */
+  int32_t element;        /* a dsv4_dtype: of the quantised channels */
+  int32_t group;          /* channels that share a scale */
+  int32_t scale;          /* a dsv4_dtype */
+  int32_t value_bytes;    /* of an entry */
+  int32_t scale_bytes;    /* of an entry, with padding */
+  int32_t page_alignment; /* a page's bytes are rounded up to a multiple of this */
+  float amax_floor;       /* what the models' code takes for a group's largest magnitude at least */
+} dsv4_page_layout_info;
+
+DSV4_API dsv4_status dsv4_page_layout_at(int32_t layout, dsv4_page_layout_info* info);
+
+/* Bytes of a page of so many entries; 0 for a layout that there is not. */
+DSV4_API size_t dsv4_page_bytes(int32_t layout, int64_t entries);
+
+/* The whole way from token rows to quantised entries in pages, in one launch, for decode, prefill and both in one call.
+ *
+ * Request r brings the tokens query_starts[r] to query_starts[r + 1], at the positions from start_positions[r] on. A
+ * token's row is its kv and its score, to which ape[position % ratio] is added. Block i of a request are the positions
+ * i * ratio to (i + 1) * ratio - 1; it is compressed in the call that brings the last of them:
+ *     entry[c] = sum over rows of softmax(score)[c] * kv[c]
+ * over the block's rows or, with overlap, over columns [0, d) of the rows of the block before and columns [d, 2d) of
+ * its own, of width 2d. A score of -inf has weight 0; a channel whose scores are all -inf is 0. Then: RMS norm,
+ * rotation of neighbouring pairs of the last 64 channels by cos_sin[i * ratio], Hadamard rotation if asked for,
+ * quantisation.
+ *
+ * The state holds rows by position, so that a position may come again (a rejected draft) and earlier blocks may have
+ * been brought by anyone: the row of position p is row p % rows of page state_table[r, p / rows % columns]. With one
+ * column that is a ring for each request. A request's rows x columns must be at least a block's rows (two blocks' with
+ * overlap) plus the tokens that may be taken back.
+ *
+ * Nothing is written for: a token outside every request; a request whose start is negative or whose positions exceed
+ * INT32_MAX; a row whose state page is out of range. No entry is written when its slot is negative or out of range,
+ * when it would need a row of such a state page, or when i * ratio is not in cos_sin. Requests of one call do not share
+ * state pages or slots. */
+typedef struct dsv4_compress_flush_args {
+  size_t struct_size;       /* sizeof(dsv4_compress_flush_args) */
+  dsv4_tensor kv;           /* [tokens, width] float32 or bfloat16, rows may be strided; width d, or 2d with overlap */
+  dsv4_tensor score;        /* like kv; may be absent where a block is one row */
+  dsv4_tensor ape;          /* [ratio, width] float32; may be absent */
+  dsv4_tensor query_starts; /* [requests + 1] int32, ascending */
+  dsv4_tensor start_positions; /* [requests] int32 or int64 */
+  dsv4_tensor state;           /* [state pages, rows, 2, width] float32, written: kv and score, with ape */
+  dsv4_tensor state_table;     /* [requests, columns] int32 */
+  dsv4_tensor norm_weight;     /* [d] float32 */
+  dsv4_tensor cos_sin;         /* [positions, 64] float32: 32 cosines, then 32 sines */
+  dsv4_tensor pages;           /* [pages, >= dsv4_page_bytes] uint8, written; rows may be strided */
+  dsv4_tensor block_table;     /* [requests, blocks] int32: entry i is in page block_table[r, i / entries_per_page] */
+  dsv4_tensor slot_mapping;    /* [tokens] int32 or int64: page * entries_per_page + slot of the entry that the token
+                                  completes. One of block_table and slot_mapping is given */
+  int32_t ratio;               /* 1, 2, 4 or 128 */
+  int32_t overlap;             /* 0 or 1 */
+  int32_t layout;              /* a dsv4_page_layout; decides d */
+  int32_t entries_per_page;
+  int32_t hadamard;             /* 0 or 1; d = 128: the rotation of all channels, times 128^-1/2 */
+  int32_t round_once;           /* 0: to bfloat16 after each step, as the models' code; 1: only before quantisation */
+  float epsilon;                /* of the norm */
+  float amax_floor;             /* a group's scale is max(max(amax, amax_floor) / largest code, scale_floor), */
+  float scale_floor;            /* rounded up to a power of two, or to the nearest E4M3 for v41_fp4 */
+  int32_t fp4_ties_toward_zero; /* 0: to the even code, as hardware; 1: toward zero, as engines that compare */
+  int32_t exact_scale;          /* 1: a float32 scale (indexer_fp8) is not rounded up to a power of two */
+} dsv4_compress_flush_args;
+
+DSV4_API dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* args, dsv4_stream stream);
+
+/* Entries of pages as float32: value * scale. slots counts entries of all pages: page * entries_per_page + slot. A row
+ * whose slot is out of range is NaN. */
+typedef struct dsv4_unpack_entries_args {
+  size_t struct_size; /* sizeof(dsv4_unpack_entries_args) */
+  dsv4_tensor pages;  /* [pages, >= dsv4_page_bytes] uint8; rows may be strided */
+  dsv4_tensor slots;  /* [entries] int32 or int64 */
+  dsv4_tensor out;    /* [entries, head_dim of the layout] float32 */
+  int32_t layout;     /* a dsv4_page_layout */
+  int32_t entries_per_page;
+} dsv4_unpack_entries_args;
+
+DSV4_API dsv4_status dsv4_unpack_entries(const dsv4_unpack_entries_args* args, dsv4_stream stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,6 +1,7 @@
 """The compressed key-value cache: state, compression, quantised entries in pages."""
 
 from dsv4_kernels import torch_ops
+from dsv4_kernels.cache.compress_flush import compress_flush, unpack_entries
 from dsv4_kernels.cache.flush import append_and_flush, maybe_flush_csa, maybe_flush_hca
 from dsv4_kernels.cache.functions import (
     append,
@@ -11,6 +12,7 @@ from dsv4_kernels.cache.functions import (
     hca_compress_tail,
     hca_reset_state,
 )
+from dsv4_kernels.cache.page_layouts import PAGE_LAYOUTS, PageLayout
 from dsv4_kernels.cache.prepare import (
     BlockAllocator,
     BlockError,
@@ -25,6 +27,7 @@ from dsv4_kernels.cache.state import CacheHandle, CacheState, PagedCache
 torch_ops.register()
 
 __all__ = [
+    "PAGE_LAYOUTS",
     "AttentionType",
     "BlockAllocator",
     "BlockError",
@@ -32,10 +35,12 @@ __all__ = [
     "CacheState",
     "LayerCacheSchema",
     "OutOfBlocksError",
+    "PageLayout",
     "PagedCache",
     "Request",
     "append",
     "append_and_flush",
+    "compress_flush",
     "csa_compress_tail",
     "csa_rotate_state",
     "flush_write_csa",
@@ -46,4 +51,5 @@ __all__ = [
     "maybe_flush_hca",
     "prepare_forward",
     "release",
+    "unpack_entries",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4_kernels.cache import compress_flush_cases
 from dsv4_kernels.cache.schema import AttentionType, LayerCacheSchema
 from dsv4_kernels.cache.state import CacheState, PagedCache
 from dsv4_kernels.cache.yardsticks import YARDSTICKS
@@ -251,4 +252,5 @@ CASES = (
     reset_case("HCA", HCA, 1, benched=True),
     reset_case("HCA", HCA, 16, benched=True),
     reset_case("half of them valid", SMALL_HCA, 7, valid=0.5),
+    *compress_flush_cases.CASES,
 )

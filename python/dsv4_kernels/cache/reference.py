@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import number_formats
+from dsv4_kernels.cache.compress_flush_reference import compress_flush as compress_flush
+from dsv4_kernels.cache.compress_flush_reference import unpack_entries as unpack_entries
 
 NVFP4_GROUP = 16
 LEAST_SCALE = 2.0**-126  # so that an entry of zeros divides by something

@@ -1,0 +1,34 @@
+// The page layouts of the compressed cache: the one table of them. Python builds its own from it.
+//
+// A page holds the values of its entries one after another, then the scales of its entries one after another.
+#pragma once
+
+#include <dsv4/cache.h>
+
+namespace dsv4 {
+
+// Of tensor pages a value takes these bytes; the last `head_dim - quantized_dims` values of an entry are bfloat16.
+constexpr dsv4_page_layout_info kPageLayouts[] = {
+    // name, head_dim, quantized_dims, element, group, scale, value_bytes, scale_bytes, page_alignment, amax_floor
+    {"bf16", 512, 0, DSV4_BFLOAT16, 0, DSV4_ABSENT, 1024, 0, 1, 0.0f},
+    {"indexer_bf16", 128, 0, DSV4_BFLOAT16, 0, DSV4_ABSENT, 256, 0, 1, 0.0f},
+    // 7 scales and a byte of padding.
+    {"fp8_ds_mla", 512, 448, DSV4_FLOAT8_E4M3FN, 64, DSV4_FLOAT8_E8M0FNU, 576, 8, 576, 1e-4f},
+    {"indexer_fp8", 128, 128, DSV4_FLOAT8_E4M3FN, 128, DSV4_FLOAT32, 128, 4, 1, 1e-4f},
+    {"indexer_mxfp4", 128, 128, DSV4_FLOAT4_E2M1FN_X2, 32, DSV4_FLOAT8_E8M0FNU, 64, 4, 1, 0x1.8p-124f},
+    {"v41_fp8", 512, 512, DSV4_FLOAT8_E4M3FN, 32, DSV4_FLOAT8_E8M0FNU, 512, 16, 512, 1e-4f},
+    {"v41_fp4", 512, 512, DSV4_FLOAT4_E2M1FN_X2, 16, DSV4_FLOAT8_E4M3FN, 256, 32, 256, 0x1.8p-7f},
+};
+constexpr int32_t kPageLayoutCount = sizeof(kPageLayouts) / sizeof(kPageLayouts[0]);
+
+constexpr int64_t page_bytes(const dsv4_page_layout_info& layout, int64_t entries) {
+  const int64_t bytes = entries * (layout.value_bytes + layout.scale_bytes);
+  return (bytes + layout.page_alignment - 1) / layout.page_alignment * layout.page_alignment;
+}
+
+// What pages must start on a multiple of, for the widest access to them.
+constexpr int64_t page_access_bytes(const dsv4_page_layout_info& layout) {
+  return layout.quantized_dims < layout.head_dim ? 8 : 4;
+}
+
+}  // namespace dsv4

@@ -1,0 +1,353 @@
+"""Cases of compress_flush and unpack_entries: the models' layers in decode and prefill, and variants beyond them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels.cache.compress_flush_reference import (
+    ROPE_DIM,
+    finished,
+    finished_entries,
+    tokens_of,
+    unpack_entries,
+)
+from dsv4_kernels.cache.page_layouts import (
+    LAYOUTS_BY_INDEX,
+    PAGE_LAYOUTS,
+    Quantization,
+    decode_values,
+    encode_values,
+    entry_places,
+    read_entries,
+    scales_of,
+    write_entries,
+)
+from dsv4_kernels.cases import POISON_BYTE, Case, Verdict, Yardstick, fresh, same_bits, to_cpu
+
+DECODE_REQUESTS = (1, 16, 64, 256)
+ENTRIES_PER_PAGE = 64
+
+# Values that fall on the other side of a bfloat16 than in float64, as a share: a float32 sum is off by about 2^-22, a
+# bfloat16 is 2^-8 wide, and there are up to four of them.
+FLIPS = 0.01
+
+
+def judge_compress_flush(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
+    """The state, and bytes of pages that belong to no new entry, to the bit. Codes and scales: those of the channels
+    that float64 gives before quantisation, or of channels one bfloat16 step away, and few of the latter.
+    """
+    given: Any = fresh(to_cpu(arguments))
+    layout_index, entries_per_page, use_hadamard = given[14:17]
+    quantization = Quantization(*given[19:])
+    layout = LAYOUTS_BY_INDEX[layout_index]
+    inputs: Any = (*given[:14], layout, *given[15:19])
+    slots, channels = finished_entries(*inputs)
+    state, pages = results
+    if not same_bits(state, given[5]):  # finished_entries() has stored the call's rows
+        return Verdict(float("inf"), 0.0, "state")
+    expected = given[9].clone()
+    write_entries(expected, slots, channels, layout, entries_per_page, quantization)
+    page, value_columns, scale_columns = entry_places(slots, layout, entries_per_page)
+    got_values, got_scales = pages[page, value_columns], pages[page, scale_columns]
+    outside = pages.clone()
+    outside[page, value_columns], outside[page, scale_columns] = (
+        expected[page, value_columns],
+        expected[page, scale_columns],
+    )
+    if not same_bits(outside, expected):
+        return Verdict(float("inf"), 0.0, "bytes outside of the new entries")
+    made_of = _made_of(channels, use_hadamard) * 2.0**-7
+    variants = [(channels + sign * made_of).to(torch.bfloat16).to(torch.float32) for sign in (0, -1, 1)]
+    scales = got_scales.unflatten(1, (layout.groups, -1)) if layout.groups else got_scales
+    wrong = other = 0
+    if layout.groups:
+        same = torch.stack([(scales_of(variant, layout, quantization) == scales).all(dim=2) for variant in variants])
+        wrong, other = int((~same.any(dim=0)).sum()), int((~same[0]).sum())
+    exact, low, high = (
+        decode_values(encode_values(variant, scales, layout, quantization), scales, layout) for variant in variants
+    )
+    got = decode_values(got_values, scales, layout)
+    wrong += int((~((got >= low) & (got <= high))).sum())
+    other += int((got != exact).sum())
+    if other > 2 + got.numel() * (FLIPS if not use_hadamard else 20 * FLIPS):
+        return Verdict(float(other), 0.0, "values on the other side of a rounding")
+    return Verdict(float(wrong), 0.0, "codes or scales that no rounding explains")
+
+
+def _made_of(channels: Tensor, use_hadamard: bool) -> Tensor:
+    """The magnitude of what each channel is a sum of, whose rounding it shares."""
+    made_of = channels.abs()
+    if use_hadamard:
+        return made_of.amax(dim=1, keepdim=True).expand_as(made_of)
+    pairs = channels[:, -ROPE_DIM:].unflatten(1, (-1, 2))
+    return torch.cat((made_of[:, :-ROPE_DIM], pairs.norm(dim=2).repeat_interleave(2, dim=1)), dim=1)
+
+
+def plain_compress_flush(
+    kv: Tensor,
+    score: Tensor,
+    ape: Tensor,
+    query_starts: Tensor,
+    start_positions: Tensor,
+    state: Tensor,
+    state_table: Tensor,
+    norm_weight: Tensor,
+    cos_sin: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor | None,
+    ratio: int,
+    overlap: bool,
+    layout_index: int,
+    entries_per_page: int,
+    use_hadamard: bool,
+    round_once: bool,
+    epsilon: float,
+    *quantization: Any,
+) -> tuple[Tensor, ...]:
+    """As an engine would write it for a captured graph: of fixed shapes, every index in range, some entry complete."""
+    layout, device = LAYOUTS_BY_INDEX[layout_index], kv.device
+    tokens, requests, head_dim = kv.shape[0], start_positions.shape[0], layout.head_dim
+    kv, score = kv.to(torch.float32), score.to(torch.float32)
+    index = torch.arange(tokens, device=device)
+    request = torch.searchsorted(query_starts[1:], index.to(torch.int32), right=True)
+    first, start = query_starts[request].to(torch.int64), start_positions[request]
+    position = start + index - first
+    score = score + ape[position % ratio]
+
+    # As many entries as there may be at most; where there are fewer, one of them comes more than once.
+    most = min(tokens, tokens // ratio + requests - 1) or 1
+    completes = (position + 1) % ratio == 0
+    last = torch.argsort(completes.to(torch.int8), descending=True, stable=True)[:most]
+    last = torch.where(completes[last], last, last[0])
+    window = 2 * ratio if overlap else ratio
+    row = torch.arange(window, device=device)
+    rows_at = position[last, None] + 1 - window + row
+    earlier = rows_at < start[last, None]
+    rows_a_page = state.shape[1]
+    flat_state = state.flatten(0, 1)
+
+    def place_of(of_request: Tensor, at: Tensor) -> Tensor:
+        page = state_table[of_request, at.clamp(min=0) // rows_a_page % state_table.shape[1]]
+        return page * rows_a_page + at.clamp(min=0) % rows_a_page
+
+    place = place_of(request[last, None], rows_at)
+    token = torch.where(earlier, 0, first[last, None] + rows_at - start[last, None])
+
+    def gathered(brought: Tensor, which: int) -> Tensor:
+        taken = torch.where(earlier[..., None], flat_state[place, which], brought[token])
+        return torch.cat((taken[:, :ratio, :head_dim], taken[:, ratio:, head_dim:]), dim=1) if overlap else taken
+
+    weights = gathered(score, 1).masked_fill((rows_at < 0)[..., None], -torch.inf).softmax(dim=1)
+    entries = (weights * gathered(kv, 0)).sum(dim=1)
+    at = position[last] // ratio
+    channels = finished(entries, norm_weight, cos_sin[at * ratio], use_hadamard, round_once, epsilon)
+    page = block_table[request[last], at // entries_per_page] if slot_mapping is None else slot_mapping[last]
+    slots = page.to(torch.int64)
+    if slot_mapping is None:
+        slots = slots * entries_per_page + at % entries_per_page
+    write_entries(pages, slots, channels, layout, entries_per_page, Quantization(*quantization))
+    kept = place_of(request, position)
+    flat_state[kept] = torch.stack((kv, score), dim=1)
+    return state, pages
+
+
+def compress_flush_bytes(
+    kv: Tensor,
+    score: Tensor,
+    ape: Tensor,
+    query_starts: Tensor,
+    start_positions: Tensor,
+    state: Tensor,
+    state_table: Tensor,
+    *arguments: Any,
+) -> int:
+    """Each row that is needed once, from the call or from the state; rows stored; entries written."""
+    ratio, overlap, layout_index = arguments[5:8]
+    layout = LAYOUTS_BY_INDEX[layout_index]
+    tokens = tokens_of(kv.shape[0], query_starts, start_positions)
+    capacity = state.shape[1] * state_table.shape[1]
+    width = kv.shape[1]
+    completes = (tokens.position + 1) % ratio == 0
+    position, start = tokens.position[completes], tokens.start[completes]
+    window = ratio * (2 if overlap else 1)
+    earlier = (torch.minimum(start, position + 1) - (position + 1 - window).clamp(min=0)).clamp(min=0)
+    stored = int((tokens.position + capacity >= tokens.end).sum())
+    streams = 2 if score is not None else 1
+    read = int(earlier.sum()) * layout.head_dim * 2 * 4 + kv.numel() * kv.element_size() * streams
+    written = int(completes.sum()) * layout.entry_bytes + stored * 2 * width * 4
+    biases = int((tokens.position % ratio).unique().numel()) * int(width) * 4
+    return int(read + written + biases)
+
+
+def judge_unpack_entries(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
+    """To the bit: a product of two short numbers is exact."""
+    expected = torch.empty_like(results[0])
+    pages, slots, layout, entries_per_page = to_cpu(arguments)
+    unpack_entries(pages, slots, layout, entries_per_page, expected)
+    return Verdict(float((results[0].view(torch.int32) != expected.view(torch.int32)).sum()), 0.0, "wrong numbers")
+
+
+def plain_unpack_entries(pages: Tensor, slots: Tensor, layout: int, entries_per_page: int) -> tuple[Tensor, ...]:
+    """As an engine would write it: no check of the slots."""
+    inside = slots.clamp(0, pages.shape[0] * entries_per_page - 1).to(torch.int64)
+    return (read_entries(pages, inside, LAYOUTS_BY_INDEX[layout], entries_per_page),)
+
+
+def unpack_entries_bytes(pages: Tensor, slots: Tensor, layout: int, entries_per_page: int) -> int:
+    page_layout = LAYOUTS_BY_INDEX[layout]
+    return int(slots.shape[0]) * (page_layout.entry_bytes + 4 * page_layout.head_dim + slots.element_size())
+
+
+YARDSTICKS = {
+    "compress_flush": Yardstick(plain_compress_flush, judge_compress_flush, compress_flush_bytes),
+    "unpack_entries": Yardstick(plain_unpack_entries, judge_unpack_entries, unpack_entries_bytes),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The compressor of one kind of layer. spare: rows of the state beyond those that a block needs."""
+
+    name: str
+    layout: str
+    ratio: int
+    overlap: bool
+    hadamard: bool = False
+    spare: int = 8
+
+    @property
+    def rows(self) -> int:
+        """Rows of a request's ring."""
+        return self.ratio * (2 if self.overlap else 1) + self.spare
+
+
+CSA = Layer("CSA", "fp8_ds_mla", 4, True)
+HCA = Layer("HCA", "fp8_ds_mla", 128, False)
+INDEXER = Layer("indexer", "indexer_mxfp4", 4, True, hadamard=True)
+
+
+def compress_flush_case(
+    name: str,
+    layer: Layer,
+    starts: tuple[int, ...],
+    counts: tuple[int, ...],
+    benched: bool = False,
+    large: bool = False,
+    entries_per_page: int = ENTRIES_PER_PAGE,
+    zero_pages: bool = False,
+) -> Case:
+    """A call in which request r brings counts[r] tokens from position starts[r] on."""
+
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        layout = PAGE_LAYOUTS[layer.layout]
+        requests, tokens = len(starts), sum(counts)
+        width = layout.head_dim * (2 if layer.overlap else 1)
+        blocks = max(start + count for start, count in zip(starts, counts, strict=True)) // layer.ratio
+        columns = max(1, -(-blocks // entries_per_page))
+        kv, score = torch.randn(2, tokens, width, generator=generator)
+        state = torch.randn(requests, layer.rows, 2, width, generator=generator)
+        angle = torch.arange(columns * entries_per_page * layer.ratio)[:, None] * 0.7 ** torch.arange(32)
+        pages = torch.full((requests * columns, layout.page_bytes(entries_per_page)), POISON_BYTE, dtype=torch.uint8)
+        pages = pages * 0 if zero_pages else pages
+        return (
+            kv,
+            3 * score,
+            torch.randn(layer.ratio, width, generator=generator),
+            torch.tensor((0, *torch.tensor(counts).cumsum(0).tolist()), dtype=torch.int32),
+            torch.tensor(starts),
+            state,
+            torch.randperm(requests, generator=generator).to(torch.int32)[:, None],
+            1 + 0.1 * torch.randn(layout.head_dim, generator=generator),
+            torch.cat((angle.cos(), angle.sin()), dim=1),
+            pages,
+            torch.randperm(requests * columns, generator=generator).to(torch.int32).view(requests, columns),
+            None,
+            layer.ratio,
+            layer.overlap,
+            layout.index,
+            entries_per_page,
+            layer.hadamard,
+            False,
+            1e-6,
+            layout.amax_floor,
+            0.0,
+            False,
+            False,
+        )
+
+    return Case(
+        "compress_flush",
+        f"{layer.name} {layer.layout}, {name}",
+        make,
+        YARDSTICKS["compress_flush"],
+        benched=benched,
+        large=large,
+        labels={"requests": len(starts), "tokens": sum(counts)},
+    )
+
+
+def decode_case(layer: Layer, requests: int) -> Case:
+    """Each request brings the last token of a block: the step that costs most."""
+    start = 8 * layer.ratio - 1
+    large = requests * layer.ratio > 256
+    return compress_flush_case(
+        f"decode, {requests} requests", layer, (start,) * requests, (1,) * requests, benched=True, large=large
+    )
+
+
+def unpack_case(layout: str, entries: int, entries_per_page: int, valid: bool = True, benched: bool = False) -> Case:
+    """Random entries. valid: whether all slots are in range."""
+
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        page_layout = PAGE_LAYOUTS[layout]
+        page_count = -(-entries // entries_per_page)
+        channels = torch.randn(page_count * entries_per_page, page_layout.head_dim, generator=generator)
+        pages = torch.zeros(page_count, page_layout.page_bytes(entries_per_page), dtype=torch.uint8)
+        every = torch.arange(page_count * entries_per_page)
+        quantization = Quantization(page_layout.amax_floor)
+        write_entries(
+            pages, every, channels.to(torch.bfloat16).to(torch.float32), page_layout, entries_per_page, quantization
+        )
+        slots = torch.randperm(page_count * entries_per_page, generator=generator)[:entries]
+        if not valid:
+            slots[entries // 3 :: 5] = -1
+        return pages, slots, page_layout.index, entries_per_page
+
+    return Case(
+        "unpack_entries",
+        f"{layout}, {entries} entries",
+        make,
+        YARDSTICKS["unpack_entries"],
+        benched=benched,
+        labels={"entries": entries},
+    )
+
+
+CASES = (
+    *(decode_case(layer, requests) for layer in (CSA, HCA, INDEXER) for requests in DECODE_REQUESTS),
+    *(
+        compress_flush_case("prefill, 8192 tokens", layer, (0,), (8192,), benched=True, large=True)
+        for layer in (CSA, HCA, INDEXER)
+    ),
+    compress_flush_case(
+        "one token", Layer("m 1", "indexer_fp8", 1, False), (0,), (1,), entries_per_page=1, zero_pages=True
+    ),
+    compress_flush_case(
+        "mixed", Layer("m 4", "indexer_fp8", 4, True), (3, 0, 5, 40), (1, 23, 3, 4), entries_per_page=4
+    ),
+    compress_flush_case("mixed", Layer("m 2", "v41_fp8", 2, False), (1, 0, 7), (1, 5, 4), entries_per_page=3),
+    compress_flush_case("mixed", Layer("m 1", "v41_fp4", 1, False), (0, 9), (2, 1), entries_per_page=2),
+    compress_flush_case("mixed", Layer("m 128", "v41_fp8", 128, False), (126, 0), (3, 129), entries_per_page=2),
+    compress_flush_case(
+        "mixed", Layer("m 4", "indexer_mxfp4", 4, True, hadamard=True), (2, 7), (3, 9), entries_per_page=5
+    ),
+    *(unpack_case(layout, 11, 4, valid=False) for layout in PAGE_LAYOUTS),
+    unpack_case("indexer_mxfp4", 2, 2),
+    unpack_case("fp8_ds_mla", 4096, ENTRIES_PER_PAGE, benched=True),
+    unpack_case("indexer_mxfp4", 4096, ENTRIES_PER_PAGE, benched=True),
+)

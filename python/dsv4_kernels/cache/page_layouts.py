@@ -1,0 +1,165 @@
+"""How pages hold entries: the layouts of public engines, and from channels to bytes and back.
+
+A page holds the values of its entries one after another, then the scales of its entries one after another, then padding
+that no op touches. The table itself is the library's (csrc/cache/page_layout.h).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels import _native, number_formats
+
+LARGEST = {"float8_e4m3fn": number_formats.LARGEST_E4M3, "float4_e2m1fn_x2": number_formats.LARGEST_E2M1}
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """One layout.
+
+    name: what functions take as `layout`. index: its number in the C interface.
+    head_dim: channels of an entry. quantized_dims: how many are quantised, the first ones; the rest is bfloat16.
+    element: dtype of the quantised channels. group: channels that share a scale. scale: dtype of that.
+    value_bytes, scale_bytes: of an entry, the latter with padding. page_alignment: a page's bytes are a multiple of it.
+    amax_floor: what the models' code takes for a group's largest magnitude at least.
+    """
+
+    name: str
+    index: int
+    head_dim: int
+    quantized_dims: int
+    element: str
+    group: int
+    scale: str
+    value_bytes: int
+    scale_bytes: int
+    page_alignment: int
+    amax_floor: float
+
+    def page_bytes(self, entries: int) -> int:
+        """Bytes of a page of so many entries."""
+        return int(_native.page_bytes(self.index, entries))
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes that an entry takes, without the page's padding."""
+        return self.value_bytes + self.scale_bytes
+
+    @property
+    def groups(self) -> int:
+        """Scales of an entry."""
+        return self.quantized_dims // self.group if self.group else 0
+
+    @property
+    def written_scale_bytes(self) -> int:
+        """Bytes of an entry's scales without padding."""
+        return self.groups * (4 if self.scale == "float32" else 1)
+
+
+PAGE_LAYOUTS: dict[str, PageLayout] = {
+    row[0]: PageLayout(row[0], index, *row[1:]) for index, row in enumerate(_native.page_layouts())
+}
+LAYOUTS_BY_INDEX = tuple(PAGE_LAYOUTS.values())
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What engines differ in: see compress_flush."""
+
+    amax_floor: float
+    scale_floor: float = 0.0
+    fp4_ties_toward_zero: bool = False
+    exact_scale: bool = False
+
+
+def scales_of(values: Tensor, layout: PageLayout, quantization: Quantization) -> Tensor:
+    """The scale of each group, as bytes: [entries, groups, bytes of a scale] uint8.
+
+    values: [entries, head_dim] float32 that are bfloat16 numbers.
+    """
+    grouped = values[:, : layout.quantized_dims].unflatten(1, (layout.groups, layout.group))
+    amax = torch.fmax(
+        grouped.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=2), _like(values, quantization.amax_floor)
+    )
+    wanted = torch.fmax(amax / _like(values, LARGEST[layout.element]), _like(values, quantization.scale_floor))
+    if layout.scale == "float32":
+        scale = wanted if quantization.exact_scale else number_formats.decode_e8m0(number_formats.ceil_e8m0(wanted))
+        return scale.contiguous().view(torch.uint8).reshape(-1, layout.groups, 4)
+    code = number_formats.ceil_e8m0(wanted) if layout.scale == "float8_e8m0fnu" else number_formats.encode_e4m3(wanted)
+    return code.unsqueeze(2)
+
+
+def _like(values: Tensor, number: float) -> Tensor:
+    return torch.full((), number, dtype=torch.float32, device=values.device)
+
+
+def decode_scales(scales: Tensor, layout: PageLayout) -> Tensor:
+    """[entries, groups] float32 of what scales_of() gives."""
+    if layout.scale == "float32":
+        return scales.contiguous().view(torch.float32).squeeze(2)
+    decode = number_formats.decode_e8m0 if layout.scale == "float8_e8m0fnu" else number_formats.decode_e4m3
+    return decode(scales.squeeze(2))
+
+
+def encode_values(values: Tensor, scales: Tensor, layout: PageLayout, quantization: Quantization) -> Tensor:
+    """[entries, value_bytes] uint8: the nearest codes under given scales, then the channels kept in bfloat16."""
+    rest = values[:, layout.quantized_dims :].to(torch.bfloat16).contiguous().view(torch.uint8)
+    if not layout.quantized_dims:
+        return rest
+    scale = decode_scales(scales, layout).unsqueeze(2)
+    grouped = values[:, : layout.quantized_dims].unflatten(1, (layout.groups, layout.group))
+    scaled = torch.where(scale == 0, 0.0, grouped / scale).flatten(1)
+    if layout.element == "float8_e4m3fn":
+        return torch.cat((number_formats.encode_e4m3(scaled), rest), dim=1)
+    codes = number_formats.encode_e2m1(scaled, ties_to_even=not quantization.fp4_ties_toward_zero)
+    return torch.cat((number_formats.pack_e2m1(codes), rest), dim=1)
+
+
+def decode_values(values: Tensor, scales: Tensor, layout: PageLayout) -> Tensor:
+    """[entries, head_dim] float32 of the bytes of entries."""
+    quantized_bytes = layout.value_bytes - 2 * (layout.head_dim - layout.quantized_dims)
+    rest = values[:, quantized_bytes:].contiguous().view(torch.bfloat16).to(torch.float32)
+    if not layout.quantized_dims:
+        return rest
+    codes = values[:, :quantized_bytes].contiguous()
+    if layout.element == "float8_e4m3fn":
+        decoded = number_formats.decode_e4m3(codes)
+    else:
+        decoded = number_formats.decode_e2m1(number_formats.unpack_e2m1(codes))
+    scale = decode_scales(scales, layout).unsqueeze(2)
+    return torch.cat(((decoded.unflatten(1, (layout.groups, layout.group)) * scale).flatten(1), rest), dim=1)
+
+
+def entry_places(slots: Tensor, layout: PageLayout, entries_per_page: int) -> tuple[Tensor, Tensor, Tensor]:
+    """From entries, counted over all pages, to page [entries, 1] and the columns of its values and of its scales."""
+    page, slot = (slots // entries_per_page).unsqueeze(1), (slots % entries_per_page).unsqueeze(1)
+    values = torch.arange(layout.value_bytes, device=slots.device)
+    scales = torch.arange(layout.written_scale_bytes, device=slots.device)
+    return (
+        page,
+        slot * layout.value_bytes + values,
+        entries_per_page * layout.value_bytes + slot * layout.scale_bytes + scales,
+    )
+
+
+def write_entries(
+    pages: Tensor, slots: Tensor, values: Tensor, layout: PageLayout, entries_per_page: int, quantization: Quantization
+) -> None:
+    """Quantises entries [entries, head_dim] float32, bfloat16 numbers, into pages. Slots must be in range."""
+    page, value_columns, scale_columns = entry_places(slots, layout, entries_per_page)
+    scales = scales_of(values, layout, quantization) if layout.groups else values.new_empty(0)
+    pages[page, value_columns] = encode_values(values, scales, layout, quantization)
+    if layout.groups:
+        pages[page, scale_columns] = scales.flatten(1)
+
+
+def read_entries(pages: Tensor, slots: Tensor, layout: PageLayout, entries_per_page: int) -> Tensor:
+    """[entries, head_dim] float32. Slots must be in range."""
+    page, value_columns, scale_columns = entry_places(slots, layout, entries_per_page)
+    scales = pages[page, scale_columns]
+    return decode_values(
+        pages[page, value_columns], scales.unflatten(1, (layout.groups, -1)) if layout.groups else scales, layout
+    )
