@@ -23,7 +23,7 @@ def _one_thread() -> Iterator[None]:
 def simulate(device: str, steps: int, ratio: int, overlap: bool, seed: int, slots: int = 6) -> None:
     random = np.random.default_rng(seed)
     rows = ratio * (2 if overlap else 1) + 5
-    one = Engine("indexer_bf16", ratio, overlap, device, slots=slots, state_rows=rows, page_count=96, positions=512)
+    one = Engine("indexer_bf16", ratio, overlap, device, slots=slots, state_rows=rows, page_count=480, positions=512)
     one.dtype = torch.bfloat16 if seed % 2 else torch.float32
     live: list[Request] = []
     free_slots = list(range(slots))
