@@ -1,14 +1,19 @@
-"""What the documents name exists, and what they show runs."""
+"""What the documents name exists, what they show runs, and the reference holds everything that is public."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import dsv4_kernels
 import pytest
+from dsv4_kernels import number_formats
+from dsv4_kernels.cache import PAGE_LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -96,3 +101,61 @@ def test_cpp_examples_compile(tmp_path: Path, package: Path) -> None:
         command = [compiler, "-std=c++17", "-Wall", "-Werror", "-fsyntax-only", f"-I{package / 'include'}", source]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{code}\n{done.stderr}"
+
+
+def build_pages(source: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """Sphinx on the pages, from the installed package's docstrings; a warning is a failure."""
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", source, out]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pages")
+    done = build_pages(ROOT / "docs", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def missing(pages: Path, names: set[str]) -> list[str]:
+    """The names that no page describes."""
+    shown = set(re.findall(r'id="(dsv4_kernels[\w.]+)"', "".join(page.read_text() for page in pages.rglob("*.html"))))
+    return sorted(names - shown)
+
+
+def test_reference_holds_every_public_function_and_class(pages: Path) -> None:
+    families = [importlib.import_module(f"dsv4_kernels.{family}") for family in dsv4_kernels.FAMILIES]
+    names = {
+        f"{module.__name__}.{name}"
+        for module in (dsv4_kernels, *families)
+        for name in module.__all__
+        if callable(getattr(module, name))
+    }
+    functions = inspect.getmembers(number_formats, inspect.isfunction)
+    names |= {f"dsv4_kernels.number_formats.{name}" for name, _ in functions if not name.startswith("_")}
+    assert len(names) > 80
+    assert missing(pages, names) == []
+    assert missing(pages, {"dsv4_kernels.router.no_such"}) == ["dsv4_kernels.router.no_such"]
+
+
+@pytest.mark.parametrize(
+    ("page", "complaint"),
+    [
+        ("```{eval-rst}\n.. autofunction:: dsv4_kernels.router.no_such\n```", "no_such"),
+        ("```{literalinclude} ../csrc/no_such.h\n```", "no_such.h"),
+        ("{doc}`no_such`", "no_such"),
+    ],
+)
+def test_page_that_names_what_is_not_there_is_refused(page: str, complaint: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "docs" / "conf.py", tmp_path)
+    (tmp_path / "index.md").write_text(f"# Title\n\n{page}\n")
+    done = build_pages(tmp_path, tmp_path / "out")
+    assert done.returncode != 0
+    assert complaint in done.stderr
+
+
+def test_page_layouts_are_those_of_the_library() -> None:
+    text = (ROOT / "docs" / "families" / "cache.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+    wanted = [(one.name, one.head_dim, one.entry_bytes, one.page_alignment) for one in PAGE_LAYOUTS.values()]
+    assert [(name, *map(int, numbers)) for name, *numbers in rows] == wanted

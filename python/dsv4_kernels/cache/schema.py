@@ -27,13 +27,16 @@ class AttentionType(enum.Enum):
 class LayerCacheSchema:
     """One layer.
 
-    attention: kind of attention, which decides the streams of the state.
-    m: tokens a compressed entry; 0 for SWA.
-    head_dim: width of an entry, its last rope_dim columns rotary. indexer_head_dim: width of an indexer key, 0 without.
-    entries_per_block: entries that one block of the pool holds.
-    projections: 2 where a token has rows of its own for the current block (a) and for the next one (b), as in the
-        models' CSA layers; 1 where one row serves both.
-    page_layout: name of the layout of the pool's pages; "split" is the one of PagedCache.
+    Attributes:
+        attention: kind of attention, which decides the streams of the state.
+        m: tokens a compressed entry; 0 for SWA.
+        head_dim: width of an entry, its last rope_dim columns rotary.
+        rope_dim: see head_dim.
+        indexer_head_dim: width of an indexer key, 0 without.
+        entries_per_block: entries that one block of the pool holds.
+        projections: 2 where a token has rows of its own for the current block (a) and for the next one (b), as in the
+            models' CSA layers; 1 where one row serves both.
+        page_layout: name of the layout of the pool's pages; "split" is the one of PagedCache.
     """
 
     attention: AttentionType

@@ -16,9 +16,10 @@ GROUP = 32  # columns that share a scale
 class MXFP8Tensor:
     """E4M3 codes and a power of two for each 32 columns, as block-scaled products read them.
 
-    data: [rows, columns] float8_e4m3fn, columns a multiple of 32.
-    scale: [rows to a multiple of 128, columns / 32 to one of 4] float8_e8m0fnu, in the order of
-        blackwell_swizzle_32_4_4, zero in its padding.
+    Attributes:
+        data: [rows, columns] float8_e4m3fn, columns a multiple of 32.
+        scale: [rows to a multiple of 128, columns / 32 to one of 4] float8_e8m0fnu, in the order of
+            blackwell_swizzle_32_4_4, zero in its padding.
     """
 
     data: Tensor
