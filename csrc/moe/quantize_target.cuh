@@ -123,12 +123,12 @@ inline int64_t elements(const dsv4_tensor& tensor) { return tensor.rank == 0 ? 1
 // The checks of global scales, and of the experts whose they are.
 template <typename Args>
 void check_global_scale(Check& check, const Args& args, int64_t rows) {
+  check.optional_tensor("expert_ids", args.expert_ids, one_of(DSV4_INT32), {rows});
   if (args.global_scale.rank == 0)
     check.tensor("global_scale", args.global_scale, one_of(DSV4_FLOAT32), {});
   else
     check.tensor("global_scale", args.global_scale, one_of(DSV4_FLOAT32), {kAny});
   const int64_t count = elements(args.global_scale);
-  check.optional_tensor("expert_ids", args.expert_ids, one_of(DSV4_INT32), {rows});
   if (present(args.expert_ids))
     check.range("global_scale elements", count, 1, INT32_MAX);
   else

@@ -78,7 +78,7 @@ class Op:
                 if workspace is None:
                     workspace = _workspace(arguments[0].device, self.workspace_size(*arguments))
                 on_device = self.native(*arguments, workspace, *out)
-        except (AttributeError, LookupError, TypeError, RuntimeError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             self._explain(arguments, out, workspace, error)
         if not on_device:
             with torch.no_grad():

@@ -110,7 +110,7 @@ def test_changed_kernel_is_compiled_alone(tmp_path: Path, root: Path, built: tup
     tree = Tree(root, tmp_path / "tree", built[0].python)
     out = tmp_path / "out"
     shutil.copytree(built[1], out)
-    tree.replace(KERNELS, "value * value", "value * value * 2.0")
+    tree.replace(KERNELS, "squared_relu(value)", "squared_relu(value * 2.0)")
     before, old = times(out), contents(out)
     printed = tree.build(out, arch=(ARCH, OTHER_ARCH))
     assert printed.startswith("aot: 2 compiler processes to run; ")
@@ -234,7 +234,7 @@ def test_declared_type_that_is_none(tree: Tree, tmp_path: Path) -> None:
 
 
 def test_kernel_that_does_not_compile(tree: Tree, tmp_path: Path) -> None:
-    tree.replace(KERNELS, "tl.num_programs(0)", "tl.no_such_function(0)")
+    tree.replace(KERNELS, "tl.num_programs(1)", "tl.no_such_function(1)")
     text = tree.refusal(tmp_path / "out", "--only", TRITON_OP)
     assert text.startswith(f"aot: compiling {TRITON_OP} (triton, {ARCH}) failed:")
     assert "no_such_function" in text
