@@ -5,12 +5,18 @@ sphinx-build -W docs build/docs        (pip install 'dsv4-kernels[docs]')
 
 import importlib.metadata
 
+import torch
+from dsv4_kernels import op_table, torch_ops
+
 project = "dsv4-kernels"
 author = "the dsv4-kernels developers"
 release = version = importlib.metadata.version("dsv4-kernels")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath", "substitution"]
+torch_ops.register()
+schemas = [str(getattr(torch.ops.dsv4, op).default._schema) for op in op_table.OPS]
+myst_substitutions = {"torch_ops": "\n".join(["```text", *schemas, "```"])}
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"dsv4-kernels {release}"

@@ -14,6 +14,7 @@ import dsv4_kernels
 import pytest
 from dsv4_kernels import number_formats
 from dsv4_kernels.cache import PAGE_LAYOUTS
+from dsv4_kernels.op_table import OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -135,6 +136,8 @@ def test_reference_holds_every_public_function_and_class(pages: Path) -> None:
     names |= {f"dsv4_kernels.number_formats.{name}" for name, _ in functions if not name.startswith("_")}
     assert len(names) > 80
     assert missing(pages, names) == []
+    schemas = (pages / "package.html").read_text()
+    assert [op for op in OPS if f"dsv4::{op}(" not in schemas] == []
     assert missing(pages, {"dsv4_kernels.router.no_such"}) == ["dsv4_kernels.router.no_such"]
 
 
