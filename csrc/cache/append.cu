@@ -108,9 +108,8 @@ __global__ void __launch_bounds__(kThreads) append_kernel(NewTokens given, Tail 
   *reinterpret_cast<Four<float>*>((stream ? tail.scores[1] : tail.scores[0]) + to) = scores;
 }
 
-namespace {
-
-TokenRows token_rows(const dsv4_tensor& values, const dsv4_tensor& scores, const dsv4_tensor& ape, int64_t columns) {
+static TokenRows token_rows(const dsv4_tensor& values, const dsv4_tensor& scores, const dsv4_tensor& ape,
+                            int64_t columns) {
   TokenRows rows = {};
   rows.values = static_cast<const float*>(values.data);
   rows.scores = static_cast<const float*>(scores.data);
@@ -121,17 +120,15 @@ TokenRows token_rows(const dsv4_tensor& values, const dsv4_tensor& scores, const
   return rows;
 }
 
-void check_token_rows(Check& check, const char* name, const dsv4_tensor& rows, int64_t tokens, int64_t columns) {
+static void check_token_rows(Check& check, const char* name, const dsv4_tensor& rows, int64_t tokens, int64_t columns) {
   check.tensor(name, rows, one_of(DSV4_FLOAT32), {tokens, columns}, Layout::kStridedRows);
   check.aligned_rows(name, rows, kFour * sizeof(float));
 }
 
-void check_ape(Check& check, const char* name, const dsv4_tensor& ape, int64_t m, int64_t columns) {
+static void check_ape(Check& check, const char* name, const dsv4_tensor& ape, int64_t m, int64_t columns) {
   check.optional_tensor(name, ape, one_of(DSV4_FLOAT32), {m, columns});
   check.aligned_rows(name, ape, kFour * sizeof(float));
 }
-
-}  // namespace
 }  // namespace dsv4
 
 extern "C" dsv4_status dsv4_append(const dsv4_append_args* given, dsv4_stream stream) {

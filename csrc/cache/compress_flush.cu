@@ -137,10 +137,8 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, 
   if (!started) __cluster_barrier_wait();
 }
 
-namespace {
-
 // Tokens in turn in one block or cluster: few enough that every multiprocessor has several of them to choose from.
-int32_t tokens_a_task(const Device& device, int64_t tokens, int64_t tasks_a_multiprocessor) {
+static int32_t tokens_a_task(const Device& device, int64_t tokens, int64_t tasks_a_multiprocessor) {
   return static_cast<int32_t>(blocks_for(tokens, device.multiprocessors * tasks_a_multiprocessor));
 }
 
@@ -148,7 +146,7 @@ constexpr int64_t kShortTasks = 16;  // of 128 threads, on one multiprocessor
 constexpr int64_t kLongTasks = 2;    // of 2048 threads
 
 template <typename T>
-dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
+static dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
   if (call.window() <= kRows) {
     call.tokens_a_task = tokens_a_task(*target.device, call.tokens, kShortTasks);
     const uint32_t threads = call.head_dim / kChannels;
@@ -163,8 +161,6 @@ dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
   if (call.head_dim == kMaxHeadDim) return launch_long(std::integral_constant<int, kMaxHeadDim / kSlice>{});
   return launch_long(std::integral_constant<int, 2>{});
 }
-
-}  // namespace
 }  // namespace dsv4
 
 extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given, dsv4_stream stream) {

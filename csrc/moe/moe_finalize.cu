@@ -84,16 +84,12 @@ __global__ void __launch_bounds__(kThreads) moe_finalize_kernel(Combination c) {
   }
 }
 
-namespace {
-
 constexpr int64_t kMaxGridY = 65535;
 
-bool in_eights(const dsv4_tensor& tensor) {
+static bool in_eights(const dsv4_tensor& tensor) {
   return !present(tensor) || (reinterpret_cast<uintptr_t>(tensor.data) % sizeof(Eight) == 0 &&
                               tensor.stride[0] % kVector == 0 && tensor.shape[1] % kVector == 0);
 }
-
-}  // namespace
 }  // namespace dsv4
 
 extern "C" dsv4_status dsv4_moe_finalize(const dsv4_moe_finalize_args* given, dsv4_stream stream) {

@@ -167,15 +167,13 @@ __global__ void __launch_bounds__(Warps* kWarpLanes) moe_sort_kernel(const Id* _
   }
 }
 
-namespace {
-
 constexpr int64_t kMaxExperts = 1024;
 constexpr int64_t kMaxSlots = int64_t{1} << 30;  // rows with their padding still fit in 31 bits
 
-bool is_tile_size(int64_t rows) { return rows == 16 || rows == 32 || rows == 64 || rows == 128; }
+static bool is_tile_size(int64_t rows) { return rows == 16 || rows == 32 || rows == 64 || rows == 128; }
 
 template <int Experts, int Warps>
-dsv4_status launch_sort(const LaunchTarget& target, const dsv4_tensor& ids, const Route& route) {
+static dsv4_status launch_sort(const LaunchTarget& target, const dsv4_tensor& ids, const Route& route) {
   constexpr int kThreads = Warps * kWarpLanes;
   const uint32_t blocks = std::max(1u, blocks_for(route.slots, kThreads * kItems));
   return with_index_type(ids.dtype, [&](auto id) {
@@ -184,8 +182,6 @@ dsv4_status launch_sort(const LaunchTarget& target, const dsv4_tensor& ids, cons
                                                        route);
   });
 }
-
-}  // namespace
 }  // namespace dsv4
 
 extern "C" int64_t dsv4_moe_sort_max_tiles(int64_t slots, int64_t local_experts, int64_t tile_size) {

@@ -120,17 +120,15 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kTokenThreads /
   weights[token * top_k + lane] = routing_weight;
 }
 
-namespace {
-
 // Into how many blocks the work of a token is split, so that a small batch uses the whole chip.
-int blocks_per_token(const Device& device, int64_t tokens) {
+static int blocks_per_token(const Device& device, int64_t tokens) {
   for (int blocks : {8, 4, 2})
     if (tokens * blocks <= device.multiprocessors) return blocks;
   return 1;
 }
 
 template <typename Function>
-dsv4_status with_constant(int blocks, Function&& function) {
+static dsv4_status with_constant(int blocks, Function&& function) {
   switch (blocks) {
     case 8: return function(std::integral_constant<int, 8>{});
     case 4: return function(std::integral_constant<int, 4>{});
@@ -138,8 +136,6 @@ dsv4_status with_constant(int blocks, Function&& function) {
     default: return function(std::integral_constant<int, 1>{});
   }
 }
-
-}  // namespace
 }  // namespace dsv4
 
 extern "C" dsv4_status dsv4_hash_router_fused(const dsv4_hash_router_fused_args* given, dsv4_stream stream) {

@@ -37,14 +37,10 @@ __global__ void hash_router_scored_kernel(const TokenId* __restrict__ token_ids,
   weights[out] = weight;
 }
 
-namespace {
-
 template <typename Function>
-dsv4_status with_logit_type(int32_t dtype, Function&& function) {
+static dsv4_status with_logit_type(int32_t dtype, Function&& function) {
   return dtype == DSV4_BFLOAT16 ? function(__nv_bfloat16{}) : function(float{});
 }
-
-}  // namespace
 }  // namespace dsv4
 
 extern "C" dsv4_status dsv4_hash_router_scored(const dsv4_hash_router_scored_args* given, dsv4_stream stream) {

@@ -309,10 +309,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = selected + threadIdx.x; i < selection.top_k; i += kThreads) write_filling(selection, row, i);
 }
 
-namespace {
-
 // Blocks for a row: as many as its columns take, and more while multiprocessors would be idle.
-uint32_t blocks_per_row(const Device& device, int64_t rows, int64_t columns) {
+static uint32_t blocks_per_row(const Device& device, int64_t rows, int64_t columns) {
   constexpr int64_t kMostColumns = kThreads * 64;  // of a block
   constexpr int64_t kFewColumns = 4096;            // a block with fewer would wait for others more than it works
   uint32_t blocks = 1;
@@ -323,7 +321,7 @@ uint32_t blocks_per_row(const Device& device, int64_t rows, int64_t columns) {
 }
 
 template <typename Function>
-dsv4_status with_long_slots(int64_t columns_per_block, Function&& function) {
+static dsv4_status with_long_slots(int64_t columns_per_block, Function&& function) {
   if (columns_per_block <= kThreads * 8) return function(std::integral_constant<int, 8>{});
   if (columns_per_block <= kThreads * 16) return function(std::integral_constant<int, 16>{});
   if (columns_per_block <= kThreads * 32) return function(std::integral_constant<int, 32>{});
@@ -331,7 +329,7 @@ dsv4_status with_long_slots(int64_t columns_per_block, Function&& function) {
 }
 
 template <typename Score>
-dsv4_status select(const LaunchTarget& target, const Score* scores, const Selection& selection) {
+static dsv4_status select(const LaunchTarget& target, const Score* scores, const Selection& selection) {
   if (selection.top_k <= kWarpLanes && selection.columns <= kMaxWarpColumns)
     return with_slots(selection.columns, [&](auto slots) {
       return launch<topk_select_short_kernel<Score, decltype(slots)::value>>(
@@ -347,8 +345,6 @@ dsv4_status select(const LaunchTarget& target, const Score* scores, const Select
                                                                           column_bits);
   });
 }
-
-}  // namespace
 }  // namespace dsv4
 
 extern "C" dsv4_status dsv4_topk_select(const dsv4_topk_select_args* given, dsv4_stream stream) {
