@@ -123,8 +123,12 @@ def _host_function(kernel: CuteKernel) -> tuple[Callable[..., Any], list[Any]]:
     argument_count = len(kernel.arguments)
 
     def host_function(*values: Any) -> None:
+        # Unless told that one block a multiprocessor will do, ptxas may spill to fit more.
         kernel.function(*values[:argument_count], **kernel.constants).launch(
-            grid=values[argument_count:], block=(kernel.threads, 1, 1), smem=kernel.dynamic_shared
+            grid=values[argument_count:],
+            block=(kernel.threads, 1, 1),
+            smem=kernel.dynamic_shared,
+            min_blocks_per_mp=1,
         )
 
     host_function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

@@ -5,23 +5,38 @@
     ids[t]       = the top_k largest of s[t] + bias, largest first; at a tie the lower expert first
     weights[t]   = s[t, ids[t]], divided by their sum if `renormalize`, times `scale`
 
-Tokens go in groups of 8, the smaller side of the MMA. For each group the product is spread over the device: a block
-multiplies the group by 16 experts, over a part of hidden_size where there are blocks to spare. The block of a group
-that finishes last selects for the group's tokens, so no second launch is needed, and groups finish side by side.
-mma.sync is enough for a product this small, and every architecture has it.
+The product is spread over the device: a block multiplies all tokens by a tile of experts, over a part of hidden_size,
+so that every byte of `weight` is read once. The block with the number of a token then waits for the token's sums from
+all blocks and selects for it.
 
-Launch: grid (ceil(experts / 16), hidden_splits, ceil(tokens / 8)), THREADS threads, no dynamic shared memory.
+Blocks hand over sums without a counter or a fence: a place of the workspace is zero until its sum is stored, and a sum
+of zero is stored as -0. Who waits for a place takes the value and leaves zero again.
+
+Nobody waits for a block that might not start, so the launch ends with any number of blocks resident at once, one
+included, whatever else holds multiprocessors: other streams, other processes, a limit on them. In this order:
+  1. A block counts itself in `presence` when it starts, and multiplies and stores its sums without waiting for anyone.
+  2. A block with tokens looks at `presence` a limited number of times. Once it has seen that all have started, it waits
+     for their sums: by 1 all of them come, as a block that has started keeps its place until it ends.
+  3. If it has not seen that, it says in `presence` that it gives up. This addition and the last block's counting of
+     itself are in one order, so each of the two knows which came first. If the last block had started before, 2 holds
+     after all. If not, the block leaves a mark and ends, and its place is free for one that has not started.
+  4. The last to start learns from the same addition how many gave up before. It is in case 2 by itself, and finds their
+     marks, which come without waiting for anyone; then it selects for their tokens.
+Who selects changes no result: sums are added up in the order of their places.
+
+Launch: grid (expert tiles, hidden_splits), THREADS threads, a ring of stages in dynamic shared memory.
 
     hidden        [tokens, hidden_size] bfloat16, rows hidden_stride elements apart, each aligned to 16 bytes
     weight        [experts, hidden_size] bfloat16, rows weight_stride elements apart, each aligned to 16 bytes
     bias          [experts] float32, or null
-    logits        [hidden_splits, tokens, experts] float32 workspace: the sums over the parts of hidden_size
-    arrivals      [8] uint32, one for each group, zero before the launch, zero after it; two launches that may overlap
-                  need their own
+    sums          [hidden_splits <= 16, tokens, experts] float32 workspace
+    presence      [65] uint32 workspace: what STARTED, GAVE_UP and LOOKED count, then a mark for each block
     out_weights   [tokens, top_k] float32
     out_ids       [tokens, top_k] int32
 
-    tokens 1 to 64, hidden_size a multiple of 64, experts 1 to max_experts, top_k 1 to min(32, experts)
+    tokens 1 to tile_tokens, hidden_size a multiple of 64 and at least 64 * hidden_splits, experts 1 to max_experts,
+    top_k 1 to min(32, experts). Both parts of the workspace are zero before the launch and after it; two launches that
+    may overlap need their own.
 
 A selection score that is NaN is below all others, -inf included; a logit that is NaN makes it so and gives weight 0.
 Ids are valid and distinct in any case. Sums are taken in a fixed order: the same input and grid give the same bits.
@@ -29,38 +44,39 @@ Ids are valid and distinct in any case. Sums are taken in a fixed order: the sam
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, Uint32
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint32
 
 from aot.declare import CuteKernel
 
 LANES = 32
-WARPS = 8
-THREADS = WARPS * LANES
+
+# The kernel is compiled for each of these. A thread for each expert.
+MAX_EXPERTS = (256, 384, 512)
+MAX_TOKENS = (16, 32, 64)
 
 # The shape of one mma.sync.m16n8k16: experts by tokens, over 16 elements of hidden_size.
-TILE_EXPERTS = 16
-TILE_TOKENS = 8
-TILE = TILE_EXPERTS * TILE_TOKENS
+MMA_EXPERTS = 16
+MMA_TOKENS = 8
 
-# A chunk is what a lane loads at once: 16 bytes, 8 elements of a row, enough for two MMAs; see `multiply_slice`.
+# Tiles of experts that max_experts are spread over. With 16 parts of hidden_size, 128 blocks.
+EXPERT_TILES = 8
+MAX_SPLITS = 16
+
+# Warps that multiply the same 16 experts, by other tokens. For few tokens some of them only load.
+WARPS_PER_MMA = 4
+
+# A unit is what a stage holds of a row: 64 elements, 8 chunks of 16 bytes.
+UNIT = 64
 CHUNK = 8
 CHUNK_BYTES = 16
-MMAS_PER_CHUNK = 2
+CHUNKS = UNIT // CHUNK
+UNIT_BYTES = UNIT * 2
+HALVES = 2
 
-# A slice is the unit of work of a warp: 32 elements of hidden_size, a chunk for each of the 4 lanes that share a row.
-LANES_PER_ROW = 4
-SLICE = CHUNK * LANES_PER_ROW
-SLICE_BYTES = SLICE * 2
-
-# Slices that a warp loads before it multiplies the first. What bounds a small batch is the latency of memory: with 4,
-# a block has 1024 elements of each of its rows in flight at once.
-SLICES_IN_FLIGHT = 4
-
-# Parts of hidden_size whose sums the last block loads at once.
-SPLITS_IN_FLIGHT = 4
-
-# The kernel is compiled for each of these; a lane of the selecting warp keeps max_experts / 32 candidates in registers.
-MAX_EXPERTS = (256, 384, 512)
+# The models' parts of hidden_size have 4, 5 and 7 units: all loads of a block are in flight at once. Where that is more
+# than a block can have on sm_120, there are fewer.
+MAX_STAGES = 7
+RING_BYTES = 98 << 10
 
 # Of sqrt_softplus: half of log2(e) and what float32 leaves of it; beyond FLAT, exp(-|x| / 2) is 0; below LINEAR,
 # log(1 + e^x) is e^x to the last bit of float32; log(1 + u) is u times the polynomial of least relative error on
@@ -85,10 +101,46 @@ LOG1P_OVER_U = (
 
 # Selection keys: unsigned integers in the order of the float32 scores. The key of -inf is 0x007FFFFF, so that the small
 # values are free for what ranks below it.
-KEY_TAKEN = 0
+KEY_NONE = 0
 KEY_NAN = 1
 SIGN_BIT = 0x80000000
 NO_EXPERT = 0xFFFFFFFF
+
+# Up to this many experts are chosen by `select_few`.
+FEW = 8
+
+# The first word of `presence` counts blocks in three fields of 8 bits: those that have started, at most 128; those that
+# left their tokens to the last to start; and those that have looked at it for the last time. All three change by
+# additions to one word, so they are seen in one order without fences.
+STARTED = 1
+GAVE_UP = 1 << 8
+LOOKED = 1 << 16
+FIELD = 0xFF
+# The words behind it: a mark of each block that gave up.
+MARKS = 1
+# Looks at `presence`, a third of a microsecond each, before a block gives up.
+LOOKS = 64
+
+
+def threads_for(max_experts: int) -> int:
+    return max_experts
+
+
+def tile_experts_for(max_experts: int) -> int:
+    return max_experts // EXPERT_TILES
+
+
+def stage_bytes(max_experts: int, max_tokens: int) -> int:
+    return (tile_experts_for(max_experts) + max_tokens) * UNIT_BYTES
+
+
+def stages_for(max_experts: int, max_tokens: int) -> int:
+    return min(MAX_STAGES, RING_BYTES // stage_bytes(max_experts, max_tokens))
+
+
+def tiles_of_warp(max_tokens: int) -> int:
+    """The groups of 8 tokens that a warp multiplies."""
+    return max(1, max_tokens // WARPS_PER_MMA // MMA_TOKENS)
 
 
 def make_registers(shape: tuple[int, ...], dtype: type[cutlass.Numeric]) -> cute.Tensor:
@@ -96,149 +148,220 @@ def make_registers(shape: tuple[int, ...], dtype: type[cutlass.Numeric]) -> cute
     return cute.make_rmem_tensor(cute.make_ordered_layout(shape, order=tuple(reversed(range(len(shape))))), dtype)
 
 
-def row_address(matrix: cute.Pointer, row: Int32, stride: Int64) -> Int64:
-    """The address of this lane's first chunk of a row: lanes that share a row take neighbouring chunks."""
-    lane_in_row = cute.arch.lane_idx() % LANES_PER_ROW
-    return matrix.toint() + (Int64(row) * stride + lane_in_row * CHUNK) * (BFloat16.width // 8)
+def shared_array(address: Int32, dtype: type[cutlass.Numeric], size: int) -> cute.Tensor:
+    pointer = cute.make_ptr(dtype, address, cute.AddressSpace.smem, assumed_align=CHUNK_BYTES)
+    return cute.make_tensor(pointer, cute.make_layout(size))
 
 
-def load_chunk(address: Int64, chunk: cute.Tensor) -> None:
-    """Loads this lane's chunk of one row of a slice."""
-    source = cute.make_ptr(BFloat16, address, cute.AddressSpace.gmem, assumed_align=CHUNK_BYTES)
-    cute.autovec_copy(cute.make_tensor(source, cute.make_layout(CHUNK)), chunk)
+def chunk_offset(row: Int32, chunk: Int32) -> Int32:
+    """Where a stage keeps a chunk: chunks of odd rows change halves, so that the 8 lanes that are served at once, two
+    rows of four chunks, find 8 different groups of banks.
+    """
+    return row * UNIT_BYTES + (chunk ^ ((row & 1) * (CHUNKS // 2))) * CHUNK_BYTES
 
 
-def multiply_slice(
-    mma: cute.MmaAtom, weight_chunks: cute.Tensor, hidden_chunk: cute.Tensor, accumulator: cute.Tensor
-) -> None:
-    """Adds the product of one slice.
+def copy_chunk(source: Int64, target: Int32, bytes_to_read: Int32, condition: Boolean | None) -> None:
+    """Asks for 16 bytes in shared memory: as many from global memory as given, the others zero."""
+    cute.arch.inline_ptx(
+        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
+        read_only_args=[target, source, bytes_to_read],
+        predicate=condition,
+    )
+
+
+def row_source(matrix: cute.Pointer, row: Int32, stride: Int64, rows: Int32, chunk: Int32) -> tuple[Int64, Int32]:
+    """Address of a chunk of a row's first unit, and how many of its bytes there are: none past the last row."""
+    address = matrix.toint() + (Int64(cutlass.min(row, rows - 1)) * stride + chunk * CHUNK) * 2
+    return address, cutlass.select_(row < rows, Int32(CHUNK_BYTES), Int32(0))
+
+
+def chunks_of_thread(
+    hidden: cute.Pointer,
+    weight: cute.Pointer,
+    hidden_stride: Int64,
+    weight_stride: Int64,
+    tokens: Int32,
+    experts: Int32,
+    ring: Int32,
+    max_experts: int,
+    max_tokens: int,
+) -> list[tuple[Int64, Int32, Int32, Boolean | None]]:
+    """What this thread loads of each unit: one chunk of weight, and of hidden what falls to it.
+
+    Each as the address in the row's first unit, the bytes to read, the place in the first stage, and a condition.
+    """
+    thread, _, _ = cute.arch.thread_idx()
+    expert_tile, _, _ = cute.arch.block_idx()
+    row, chunk = thread // CHUNKS, thread % CHUNKS
+    rows_at_once = threads_for(max_experts) // CHUNKS
+    tile_experts = tile_experts_for(max_experts)
+    assert rows_at_once == tile_experts
+    source, size = row_source(weight, expert_tile * tile_experts + row, weight_stride, experts, chunk)
+    chunks = [(source, size, ring + chunk_offset(row, chunk), None)]
+    for first in range(0, max_tokens, rows_at_once):
+        token = first + row
+        source, size = row_source(hidden, token, hidden_stride, tokens, chunk)
+        condition = None if first + rows_at_once <= max_tokens else token < max_tokens
+        chunks.append((source, size, ring + chunk_offset(tile_experts + token, chunk), condition))
+    return chunks
+
+
+def load_unit(chunks: list[tuple[Int64, Int32, Int32, Boolean | None]], unit: Int32, stage_offset: Int32) -> None:
+    """Asks for this thread's chunks of a unit."""
+    for source, size, target, condition in chunks:
+        copy_chunk(source + Int64(unit) * UNIT_BYTES, target + stage_offset, size, condition)
+
+
+def load_fragment(address: Int32) -> cute.Tensor:
+    """A lane's chunk of a row in shared memory, as two pairs of elements for each of two MMAs."""
+    chunk = cute.make_rmem_tensor(CHUNK // 2, Uint32)
+    cute.autovec_copy(shared_array(address, Uint32, CHUNK // 2), chunk)
+    return chunk
+
+
+def multiply_unit(stage: Int32, accumulators: list[cute.Tensor], max_experts: int) -> None:
+    """Adds the warp's part of the product of a unit, each half of the unit to sums of its own.
 
     An MMA's lane wants, of its row, the elements 2q, 2q + 1, 2q + 8 and 2q + 9 of 16, where q = lane % 4. Any
     assignment of the real elements to these 16 positions gives the same sum, as long as both operands use the same.
     Here a lane gives the first four elements of its chunk to the first MMA and the last four to the second: so it loads
     16 bytes at once, and no value moves between lanes.
     """
-    weight_operand = cute.make_rmem_tensor(8, BFloat16)
-    hidden_operand = cute.make_rmem_tensor(4, BFloat16)
-    weight_pairs = cute.recast_tensor(weight_operand, Uint32)
-    low_row = cute.recast_tensor(weight_chunks[0, None], Uint32)
-    high_row = cute.recast_tensor(weight_chunks[1, None], Uint32)
-    for step in range(MMAS_PER_CHUNK):
-        # Operand registers alternate between the expert rows lane / 4 and lane / 4 + 8.
-        for half in range(2):
-            weight_pairs[2 * half] = low_row[2 * step + half]
-            weight_pairs[2 * half + 1] = high_row[2 * step + half]
-        for element in range(4):
-            hidden_operand[element] = hidden_chunk[4 * step + element]
-        cute.mma_atom_call(mma, accumulator, weight_operand, hidden_operand, accumulator)
+    tile, quarter = place_of_warp()
+    lane = cute.arch.lane_idx()
+    row = lane // 4
+    tiles = len(accumulators) // HALVES
+    mma = cute.make_mma_atom(cute.nvgpu.warp.MmaF16BF16Op(BFloat16, Float32, (16, 8, 16)))
+    first_token = tile_experts_for(max_experts) + quarter * tiles * MMA_TOKENS
+    rows = [tile * MMA_EXPERTS + row, tile * MMA_EXPERTS + 8 + row]
+    rows += [first_token + index * MMA_TOKENS + row for index in range(tiles)]
+    for half in range(HALVES):
+        chunk = half * 4 + lane % 4
+        low, high, *tokens = [load_fragment(stage + chunk_offset(one, chunk)) for one in rows]
+        for step in range(2):
+            weight_operand = cute.make_rmem_tensor(8, BFloat16)
+            weight_pairs = cute.recast_tensor(weight_operand, Uint32)
+            # Operand registers alternate between the expert rows lane / 4 and lane / 4 + 8.
+            for pair in range(2):
+                weight_pairs[2 * pair] = low[2 * step + pair]
+                weight_pairs[2 * pair + 1] = high[2 * step + pair]
+            for index in range(tiles):
+                hidden_operand = cute.make_rmem_tensor(4, BFloat16)
+                hidden_pairs = cute.recast_tensor(hidden_operand, Uint32)
+                for pair in range(2):
+                    hidden_pairs[pair] = tokens[index][2 * step + pair]
+                sums = accumulators[half * tiles + index]
+                cute.mma_atom_call(mma, sums, weight_operand, hidden_operand, sums)
+
+
+def place_of_warp() -> tuple[Int32, Int32]:
+    """The 16 experts of the block's, and the part of the tokens, that this warp multiplies."""
+    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    return warp // WARPS_PER_MMA, warp % WARPS_PER_MMA
 
 
 @cute.jit
-def multiply_slices_of_warp(
+def multiply_part(
     hidden: cute.Pointer,
     weight: cute.Pointer,
     hidden_stride: Int64,
     weight_stride: Int64,
     tokens: Int32,
-    hidden_size: Int32,
+    units_per_split: Int32,
+    extra_units: Int32,
     experts: Int32,
-) -> cute.Tensor:
-    """The warp's part of the product of the block's experts and tokens: four sums, in the MMA's layout."""
-    expert_block, split, group = cute.arch.block_idx()
-    _, splits, _ = cute.arch.grid_dim()
-    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-    row_in_tile = cute.arch.lane_idx() // LANES_PER_ROW
+    ring: Int32,
+    max_experts: cutlass.Constexpr,
+    max_tokens: cutlass.Constexpr,
+) -> list[cute.Tensor]:
+    """The warp's share of the product of the block's experts, all tokens and the block's part of hidden_size."""
+    _, split, _ = cute.arch.block_idx()
+    first = split * units_per_split + cutlass.min(split, extra_units)
+    count = units_per_split + Int32(split < extra_units)
+    bytes_of_stage = cutlass.const_expr(stage_bytes(max_experts, max_tokens))
+    stages = cutlass.const_expr(stages_for(max_experts, max_tokens))
 
-    # Rows past the end are read from the last row instead; what comes of them is never stored.
-    hidden_row = cutlass.min(group * TILE_TOKENS + row_in_tile, tokens - 1)
-    hidden_address = row_address(hidden, hidden_row, hidden_stride)
-    weight_addresses = [
-        row_address(
-            weight, cutlass.min(expert_block * TILE_EXPERTS + half * 8 + row_in_tile, experts - 1), weight_stride
-        )
-        for half in range(2)
-    ]
-
-    mma = cute.make_mma_atom(cute.nvgpu.warp.MmaF16BF16Op(BFloat16, Float32, (16, 8, 16)))
-    accumulator = make_registers((4,), Float32)
-    accumulator.fill(0.0)
-    hidden_chunks = [make_registers((CHUNK,), BFloat16) for _ in range(SLICES_IN_FLIGHT)]
-    # By half: the expert rows lane / 4 and lane / 4 + 8 of the tile.
-    weight_chunks = [make_registers((2, CHUNK), BFloat16) for _ in range(SLICES_IN_FLIGHT)]
-
-    # Slices go round robin to the warps of a block, then to the blocks that share experts and tokens.
-    slices = hidden_size // SLICE
-    first_slice = split * WARPS + warp
-    slice_step = splits * WARPS
-    for next_slice in cutlass.range(first_slice, slices, slice_step * SLICES_IN_FLIGHT, unroll=1):
-        for index in cutlass.range_constexpr(SLICES_IN_FLIGHT):
-            slice_index = next_slice + index * slice_step
-            if slice_index < slices:
-                offset = Int64(slice_index) * SLICE_BYTES
-                for half in cutlass.range_constexpr(2):
-                    load_chunk(weight_addresses[half] + offset, weight_chunks[index][half, None])
-                load_chunk(hidden_address + offset, hidden_chunks[index])
-        for index in cutlass.range_constexpr(SLICES_IN_FLIGHT):
-            if next_slice + index * slice_step < slices:
-                multiply_slice(mma, weight_chunks[index], hidden_chunks[index], accumulator)
-    return accumulator
-
-
-@cute.jit
-def store_block_logits(
-    accumulator: cute.Tensor, shared: cute.Pointer, logits: cute.Pointer, tokens: Int32, experts: Int32
-) -> None:
-    """Adds up the warps' sums, in the order of the warps, and stores the block's logits."""
-    thread, _, _ = cute.arch.thread_idx()
-    expert_block, split, group = cute.arch.block_idx()
-    warp = cute.arch.warp_idx()
-    lane = cute.arch.lane_idx()
-    sums = cute.make_tensor(
-        shared, cute.make_layout((WARPS, TILE_TOKENS, TILE_EXPERTS), stride=(TILE, TILE_EXPERTS, 1))
+    chunks = chunks_of_thread(
+        hidden, weight, hidden_stride, weight_stride, tokens, experts, ring, max_experts, max_tokens
     )
+    for stage in cutlass.range_constexpr(stages):
+        if stage < count:
+            load_unit(chunks, first + stage, Int32(stage * bytes_of_stage))
+        cute.arch.cp_async_commit_group()
 
-    # Of the 16 by 8 result a lane holds columns 2 (lane % 4) and the next, of rows lane / 4 and lane / 4 + 8.
-    for half in cutlass.range_constexpr(2):
-        for column in cutlass.range_constexpr(2):
-            token_in_tile = lane % LANES_PER_ROW * 2 + column
-            sums[warp, token_in_tile, half * 8 + lane // LANES_PER_ROW] = accumulator[2 * half + column]
-    cute.arch.sync_threads()
-
-    if thread < TILE:
-        token_in_tile = thread // TILE_EXPERTS
-        expert_in_tile = thread % TILE_EXPERTS
-        token = group * TILE_TOKENS + token_in_tile
-        expert = expert_block * TILE_EXPERTS + expert_in_tile
-        if token < tokens and expert < experts:
-            total = Float32(0.0)
-            for source in cutlass.range_constexpr(WARPS):
-                total += sums[source, token_in_tile, expert_in_tile]
-            (logits + ((Int64(split) * tokens + token) * experts + expert)).store(total)
+    accumulators = [make_registers((4,), Float32) for _ in range(HALVES * tiles_of_warp(max_tokens))]
+    for accumulator in accumulators:
+        accumulator.fill(0.0)
+    _, quarter = place_of_warp()
+    stage_offset = Int32(0)
+    for index in cutlass.range(count, unroll=1):
+        cute.arch.cp_async_wait_group(stages - 1)
+        cute.arch.sync_threads()
+        if quarter * tiles_of_warp(max_tokens) * MMA_TOKENS < tokens:
+            multiply_unit(ring + stage_offset, accumulators, max_experts)
+        if index + stages < count:
+            cute.arch.sync_threads()
+            load_unit(chunks, first + index + stages, stage_offset)
+        cute.arch.cp_async_commit_group()
+        stage_offset += bytes_of_stage
+        if stage_offset == stages * bytes_of_stage:
+            stage_offset = Int32(0)
+    return accumulators
 
 
 @cute.jit
-def is_last_block(arrivals: cute.Pointer, shared: cute.Pointer) -> cutlass.Boolean:
-    """Counts this block in. True in the last block of its group, which then sees what all the others have stored."""
-    thread, _, _ = cute.arch.thread_idx()
-    _, _, group = cute.arch.block_idx()
-    grid_x, grid_y, _ = cute.arch.grid_dim()
+def store_sums(
+    accumulators: list[cute.Tensor],
+    sums: cute.Pointer,
+    tokens: Int32,
+    experts: Int32,
+    tile_experts: cutlass.Constexpr,
+) -> None:
+    """Stores the block's sums, zero as -0."""
+    expert_tile, split, _ = cute.arch.block_idx()
+    tile, quarter = place_of_warp()
+    lane = cute.arch.lane_idx()
+    tiles = cutlass.const_expr(len(accumulators) // HALVES)
+    # Of the 16 by 8 result a lane holds columns 2 (lane % 4) and the next, of rows lane / 4 and lane / 4 + 8.
+    first_expert = expert_tile * tile_experts + tile * MMA_EXPERTS + lane // 4
+    first_token = quarter * tiles * MMA_TOKENS + lane % 4 * 2
+    first = sums + ((Int64(split) * tokens + first_token) * experts + first_expert)
+    for index in cutlass.range_constexpr(tiles):
+        for item in cutlass.range_constexpr(4):
+            bits = (accumulators[index][item] + accumulators[tiles + index][item]).bitcast(Uint32)
+            if bits == 0:
+                bits = Uint32(SIGN_BIT)
+            token = index * MMA_TOKENS + item % 2
+            if first_token + token < tokens and first_expert + item // 2 * 8 < experts:
+                cute.arch.store(first + (token * experts + item // 2 * 8), bits, sem="relaxed", scope="gpu")
 
-    # Also orders the block's reads of `shared` before the write below.
-    cute.arch.sync_threads()
-    if thread == 0:
-        # Release: the block's stores, which the barrier puts before this, are seen by who sees the count. Acquire: a
-        # block that sees the full count sees the stores of all.
-        arrived = cute.arch.atomic_add(arrivals + group, Uint32(1), sem="acq_rel", scope="gpu")
-        is_last = arrived == Uint32(grid_x * grid_y - 1)
-        if is_last:
-            # All have arrived: ready for the next launch.
-            (arrivals + group).store(Uint32(0))
-        cute.recast_ptr(shared, dtype=Int32).store(Int32(is_last))
-    cute.arch.sync_threads()
-    result = cute.recast_ptr(shared, dtype=Int32).load() != 0
-    # The flag's place is reused.
-    cute.arch.sync_threads()
-    return result
+
+@cute.jit
+def take_logit(sums: cute.Pointer, token: Int32, tokens: Int32, expert: Int32, experts: Int32) -> Float32:
+    """Waits for the sums of a logit from all blocks, leaves zeros, and adds them up."""
+    _, splits, _ = cute.arch.grid_dim()
+    first = sums + (Int64(token) * experts + expert)
+    stride = Int64(tokens) * experts
+    words = make_registers((MAX_SPLITS,), Uint32)
+    for split in cutlass.range_constexpr(MAX_SPLITS):
+        words[split] = Uint32(0)
+        if split >= splits:
+            words[split] = Uint32(SIGN_BIT)
+    missing = Boolean(True)
+    while missing:
+        for split in cutlass.range_constexpr(MAX_SPLITS):
+            if words[split] == 0:
+                words[split] = cute.arch.load(first + split * stride, Uint32, sem="relaxed", scope="gpu")
+        missing = Boolean(False)
+        for split in cutlass.range_constexpr(MAX_SPLITS):
+            missing = missing | (words[split] == 0)
+    for split in cutlass.range_constexpr(MAX_SPLITS):
+        if split < splits:
+            cute.arch.store(first + split * stride, Uint32(0), sem="relaxed", scope="gpu")
+    values = [words[split].bitcast(Float32) for split in range(MAX_SPLITS)]
+    while cutlass.const_expr(len(values) > 1):
+        values = [values[2 * i] + values[2 * i + 1] for i in range(len(values) // 2)]
+    return values[0]
 
 
 @cute.jit
@@ -275,71 +398,6 @@ def selection_key(score: Float32) -> Uint32:
 
 
 @cute.jit
-def store_scores(
-    logits: cute.Pointer,
-    scores: cute.Pointer,
-    first: Int32,
-    count: Int32,
-    split_stride: Int64,
-    items: cutlass.Constexpr,
-) -> None:
-    """Writes `count` scores to shared memory, from the logits that begin `first` elements into each split's.
-
-    count is at most items * THREADS; a thread loads all of its logits before it uses the first.
-    """
-    thread, _, _ = cute.arch.thread_idx()
-    _, splits, _ = cute.arch.grid_dim()
-    sums = make_registers((items,), Float32)
-    sums.fill(0.0)
-    for first_split in cutlass.range(0, splits, SPLITS_IN_FLIGHT, unroll=1):
-        loaded = make_registers((SPLITS_IN_FLIGHT, items), Float32)
-        for index in cutlass.range_constexpr(SPLITS_IN_FLIGHT):
-            split = cutlass.min(first_split + index, splits - 1)
-            for item in cutlass.range_constexpr(items):
-                place = cutlass.min(thread + item * THREADS, count - 1)
-                # Stored by other blocks: a relaxed load at device scope is not served from this processor's own cache.
-                source = logits + (split * split_stride + (first + place))
-                loaded[index, item] = cute.arch.load(source, Float32, sem="relaxed", scope="gpu")
-        for index in cutlass.range_constexpr(SPLITS_IN_FLIGHT):
-            for item in cutlass.range_constexpr(items):
-                if first_split + index < splits:
-                    sums[item] += loaded[index, item]
-    for item in cutlass.range_constexpr(items):
-        score = sqrt_softplus(sums[item])
-        if thread + item * THREADS < count:
-            (scores + (thread + item * THREADS)).store(score)
-
-
-@cute.jit
-def load_bias(bias: cute.Pointer, experts: Int32, slots: cutlass.Constexpr) -> cute.Tensor:
-    """The bias of this lane's experts, lane + 32 * slot; zeros if there is none."""
-    lane = cute.arch.lane_idx()
-    values = make_registers((slots,), Float32)
-    values.fill(0.0)
-    if bias.toint() != 0:
-        for slot in cutlass.range_constexpr(slots):
-            expert = cutlass.min(slot * LANES + lane, experts - 1)
-            values[slot] = (bias + expert).load()
-    return values
-
-
-@cute.jit
-def selection_keys(
-    scores: cute.Pointer, bias_values: cute.Tensor, experts: Int32, slots: cutlass.Constexpr
-) -> cute.Tensor:
-    """The keys of this lane's experts, lane + 32 * slot. Where there is no such expert, as if taken already."""
-    lane = cute.arch.lane_idx()
-    keys = make_registers((slots,), Uint32)
-    for slot in cutlass.range_constexpr(slots):
-        expert = slot * LANES + lane
-        key = selection_key((scores + cutlass.min(expert, experts - 1)).load() + bias_values[slot])
-        if expert >= experts:
-            key = Uint32(KEY_TAKEN)
-        keys[slot] = key
-    return keys
-
-
-@cute.jit
 def larger_key(lower_expert: tuple[Uint32, Uint32], higher_expert: tuple[Uint32, Uint32]) -> tuple[Uint32, Uint32]:
     """Of two pairs (key, expert) the one with the larger key; of equal keys the lower expert."""
     key, expert = lower_expert
@@ -372,36 +430,114 @@ def take_best(keys: cute.Tensor) -> Uint32:
     best_expert = cute.arch.warp_redux_sync(candidate, "min")
     for slot in cutlass.range_constexpr(cute.size(keys)):
         if best_expert == lane + slot * LANES:
-            keys[slot] = Uint32(KEY_TAKEN)
+            keys[slot] = Uint32(KEY_NONE)
     return best_expert
 
 
 @cute.jit
+def select_by_rounds(keys: cute.Tensor, top_k: Int32) -> Uint32:
+    """Lane i gets the i-th choice: one round over all keys for each. Destroys the keys."""
+    chosen = Uint32(0)
+    for rank in cutlass.range(top_k, unroll=1):
+        best_expert = take_best(keys)
+        if cute.arch.lane_idx() == rank:
+            chosen = best_expert
+    return chosen
+
+
+def tree_max(values: list[Uint32]) -> Uint32:
+    """The largest: short chains, not one long one."""
+    while len(values) > 1:
+        halved = [cutlass.max(values[index], values[index + 1]) for index in range(0, len(values) - 1, 2)]
+        values = halved + values[2 * len(halved) :]
+    return values[0]
+
+
+@cute.jit
+def select_few(keys: cute.Tensor, top_k: Int32, shared: Int32) -> Uint32:
+    """As select_by_rounds, for at most FEW choices: these are at least as good as the top_k-th best of the pairs of
+    lanes' best ones, and seldom many more keys are. Those few, one for each lane, are ranked by counting.
+    """
+    lane = cute.arch.lane_idx()
+    slots = cutlass.const_expr(cute.size(keys))
+    pairs = cutlass.const_expr(LANES // 2)
+    best_keys = shared_array(shared, Uint32, pairs)
+    best = tree_max([keys[slot] for slot in range(slots)])
+    best = cutlass.max(best, cute.arch.shuffle_sync_bfly(best, 1))
+    best_keys[lane // 2] = best
+    cute.arch.sync_warp()
+    bests = cute.make_rmem_tensor(pairs, Uint32)
+    cute.autovec_copy(best_keys, bests)
+    better = Int32(0)
+    for pair in cutlass.range_constexpr(pairs):
+        better += Int32(bests[pair] > best)
+    limit = Uint32(NO_EXPERT)
+    if better < top_k:
+        limit = best
+    limit = cutlass.max(cute.arch.warp_redux_sync(limit, "min"), Uint32(KEY_NONE + 1))
+
+    # Candidates in the order of the experts: the lower one of two equal keys has the lower place.
+    candidate_keys = shared_array(shared + LANES * 4, Uint32, LANES)
+    candidate_experts = shared_array(shared + 2 * LANES * 4, Uint32, LANES)
+    count = Int32(0)
+    for slot in cutlass.range_constexpr(slots):
+        lanes = cute.arch.vote_ballot_sync(keys[slot] >= limit)
+        place = count + cute.arch.popc(lanes & Int32(cute.arch.lanemask_lt()))
+        if keys[slot] >= limit and place < LANES:
+            candidate_keys[place] = keys[slot]
+            candidate_experts[place] = Uint32(lane + slot * LANES)
+        count += cute.arch.popc(lanes)
+    cute.arch.sync_warp()
+    chosen = Uint32(0)
+    if count > LANES:
+        # Many are equal.
+        chosen = select_by_rounds(keys, top_k)
+    else:
+        key = Uint32(KEY_NONE)
+        if lane < count:
+            key = Uint32(candidate_keys[lane])
+        rank = Int32(0)
+        for first in cutlass.range(0, count, FEW, unroll=1):
+            for index in cutlass.range_constexpr(FEW):
+                other = first + index
+                other_key = cute.arch.shuffle_sync(key, other)
+                rank += Int32((other_key > key) | ((other_key == key) & (other < lane)))
+        if lane < count and rank < top_k:
+            best_keys[rank] = candidate_experts[lane]
+        cute.arch.sync_warp()
+        if lane < top_k:
+            chosen = Uint32(best_keys[lane])
+    return chosen
+
+
+@cute.jit
 def select_experts(
-    scores: cute.Pointer,
-    bias_values: cute.Tensor,
+    scores: cute.Tensor,
+    keys_of_block: cute.Tensor,
+    scratch: Int32,
     out_weights: cute.Pointer,
     out_ids: cute.Pointer,
     token: Int32,
-    experts: Int32,
     top_k: Int32,
     renormalize: Int32,
     scale: Float32,
     epsilon: Float32,
-    slots: cutlass.Constexpr,
 ) -> None:
-    """Chooses the experts of one token and stores their ids and weights. Lane i keeps the i-th choice."""
+    """Chooses the experts of one token and stores their ids and weights. By one warp; lane i stores the i-th choice."""
     lane = cute.arch.lane_idx()
-    keys = selection_keys(scores, bias_values, experts, slots)
+    slots = cutlass.const_expr(cute.size(keys_of_block) // LANES)
+    keys = make_registers((slots,), Uint32)
+    for slot in cutlass.range_constexpr(slots):
+        keys[slot] = Uint32(keys_of_block[slot * LANES + lane])
     chosen = Uint32(0)
-    for rank in cutlass.range(top_k, unroll=1):
-        best_expert = take_best(keys)
-        if lane == rank:
-            chosen = best_expert
+    if top_k <= FEW:  # noqa: SIM108 -- the DSL makes no branch of a conditional expression
+        chosen = select_few(keys, top_k, scratch)
+    else:
+        chosen = select_by_rounds(keys, top_k)
 
     weight = Float32(0.0)
     if lane < top_k:
-        weight = (scores + chosen).load()
+        weight = scores[chosen]
         if weight != weight:
             weight = Float32(0.0)
     if renormalize != 0:
@@ -417,76 +553,178 @@ def select_experts(
         (out_ids + output).store(Int32(chosen))
 
 
+@cute.jit
+def load_presence(presence: cute.Pointer, word: Int32) -> Uint32:
+    return cute.arch.load(presence + word, Uint32, sem="relaxed", scope="gpu")
+
+
+@cute.jit
+def add_presence(presence: cute.Pointer, count: Uint32) -> Uint32:
+    return cute.arch.atomic_add(presence, count, sem="relaxed", scope="gpu")
+
+
+@cute.jit
+def decide_to_wait(
+    presence: cute.Pointer, order: Uint32, seen: Uint32, block: Int32, blocks: Int32, selecting: Int32
+) -> Int32:
+    """By one thread of a block: how many blocks' tokens this block selects for, itself first if it has tokens.
+
+    order: what `presence` said when this block started; seen: what it said of late.
+    """
+    duties = Int32(0)
+    if (order & FIELD) == blocks - 1:
+        # The last to start.
+        duties = Int32((order // GAVE_UP) & FIELD) + Int32(block < selecting)
+    elif block < selecting:
+        looks = Int32(0)
+        while (seen & FIELD) != blocks and looks < LOOKS:
+            seen = load_presence(presence, Int32(0))
+            looks += 1
+        duties = Int32(1)
+        if (seen & FIELD) != blocks:
+            seen = add_presence(presence, Uint32(GAVE_UP))
+            # If all have started by now, nobody will take over.
+            if (seen & FIELD) != blocks:
+                duties = Int32(0)
+                cute.arch.store(presence + (MARKS + block), Uint32(1), sem="relaxed", scope="gpu")
+    return duties
+
+
+@cute.jit
+def find_mark(presence: cute.Pointer, selecting: Int32) -> Int32:
+    """By one thread of the last block to start: waits for the mark of a block that gave up, and takes it away."""
+    found = Int32(-1)
+    candidate = Int32(0)
+    while found < 0:
+        if load_presence(presence, MARKS + candidate) != 0:
+            found = candidate
+            cute.arch.store(presence + (MARKS + candidate), Uint32(0), sem="relaxed", scope="gpu")
+        candidate += 1
+        if candidate == selecting:
+            candidate = Int32(0)
+    return found
+
+
 @cute.kernel
 def dense_router_decode(
     hidden: cute.Pointer,
     weight: cute.Pointer,
     bias: cute.Pointer,
-    logits: cute.Pointer,
-    arrivals: cute.Pointer,
+    sums: cute.Pointer,
+    presence: cute.Pointer,
     out_weights: cute.Pointer,
     out_ids: cute.Pointer,
     hidden_stride: Int64,
     weight_stride: Int64,
     tokens: Int32,
-    hidden_size: Int32,
+    units_per_split: Int32,
+    extra_units: Int32,
     experts: Int32,
     top_k: Int32,
     renormalize: Int32,
     scale: Float32,
     epsilon: Float32,
     max_experts: cutlass.Constexpr,
+    max_tokens: cutlass.Constexpr,
 ) -> None:
-    # Used by the product for the warps' sums, then by the last block for its tokens' scores.
-    shared = cute.arch.alloc_smem(Float32, max(WARPS * TILE, TILE_TOKENS * max_experts), CHUNK_BYTES)
-    slots = cutlass.const_expr(max_experts // LANES)
+    thread, _, _ = cute.arch.thread_idx()
+    expert_tile, split, _ = cute.arch.block_idx()
+    tiles, splits, _ = cute.arch.grid_dim()
+    block, blocks = split * tiles + expert_tile, tiles * splits
+    # Blocks of this number and above have no token of their own.
+    selecting = cutlass.min(tokens, blocks)
+    ring = cute.arch.get_dyn_smem(Uint32, 128).toint()
+    shared = cute.arch.alloc_smem(Int32, 4, CHUNK_BYTES)
 
-    accumulator = multiply_slices_of_warp(hidden, weight, hidden_stride, weight_stride, tokens, hidden_size, experts)
-    store_block_logits(accumulator, shared, logits, tokens, experts)
-    # Asked for here, so that it arrives while the block waits to be counted.
-    bias_values = load_bias(bias, experts, slots)
-    if is_last_block(arrivals, shared):
-        _, _, group = cute.arch.block_idx()
-        first_token = group * TILE_TOKENS
-        group_tokens = cutlass.min(tokens - first_token, TILE_TOKENS)
-        first = first_token * experts
-        split_stride = Int64(tokens) * experts
-        if group_tokens == 1:
-            store_scores(logits, shared, first, experts, split_stride, -(-max_experts // THREADS))
-        else:
-            store_scores(
-                logits, shared, first, group_tokens * experts, split_stride, TILE_TOKENS * max_experts // THREADS
-            )
-        cute.arch.sync_threads()
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        if warp < group_tokens:
-            select_experts(
-                shared + warp * experts,
-                bias_values,
-                out_weights,
-                out_ids,
-                first_token + warp,
-                experts,
-                top_k,
-                renormalize,
-                scale,
-                epsilon,
-                slots,
-            )
+    order = Uint32(0)
+    if thread == 0:
+        order = add_presence(presence, Uint32(STARTED))
+    accumulators = multiply_part(
+        hidden,
+        weight,
+        hidden_stride,
+        weight_stride,
+        tokens,
+        units_per_split,
+        extra_units,
+        experts,
+        ring,
+        max_experts,
+        max_tokens,
+    )
+    # Asked for here, so that they arrive while sums are exchanged.
+    seen = Uint32(0)
+    if thread == 0 and block < selecting:
+        seen = load_presence(presence, Int32(0))
+    expert = cutlass.min(thread, experts - 1)
+    expert_bias = Float32(0.0)
+    if block < selecting and bias.toint() != 0:
+        expert_bias = (bias + expert).load()
+    store_sums(accumulators, sums, tokens, experts, tile_experts_for(max_experts))
+
+    if thread == 0:
+        shared.store(decide_to_wait(presence, order, seen, block, blocks, selecting))
+        (shared + 1).store(Int32((order & FIELD) == blocks - 1))
+    cute.arch.sync_threads()
+    duties = shared.load()
+    looks = (shared + 1).load() + Int32(block < selecting)
+
+    scores = shared_array(ring, Float32, max_experts)
+    keys = shared_array(ring + max_experts * 4, Uint32, max_experts)
+    for duty in cutlass.range(duties, unroll=1):
+        owner = block
+        if duty > 0 or block >= selecting:
+            cute.arch.sync_threads()
+            if thread == 0:
+                (shared + 2).store(find_mark(presence, selecting))
+            cute.arch.sync_threads()
+            owner = (shared + 2).load()
+            if bias.toint() != 0:
+                expert_bias = (bias + expert).load()
+        for token in cutlass.range(owner, tokens, blocks, unroll=1):
+            key = Uint32(KEY_NONE)
+            if thread < experts:
+                score = sqrt_softplus(take_logit(sums, token, tokens, thread, experts))
+                scores[thread] = score
+                key = selection_key(score + expert_bias)
+            keys[thread] = key
+            cute.arch.sync_threads()
+            if thread < LANES:
+                select_experts(
+                    scores,
+                    keys,
+                    ring + max_experts * 8,
+                    out_weights,
+                    out_ids,
+                    token,
+                    top_k,
+                    renormalize,
+                    scale,
+                    epsilon,
+                )
+            if token + blocks < tokens:
+                cute.arch.sync_threads()
+
+    # The last to have looked at `presence` leaves it ready. By a thread that does not select.
+    if thread == LANES and looks > 0:
+        before = add_presence(presence, Uint32(looks * LOOKED))
+        if before // LOOKED + looks == selecting + 1:
+            cute.arch.store(presence, Uint32(0), sem="relaxed", scope="gpu")
 
 
 ARGUMENTS = {
     "hidden": "const bf16*",
     "weight": "const bf16*",
     "bias": "const float32*",
-    "logits": "float32*",
-    "arrivals": "uint32*",
+    "sums": "uint32*",
+    "presence": "uint32*",
     "out_weights": "float32*",
     "out_ids": "int32*",
     "hidden_stride": "int64",
     "weight_stride": "int64",
     "tokens": "int32",
-    "hidden_size": "int32",
+    "units_per_split": "int32",
+    "extra_units": "int32",
     "experts": "int32",
     "top_k": "int32",
     "renormalize": "int32",
@@ -497,11 +735,12 @@ ARGUMENTS = {
 KERNELS = [
     CuteKernel(
         function=dense_router_decode,
-        name=f"dense_router_decode_experts{max_experts}",
+        name=f"dense_router_decode_experts{max_experts}_tokens{max_tokens}",
         arguments=ARGUMENTS,
-        constants={"max_experts": max_experts},
-        threads=THREADS,
-        dynamic_shared=0,
+        constants={"max_experts": max_experts, "max_tokens": max_tokens},
+        threads=threads_for(max_experts),
+        dynamic_shared=stages_for(max_experts, max_tokens) * stage_bytes(max_experts, max_tokens),
     )
     for max_experts in MAX_EXPERTS
+    for max_tokens in MAX_TOKENS
 ]

@@ -1,6 +1,7 @@
 #include <dsv4/router.h>
 
 #include <algorithm>
+#include <iterator>
 
 #include "core/check.h"
 #include "kernels.h"
@@ -10,30 +11,42 @@ namespace {
 
 constexpr int64_t kMaxTokens = 64;
 constexpr int64_t kMaxExperts = 512;
-constexpr int64_t kExpertsPerBlock = 16;  // of aot/router/dense_router_decode.py
-constexpr int64_t kTokensPerGroup = 8;
 constexpr int64_t kHiddenMultiple = 64;
 constexpr int64_t kLoadBytes = 16;
-constexpr size_t kArrivalBytes = 64;  // a counter for each group, padded so that the logits behind stay aligned
-// Partial sums of a logit, each with a place in the workspace. More would read faster, but the last block adds them up:
-// 4 was fastest for every shape and batch measured on an H200, see NOTES.md.
-constexpr int64_t kMaxHiddenSplits = 4;
 
-using DecodeKernel = decltype(&aot::dense_router_decode_experts256);
+// Of aot/router/dense_router_decode.py.
+constexpr int64_t kExpertTiles = 8;  // that the most experts of a specialisation are spread over
+constexpr int64_t kMaxHiddenSplits = 16;
+constexpr size_t kPresenceBytes = 512;  // 65 words, padded so that the sums behind stay aligned
+constexpr int64_t kWorkspaceAlignment = 64;
 
-// The smallest of the kernel's specialisations that takes the experts.
-DecodeKernel kernel_for(int64_t experts) {
-  if (experts <= 256) return aot::dense_router_decode_experts256;
-  if (experts <= 384) return aot::dense_router_decode_experts384;
-  return aot::dense_router_decode_experts512;
+using DecodeKernel = decltype(&aot::dense_router_decode_experts256_tokens16);
+
+struct Specialisation {
+  int64_t experts;  // at most
+  int64_t tokens;   // at most
+  DecodeKernel kernel;
+};
+
+constexpr Specialisation kSpecialisations[] = {
+    {256, 16, aot::dense_router_decode_experts256_tokens16}, {256, 32, aot::dense_router_decode_experts256_tokens32},
+    {256, 64, aot::dense_router_decode_experts256_tokens64}, {384, 16, aot::dense_router_decode_experts384_tokens16},
+    {384, 32, aot::dense_router_decode_experts384_tokens32}, {384, 64, aot::dense_router_decode_experts384_tokens64},
+    {512, 16, aot::dense_router_decode_experts512_tokens16}, {512, 32, aot::dense_router_decode_experts512_tokens32},
+    {512, 64, aot::dense_router_decode_experts512_tokens64},
+};
+
+// The smallest that takes experts and tokens.
+const Specialisation& specialisation_for(int64_t experts, int64_t tokens) {
+  return *std::find_if(std::begin(kSpecialisations), std::end(kSpecialisations),
+                       [&](const Specialisation& s) { return experts <= s.experts && tokens <= s.tokens; });
 }
 
-// Into how many parts hidden_size is split, so that few experts and tokens still keep the whole chip reading: at most
-// one block for each multiprocessor. Depends on shapes and the device alone, for the sums' order must not change
-// between calls.
-uint32_t hidden_splits(const Device& device, int64_t hidden_size, int64_t other_blocks) {
+// Into how many parts hidden_size is split: as many as leave no more than one block to a multiprocessor. Depends on
+// shapes and the device alone, for the sums' order must not change between calls.
+uint32_t hidden_splits(const Device& device, int64_t hidden_size, int64_t expert_tiles) {
   const int64_t most = std::min(kMaxHiddenSplits, hidden_size / kHiddenMultiple);
-  return static_cast<uint32_t>(std::clamp<int64_t>(device.multiprocessors / other_blocks, 1, most));
+  return static_cast<uint32_t>(std::clamp<int64_t>(device.multiprocessors / expert_tiles, 1, most));
 }
 
 }  // namespace
@@ -41,7 +54,7 @@ uint32_t hidden_splits(const Device& device, int64_t hidden_size, int64_t other_
 
 extern "C" size_t dsv4_dense_router_decode_workspace_size(int64_t tokens, int64_t experts) {
   if (tokens <= 0 || experts <= 0 || tokens > dsv4::kMaxTokens || experts > dsv4::kMaxExperts) return 0;
-  return dsv4::kArrivalBytes + sizeof(float) * static_cast<size_t>(tokens * experts * dsv4::kMaxHiddenSplits);
+  return dsv4::kPresenceBytes + sizeof(float) * static_cast<size_t>(tokens * experts * dsv4::kMaxHiddenSplits);
 }
 
 extern "C" dsv4_status dsv4_dense_router_decode(const dsv4_dense_router_decode_args* given, dsv4_stream stream) {
@@ -65,7 +78,7 @@ extern "C" dsv4_status dsv4_dense_router_decode(const dsv4_dense_router_decode_a
   const int64_t workspace_bytes = static_cast<int64_t>(dsv4_dense_router_decode_workspace_size(tokens, experts));
   check.tensor("workspace", args.workspace, one_of(DSV4_UINT8), {kAny});
   check.range("workspace bytes", extent(args.workspace, 0), workspace_bytes, INT64_MAX);
-  check.aligned_rows("workspace", args.workspace, static_cast<int64_t>(kArrivalBytes));
+  check.aligned_rows("workspace", args.workspace, kWorkspaceAlignment);
   check.tensor("out_weights", args.out_weights, one_of(DSV4_FLOAT32), {tokens, args.top_k});
   check.tensor("out_ids", args.out_ids, one_of(DSV4_INT32), {tokens, args.top_k});
   LaunchTarget target;
@@ -73,12 +86,13 @@ extern "C" dsv4_status dsv4_dense_router_decode(const dsv4_dense_router_decode_a
 
   if (tokens == 0) return DSV4_OK;
   auto* const workspace = static_cast<unsigned char*>(args.workspace.data);
-  const uint32_t expert_blocks = blocks_for(experts, kExpertsPerBlock);
-  const uint32_t groups = blocks_for(tokens, kTokensPerGroup);
-  const dim3 grid(expert_blocks, hidden_splits(*target.device, hidden_size, int64_t{expert_blocks} * groups), groups);
-  return kernel_for(experts)(target, grid, args.hidden.data, args.weight.data, args.bias.data,
-                             workspace + kArrivalBytes, workspace, args.out_weights.data, args.out_ids.data,
-                             args.hidden.stride[0], args.weight.stride[0], static_cast<int32_t>(tokens),
-                             static_cast<int32_t>(hidden_size), static_cast<int32_t>(experts), args.top_k,
-                             args.renormalize, args.scale, args.epsilon);
+  const Specialisation& chosen = specialisation_for(experts, tokens);
+  const uint32_t expert_tiles = blocks_for(experts, chosen.experts / kExpertTiles);
+  const uint32_t splits = hidden_splits(*target.device, hidden_size, expert_tiles);
+  const int32_t units = static_cast<int32_t>(hidden_size / kHiddenMultiple);
+  return chosen.kernel(target, {expert_tiles, splits}, args.hidden.data, args.weight.data, args.bias.data,
+                       workspace + kPresenceBytes, workspace, args.out_weights.data, args.out_ids.data,
+                       args.hidden.stride[0], args.weight.stride[0], static_cast<int32_t>(tokens), units / splits,
+                       units % splits, static_cast<int32_t>(experts), args.top_k, args.renormalize, args.scale,
+                       args.epsilon);
 }

@@ -18,6 +18,7 @@ from .wave import Wave
 WAVE_LANES = 1 << 15  # lanes executed together: large enough to hide Python, small enough for the cache
 WAVE_BYTES = 1 << 28  # shared and tensor memory of a wave, with the records of who touched it
 TENSOR_MEMORY_BYTES = 1 << 20  # of a block, with its records
+RESIDENT_WAVES = 1 << 30  # that are in progress at once; others start when one of these has ended
 
 Triple = tuple[int, int, int]
 
@@ -143,9 +144,13 @@ class Launch:
         size = max(size // self.cluster_size, 1) * self.cluster_size
         self.pending = [blocks[i : i + size] for i in range(0, len(blocks), size)]
 
+    def _room(self) -> bool:
+        """Whether blocks are left to start, and may start now."""
+        return bool(self.pending) and len(self.waves) < RESIDENT_WAVES
+
     def others_wait(self, wave: Wave) -> bool:
         """Whether a wave that makes no progress should let other blocks run."""
-        return bool(self.pending) or any(other is not wave for other in self.waves)
+        return self._room() or any(other is not wave for other in self.waves)
 
     def _final_checks(self, wave: Wave) -> None:
         for check in FINAL_CHECKS:
@@ -174,7 +179,7 @@ class Launch:
         quiet, seen = 0, -1
         with np.errstate(all="ignore"):
             while self.pending or self.waves:
-                if not self.waves or (quiet and self.pending):
+                if not self.waves or (quiet and self._room()):
                     self.waves.append(Wave(self, self.pending.pop(0)))
                     turn = len(self.waves) - 1
                 wave = self.waves[turn % len(self.waves)]
@@ -187,7 +192,7 @@ class Launch:
                 quiet = quiet + 1 if self.progress == seen else 1
                 seen = self.progress
                 turn += 1
-                if quiet > 8 * len(self.waves) and not self.pending:
+                if quiet > 8 * len(self.waves) and not self._room():
                     wave._no_progress()
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from . import launch
+from . import EmulatorFault, launch
 from .harness import kernel, run
 
 START = "ld.param.u64 %d0, [x]; mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x; mad.lo.u32 %r3, %r1, %r2, %r0; mul.wide.u32 %d1, %r3, 4; add.u64 %d1, %d0, %d1;"
@@ -57,16 +57,30 @@ def test_a_block_waits_for_another(seed: int, monkeypatch: pytest.MonkeyPatch) -
     assert x.tolist() == [1 + 10 * i for i in range(9)]
 
 
-def test_grid_barrier_over_several_waves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "WAVE_LANES", 64)
-    text = kernel(START + """
+GRID_BARRIER = kernel(START + """
         .shared .align 4 .b8 s[16]; bar.sync 0; setp.ne.u32 %p0, %r0, 0; @%p0 bra AFTER;
         atom.add.release.gpu.global.u32 %r5, [%d0], 1; mov.u32 %r6, %nctaid.x;
         WAIT: ld.acquire.gpu.global.u32 %r7, [%d0]; setp.lt.u32 %p1, %r7, %r6; @%p1 bra WAIT;
         AFTER: bar.sync 0; ld.global.u32 %r8, [%d0]; st.global.u32 [%d1+4], %r8;""", [".u64 x"])  # fmt: skip
+
+
+def test_grid_barrier_over_several_waves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "WAVE_LANES", 64)
     x = np.zeros(32 * 10 + 1, np.uint32)
-    run(text, x, grid=10)
+    run(GRID_BARRIER, x, grid=10)
     assert (x == 10).all()
+
+
+def test_waiting_for_blocks_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for 6 of 10 blocks a grid barrier waits for ever; blocks that wait for nobody all get their turn."""
+    monkeypatch.setattr(launch, "WAVE_LANES", 64)
+    monkeypatch.setattr(launch, "RESIDENT_WAVES", 3)
+    x = np.zeros(32 * 10 + 1, np.uint32)
+    with pytest.raises(EmulatorFault, match="deadlock"):
+        run(GRID_BARRIER, x, grid=10)
+    x = np.zeros(32 * 10, np.uint32)
+    run(kernel(START + "st.global.u32 [%d1], 7;", [".u64 x"]), x, grid=10)
+    assert (x == 7).all()
 
 
 def test_last_block_sums_what_all_have_stored() -> None:

@@ -9,6 +9,8 @@ from dsv4_kernels.cases import is_poison, poison
 from dsv4_kernels.router import dense_router_decode, dense_router_decode_workspace_size
 from dsv4_kernels.router.cases import gate_inputs
 
+from tests.emulated import ARCHITECTURES, emulated, ptx_folder
+from tests.emulator import launch
 from tests.router import oracle
 
 
@@ -132,17 +134,61 @@ def test_no_tokens(device: str) -> None:
 
 @pytest.mark.gpu
 def test_workspace_is_left_ready() -> None:
-    """The arrivals counter at its start is zero again after a call, and nothing beyond the stated size is written."""
+    """It is all zero again after a call, and nothing beyond the stated size is written."""
     generator = torch.Generator().manual_seed(5)
     hidden, weight, bias = (t.cuda() for t in gate_inputs(generator, 16, 256, 64) if t is not None)
     size = dense_router_decode_workspace_size(16, 64)
     workspace = torch.full((size + 4096,), 0xA5, dtype=torch.uint8, device="cuda")
-    workspace[:64] = 0
+    workspace[:size] = 0
     first = dense_router_decode(hidden, weight, bias, 6, workspace=workspace[:size])
-    assert not workspace[:64].any()
+    assert not workspace[:size].any()
     assert (workspace[size:] == 0xA5).all()
     second = dense_router_decode(hidden, weight, bias, 6, workspace=workspace[:size])
     assert torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("blocks_a_wave", "waves"), [(1, 1), (3, 1), (2, 2)])
+def test_few_blocks_at_once(architecture: str, blocks_a_wave: int, waves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for few of its blocks the launch ends all the same, with the same bits, and leaves the workspace ready.
+
+    More tokens than blocks, so that some select for two; and fewer, so that the last to start may have none.
+    """
+    ptx_folder()
+    monkeypatch.setattr(launch, "WAVE_LANES", 256 * blocks_a_wave)
+    for tokens, hidden_size, seed in ((11, 320, 0), (2, 192, 1), (11, 192, 2)):
+        generator = torch.Generator().manual_seed(tokens)
+        hidden, weight, bias = gate_inputs(generator, tokens, hidden_size, 40)
+        workspace = torch.zeros(dense_router_decode_workspace_size(tokens, 40), dtype=torch.uint8)
+        results = []
+        for limit in (waves, launch.RESIDENT_WAVES):
+            with monkeypatch.context() as patch, emulated(architecture, seed):
+                patch.setattr(launch, "RESIDENT_WAVES", limit)
+                results.append(dense_router_decode(hidden, weight, bias, 6, workspace=workspace))
+            assert not workspace.any()
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.gpu
+def test_beside_work_that_fills_the_device() -> None:
+    """Blocks that cannot start at once because another stream's work is there."""
+    generator = torch.Generator().manual_seed(6)
+    hidden, weight, bias = (t.cuda() for t in gate_inputs(generator, 64, 4096, 256) if t is not None)
+    expected = dense_router_decode(hidden, weight, bias, 6)
+    matrix = torch.randn(8192, 8192, device="cuda").to(torch.bfloat16)
+    product = torch.empty_like(matrix)
+    torch.cuda.synchronize()
+    ours, theirs = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(theirs):
+        for _ in range(20):
+            torch.mm(matrix, matrix, out=product)
+    with torch.cuda.stream(ours):
+        results = [dense_router_decode(hidden, weight, bias, 6) for _ in range(200)]
+    torch.cuda.synchronize()
+    for weights, ids in results:
+        assert torch.equal(weights, expected[0])
+        assert torch.equal(ids, expected[1])
 
 
 @pytest.mark.parametrize(
