@@ -54,23 +54,26 @@ __device__ inline void store_nvfp4_block(const Target& target, const Nvfp4Rule& 
   target.scale[target.scale_offset(row, column / kNvfp4Block)] = static_cast<uint8_t>(scale);
 }
 
-// Quantises this thread's share of all blocks. scale_for(row, &global) gives the row's global scale; false if it has
-// none: its codes and scales are 0 then.
-template <int Unit, bool kSwiglu, typename T, typename ScaleFor>
+// Quantises this thread's share of all blocks. fetch(row, &value) loads what the row's global scale is made of, and is
+// false if it has none: its codes and scales are 0 then. scale_of(value) makes it, once the values are on their way
+// too.
+template <int Unit, bool kSwiglu, typename T, typename Fetch, typename ScaleOf>
 __device__ inline void quantize_nvfp4_blocks(const Source& source, const Target& target, const Nvfp4Rule& rule,
-                                             ScaleFor&& scale_for) {
+                                             Fetch&& fetch, ScaleOf&& scale_of) {
   for_each_item(target, [&](uint32_t row, uint32_t column, Item item) {
     if (item == Item::kNothing) return;
     if (item == Item::kChunk) {
-      float values[kChunk];
-      load_chunk<Unit, kSwiglu, T>(source, row, column, values);  // first: the scale's load does not wait for it
-      GlobalScale global;
-      if (scale_for(row, &global)) {
+      float fetched = 0.0f;
+      if (fetch(row, &fetched)) {
+        const RawChunk<T, Unit, kSwiglu> raw = load_raw<T, Unit, kSwiglu>(source, row, column);
+        const GlobalScale global = scale_of(fetched);
+        float values[kChunk];
+        values_of(source, raw, values);
         store_nvfp4_block(target, rule, global, row, column, values, largest_magnitude(values));
         return;
       }
+      *target.data_at<uint2>(row, column, 2) = {0, 0};
     }
-    if (item == Item::kChunk) *target.data_at<uint2>(row, column, 2) = {0, 0};
     target.scale[target.scale_offset(row, column / kNvfp4Block)] = 0;
   });
 }

@@ -8,10 +8,10 @@ struct GlobalScales {
   uint32_t count;
   bool reciprocal;
 
-  __device__ bool operator()(uint32_t row, GlobalScale* global) const {
+  __device__ bool fetch(uint32_t row, float* value) const {
     const uint32_t index = expert_ids ? static_cast<uint32_t>(expert_ids[row]) : count == 1 ? 0 : row;
     if (index >= count) return false;
-    *global = global_scale_of(values[index], reciprocal);
+    *value = values[index];
     return true;
   }
 };
@@ -19,7 +19,9 @@ struct GlobalScales {
 template <typename T, int Unit, bool kSwiglu>
 __global__ void __launch_bounds__(kQuantizeThreads)
     quantize_nvfp4_kernel(Source source, Target target, Nvfp4Rule rule, GlobalScales scales) {
-  quantize_nvfp4_blocks<Unit, kSwiglu, T>(source, target, rule, scales);
+  quantize_nvfp4_blocks<Unit, kSwiglu, T>(source, target, rule, [&](uint32_t row, float* value) {
+    return scales.fetch(row, value);
+  }, [&](float value) { return global_scale_of(value, scales.reciprocal); });
 }
 
 }  // namespace dsv4

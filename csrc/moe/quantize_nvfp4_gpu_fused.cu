@@ -61,18 +61,16 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   if (blockIdx.x == 0)
     for (uint32_t i = threadIdx.x; i < amaxes.count; i += kQuantizeThreads) global_scale[i] = scale_at(i);
   if (amaxes.expert_ids) {
-    quantize_nvfp4_blocks<Unit, kSwiglu, T>(source, target, rule, [&](uint32_t row, GlobalScale* global) {
+    quantize_nvfp4_blocks<Unit, kSwiglu, T>(source, target, rule, [&](uint32_t row, float* amax) {
       const uint32_t index = amaxes.index(row);
       if (index >= amaxes.count) return false;
-      *global = global_scale_of(scale_at(index), amax_rule.reciprocal);
+      *amax = __uint_as_float(amaxes.bits[index]);
       return true;
-    });
+    }, [&](float amax) { return global_scale_of(amax_rule(amax), amax_rule.reciprocal); });
   } else {
     const GlobalScale of_all = global_scale_of(scale_at(0), amax_rule.reciprocal);
-    quantize_nvfp4_blocks<Unit, kSwiglu, T>(source, target, rule, [&](uint32_t, GlobalScale* global) {
-      *global = of_all;
-      return true;
-    });
+    quantize_nvfp4_blocks<Unit, kSwiglu, T>(source, target, rule, [](uint32_t, float*) { return true; },
+                                            [&](float) { return of_all; });
   }
 
   // The last block to have read the magnitudes clears them, and the count.
