@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 checks=(versions ruff format mypy clang_format cmake_format spelling workflows)
 
 files() { git ls-files --cached --others --exclude-standard -- "$@"; }
-cpp_files() { files 'csrc/**.cpp' 'csrc/**.h' 'csrc/**.hpp' 'csrc/**.cu' 'csrc/**.cuh' 'tests/cpp/**.cpp' 'tests/cpp/**.c'; }
+cpp_files() { files 'csrc/**.cpp' 'csrc/**.h' 'csrc/**.hpp' 'csrc/**.cu' 'csrc/**.cuh' 'tests/cpp/**.cpp' 'tests/cpp/**.h' 'tests/package/**.c'; }
 cmake_files() { files '**CMakeLists.txt' '**.cmake'; }
 
 versions() { python ci/pins.py check lint; }

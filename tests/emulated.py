@@ -55,6 +55,25 @@ def cluster_of(module: Module, symbol: str, launched: tuple[int, ...]) -> tuple[
     return x, y, z
 
 
+def launch_in_emulator(r: LaunchRecord, architecture: str, memory: Memory, seed: int = 0) -> str:
+    """Runs an observed launch on memory that is registered; returns the kernel's symbol."""
+    symbol: str = r.symbol.decode()
+    module = module_of(symbol, architecture)
+    emulate(
+        module,
+        symbol,
+        grid=tuple(r.grid),
+        block=tuple(r.block),
+        cluster=cluster_of(module, symbol, tuple(r.cluster)),
+        dynamic_shared=r.dynamic_shared,
+        parameters=[ctypes.string_at(r.parameters[i], r.parameter_sizes[i]) for i in range(r.parameter_count)],
+        memory=memory,
+        seed=seed,
+        arch=architecture,
+    )
+    return symbol
+
+
 class Call:
     """The memory that one call of an op may touch: inputs to read, outputs to write before they are read, workspace."""
 
@@ -86,24 +105,8 @@ def emulated(architecture: str, seed: int = 0) -> Iterator[list[str]]:
 
     @OBSERVER
     def observer(record: ctypes._Pointer[LaunchRecord], _: object) -> int:
-        r = record.contents
-        symbol = r.symbol.decode()
-        symbols.append(symbol)
-        values = [ctypes.string_at(r.parameters[i], r.parameter_sizes[i]) for i in range(r.parameter_count)]
         try:
-            module = module_of(symbol, architecture)
-            emulate(
-                module,
-                symbol,
-                grid=tuple(r.grid),
-                block=tuple(r.block),
-                cluster=cluster_of(module, symbol, tuple(r.cluster)),
-                dynamic_shared=r.dynamic_shared,
-                parameters=values,
-                memory=current[-1],
-                seed=seed,
-                arch=architecture,
-            )
+            symbols.append(launch_in_emulator(record.contents, architecture, current[-1], seed))
         except BaseException as fault:  # no exception can pass through C
             faults.append(fault)
         return 0

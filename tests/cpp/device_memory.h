@@ -1,5 +1,5 @@
-// Device memory for the example through the CUDA driver alone, found at run time: the program builds without a CUDA
-// toolkit and starts without a driver. An engine has its own memory and streams, and needs none of this.
+// Device memory, streams and graphs for the example through the CUDA driver alone, found at run time: the program
+// builds without a CUDA toolkit and starts without a driver. An engine has its own, and needs none of this.
 #pragma once
 
 #include <dlfcn.h>
@@ -69,6 +69,13 @@ class DeviceArray {
 
   T* data() const { return reinterpret_cast<T*>(address_); }
 
+  // Other values in the same place, where a captured graph reads them.
+  void write(const std::vector<T>& values) const {
+    check(driver<int(DevicePointer, const void*, size_t)>("cuMemcpyHtoD_v2")(address_, values.data(), bytes()),
+          "cuMemcpyHtoD");
+    check(driver<int()>("cuCtxSynchronize")(), "cuCtxSynchronize");
+  }
+
   std::vector<T> read() const {
     std::vector<T> values(count_);
     check(driver<int(void*, DevicePointer, size_t)>("cuMemcpyDtoH_v2")(values.data(), address_, bytes()),
@@ -81,6 +88,35 @@ class DeviceArray {
 
   size_t count_;
   DevicePointer address_ = 0;
+};
+
+// What a function enqueues on a stream, captured once, to be launched again and again.
+class Graph {
+ public:
+  template <typename Function>
+  Graph(dsv4_stream stream, Function&& function) : stream_(stream) {
+    constexpr int kGlobal = 0;  // the strictest mode: forbids what is not safe in a capture, in every thread
+    check(driver<int(dsv4_stream, int)>("cuStreamBeginCapture_v2")(stream, kGlobal), "cuStreamBeginCapture");
+    function();
+    check(driver<int(dsv4_stream, void**)>("cuStreamEndCapture")(stream, &graph_), "cuStreamEndCapture");
+    check(driver<int(void**, void*, unsigned long long)>("cuGraphInstantiateWithFlags")(&executable_, graph_, 0),
+          "cuGraphInstantiate");
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  ~Graph() {
+    driver<int(void*)>("cuGraphExecDestroy")(executable_);
+    driver<int(void*)>("cuGraphDestroy")(graph_);
+  }
+
+  void launch() const {
+    check(driver<int(void*, dsv4_stream)>("cuGraphLaunch")(executable_, stream_), "cuGraphLaunch");
+  }
+
+ private:
+  dsv4_stream stream_;
+  void* graph_ = nullptr;
+  void* executable_ = nullptr;
 };
 
 }  // namespace engine
