@@ -4,7 +4,8 @@
 
 Writes images.cpp (compiled into the library), images.json (installed beside it; what `info` prints), and ptx/: what
 each image was assembled from, which the tests' emulator runs and no wheel holds. Runs in the build after the CUDA
-sources are compiled and before the library is linked. A kernel that spills fails the build here.
+sources are compiled and before the library is linked. A kernel that spills, or that does not wait for the one before
+it, fails the build here.
 """
 
 from __future__ import annotations
@@ -57,6 +58,30 @@ def collect_ptx(aot: Path, nvcc_dir: Path, out: Path, sidecars: list[Sidecar]) -
     for target, source in sources.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         write_if_changed(target, source.read_text())
+        check_waits(target)
+
+
+ENTRY = re.compile(r"\.entry\s+(\w+)")
+WAIT = "griddepcontrol.wait"
+# What may not come before the wait: jumps, calls, and whatever touches memory other than the kernel's own parameters.
+TOO_EARLY = re.compile(r"^\s*(?:@\S+\s+)?(?:bra|call|st|atom|red|cp|prefetch|ld(?!\.param))\b.*", re.MULTILINE)
+
+
+def check_waits(path: Path) -> None:
+    """SystemExit if a kernel in this PTX does not begin by waiting for the kernel before it in the stream.
+
+    They are launched so that they may start before it is complete (csrc/core/launch.h).
+    """
+    pieces = ENTRY.split(path.read_text())
+    for symbol, body in zip(pieces[1::2], pieces[2::2], strict=True):
+        before, found, _ = body.partition(WAIT)
+        early = TOO_EARLY.search(before)
+        if not found or early:
+            what = f"comes after `{early[0].strip()}`" if found and early else "is missing"
+            raise SystemExit(
+                f"aot: kernel {symbol} ({path}) may start before the kernel ahead of it in the stream is complete: "
+                f"{WAIT} {what}; call await_previous_grid() first in it"
+            )
 
 
 def cpp_table(sidecars: list[Sidecar]) -> str:

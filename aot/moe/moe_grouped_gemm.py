@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from aot.declare import TritonKernel
+from aot.grid_dependency import await_previous_grid
 
 
 @triton.jit
@@ -63,6 +64,7 @@ def moe_grouped_gemm_kernel(
     WEIGHTS_FIRST: tl.constexpr,
 ):
     """A block a tile and COLUMNS columns; the columns of a tile run side by side, so that they share its rows."""
+    await_previous_grid()
     tile = tl.program_id(0) // column_blocks
     expert = tl.load(tile_to_expert + tile)
     if (expert < 0) | (expert >= experts):

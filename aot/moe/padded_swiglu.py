@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from aot.declare import TritonKernel
+from aot.grid_dependency import await_previous_grid
 from aot.moe.device.padded_rows import columns_of_block, elements, rows_of, swiglu, tokens_of
 
 
@@ -23,6 +24,7 @@ def padded_swiglu_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    await_previous_grid()
     column = columns_of_block(COLUMNS)
     token = tokens_of(permutation_map, rows_of(tl.program_id(1), ROWS), rows)
     last = tl.minimum(tl.load(n_used), rows)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from aot.declare import TritonKernel
+from aot.grid_dependency import await_previous_grid
 from aot.moe.device.padded_rows import (
     columns_of_block,
     elements,
@@ -35,6 +36,7 @@ def swiglu_and_quantize_mxfp8_kernel(
     COLUMNS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
+    await_previous_grid()
     column = columns_of_block(COLUMNS)
     token = tokens_of(permutation_map, rows_of(tl.program_id(1), ROWS), rows)
     last = tl.maximum(tl.minimum(tl.load(n_used), rows), 0)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from aot.declare import TritonKernel
+from aot.grid_dependency import await_previous_grid
 
 
 @triton.jit
@@ -77,6 +78,7 @@ def paged_stash_copy_kernel(
     So any grid gives the same result, and a captured grid follows num_tokens, which only the device knows. The last
     program to arrive writes heads and flags: by then all have read them, and they may be updated in place.
     """
+    await_previous_grid()
     tokens = tokens_of(num_tokens, rows)
     needed = tl.cdiv(tokens, page_size)
     idle = (tl.load(overflow) != 0) | (needed == 0)

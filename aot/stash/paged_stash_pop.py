@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from aot.declare import TritonKernel
+from aot.grid_dependency import await_previous_grid
 from aot.stash.paged_stash_copy import arrives_last, move_bytes, tokens_of
 
 
@@ -44,6 +45,7 @@ def paged_stash_pop_kernel(
     BLOCK: tl.constexpr,
 ):
     """Programs share the pages as those of paged_stash_copy_kernel do; the last to arrive writes the tails."""
+    await_previous_grid()
     tokens = tokens_of(num_tokens, rows)
     needed = tl.cdiv(tokens, page_size)
     overflowed = tl.load(overflow) != 0

@@ -68,6 +68,7 @@ __device__ inline int64_t request_of(const NewTokens& given, int64_t token, int6
 // token of each request writes the request's counters: nothing that another block writes is read. The token's columns
 // are loaded before it is known whether they are wanted, beside the loads that say so.
 __global__ void __launch_bounds__(kThreads) append_kernel(NewTokens given, Tail tail, LongDivisor m, int round) {
+  await_previous_grid();
   const int64_t token = blockIdx.x;
   const int at = (blockIdx.y * kThreads + threadIdx.x) * kFour;
   const bool has_columns = at < tail.streams * tail.width;

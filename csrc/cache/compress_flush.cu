@@ -18,6 +18,7 @@ constexpr int kMaxThreads = kMaxHeadDim / kChannels;
 // in turn where there are thousands.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads, 4) compress_flush_kernel(const __grid_constant__ CompressFlush call) {
+  await_previous_grid();
   __shared__ float scratch[kMaxThreads / kWarpLanes];
   const int channel = kChannels * threadIdx.x;
   const int first = blockIdx.x * call.tokens_a_task;
@@ -81,6 +82,7 @@ __device__ float result_of_slices(const Slices& slices, int channel) {
 template <typename T, int Blocks>
 __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, 2)
     compress_flush_long_kernel(const __grid_constant__ CompressFlush call) {
+  await_previous_grid();
   __shared__ Slices slices;
   __shared__ alignas(
       16) float entry[2][Blocks * kSlice];  // of the first block; the next entry comes while one is finished

@@ -14,6 +14,7 @@ __global__ void __launch_bounds__(kThreads)
                              const int32_t* __restrict__ request_slots, __nv_bfloat16* __restrict__ entry,
                              __nv_bfloat16* __restrict__ indexer_key, bool* __restrict__ valid_mask, int64_t slots,
                              int rows, int width, int head_dim, int m) {
+  await_previous_grid();
   const int64_t request = blockIdx.x;
   const int64_t slot = slot_of(request_slots, request, slots);
   const bool full = tail_is_full(tail_len, slot, m);

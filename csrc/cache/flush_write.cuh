@@ -109,6 +109,7 @@ template <bool WithIndexer>
 __global__ void __launch_bounds__(kEntryThreads)
     flush_write_kernel(const __nv_bfloat16* __restrict__ entry, const __nv_bfloat16* __restrict__ indexer_key,
                        const bool* __restrict__ valid_mask, PoolTarget target, SplitPages pages) {
+  await_previous_grid();
   const int64_t request = blockIdx.x;
   const bool valid = valid_mask[request];
   if (WithIndexer && blockIdx.y == 1) {

@@ -11,6 +11,7 @@ constexpr int kFoursAThread = 4;  // of values, and as many of scores
 __global__ void __launch_bounds__(kThreads)
     hca_reset_state_kernel(const bool* __restrict__ valid_mask, const int32_t* __restrict__ request_slots, float* ka,
                            float* za, int32_t* tail_len, int64_t slots, int64_t slot_columns, bool clear_rows) {
+  await_previous_grid();
   const int64_t request = blockIdx.x;
   const bool valid = valid_mask[request];
   const int64_t slot = slot_of(request_slots, request, slots);

@@ -10,6 +10,7 @@ constexpr int kUnpackThreads = 128;
 __global__ void __launch_bounds__(kUnpackThreads)
     unpack_entries_kernel(Pages pages, PageLayout layout, Indices slots, float* __restrict__ out, int64_t entries,
                           int head_dim) {
+  await_previous_grid();
   const int threads = head_dim / kChannels;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kUnpackThreads + threadIdx.x;
   const int64_t entry = thread / threads;

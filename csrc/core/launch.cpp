@@ -51,12 +51,15 @@ dsv4_status launch_kernel(Kernel& kernel, const LaunchTarget& target, const Geom
   config.blockDim = geometry.block;
   config.dynamicSmemBytes = geometry.dynamic_shared;
   config.stream = target.stream;
-  cudaLaunchAttribute cluster = {};
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = 1;
   if (geometry.cluster > 1) {
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {geometry.cluster, 1, 1};
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {geometry.cluster, 1, 1};
+    config.numAttrs = 2;
   }
   if (cudaError_t error = cudaLaunchKernelExC(&config, handle, parameters))
     return fail_cuda(error, target.op, "cudaLaunchKernelExC");

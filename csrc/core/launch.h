@@ -15,6 +15,18 @@ struct Geometry {
   uint32_t cluster = 1;         // neighbouring blocks of a cluster, in x; of kernels compiled without one
 };
 
+// The host's half of a launch: the stream may start the kernel's blocks while the kernel before it runs out, which
+// hides the half microsecond that a launch takes. The kernel's half is that it first of all waits for that one to be
+// complete; the build refuses a kernel that does not (aot/images.py). In CUDA C++:
+#ifdef __CUDACC__
+// First in every kernel, by every thread: lets the next kernel's blocks start, and waits until all that came before in
+// the stream is complete and its memory visible.
+__device__ __forceinline__ void await_previous_grid() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+#endif
+
 // Launches `kernel` with `count` parameters of the given sizes. Returns before the kernel has run.
 dsv4_status launch_kernel(Kernel& kernel, const LaunchTarget& target, const Geometry& geometry, void** parameters,
                           const uint32_t* sizes, uint32_t count);

@@ -9,6 +9,7 @@ __global__ void __launch_bounds__(kScaleThreads)
     unswizzle_scales_kernel(const uint8_t* __restrict__ swizzled, uint8_t* __restrict__ scales, int64_t rows,
                             int64_t columns, int64_t row_stride, int64_t matrix_stride, uint32_t tiles_down,
                             uint32_t column_blocks) {
+  await_previous_grid();
   const ScalePosition at = scale_position(column_blocks);
   if (at.first_column >= columns) return;
   const int64_t tiles_across = swizzle_tiles_across(columns);

@@ -43,6 +43,7 @@ template <typename T, bool kFp4>
 __global__ void __launch_bounds__(kQuantizeThreads)
     dequantize_blocks_kernel(const uint8_t* __restrict__ data, Scales scales, T* __restrict__ out, uint32_t items,
                              Divisor row_items) {
+  await_previous_grid();
   constexpr int kElements = kStoreBytes / sizeof(T);
   using Codes = Vector<uint8_t, kFp4 ? kElements / 2 : kElements>;
   const uint32_t step = gridDim.x * kQuantizeThreads;

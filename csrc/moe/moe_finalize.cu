@@ -42,6 +42,7 @@ __device__ Eight load_eight(const __nv_bfloat16* row, int64_t column, int64_t co
 // end.
 template <bool Aligned>
 __global__ void __launch_bounds__(kThreads) moe_finalize_kernel(Combination c) {
+  await_previous_grid();
   const int64_t token = blockIdx.x;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kVector;
   if (column >= c.columns) return;

@@ -60,6 +60,7 @@ __device__ int32_t sum_before(int32_t value, int32_t (&of_warp)[Warps], int32_t*
 // another, one launch does for any batch, and ranks follow the slots' order whatever order blocks run in.
 template <int Experts, int Warps, typename Id>
 __global__ void __launch_bounds__(Warps* kWarpLanes) moe_sort_kernel(const Id* __restrict__ ids, Route route) {
+  await_previous_grid();
   constexpr int kThreads = Warps * kWarpLanes;
   constexpr int kExpertsOfThread = (Experts + kThreads - 1) / kThreads;
   static_assert(kThreads * kItems < 65536, "ranks inside a block are 16 bits wide");

@@ -7,6 +7,7 @@ namespace dsv4 {
 template <typename T, int Unit>
 __global__ void __launch_bounds__(kQuantizeThreads)
     quantize_fp8_per_token_kernel(Source source, Target target, float scale_floor, bool divide, float* scales) {
+  await_previous_grid();
   const uint32_t row = blockIdx.x;
   float scale = 0.0f, factor = 0.0f;
   by_row_amax<T, Unit, false>(source, row, target.columns, [&](float amax) {

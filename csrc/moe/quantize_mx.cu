@@ -43,6 +43,7 @@ __device__ inline void store_mx_codes(const Target& target, const MxRule& rule, 
 
 template <typename T, int Unit, bool kSwiglu, bool kFp4>
 __global__ void __launch_bounds__(kQuantizeThreads) quantize_mx_kernel(Source source, Target target, MxRule rule) {
+  await_previous_grid();
   for_each_item(target, [&](uint32_t row, uint32_t column, Item item) {
     float values[kChunk] = {};
     if (item == Item::kChunk) load_chunk<Unit, kSwiglu, T>(source, row, column, values);

@@ -19,6 +19,7 @@ struct GlobalScales {
 template <typename T, int Unit, bool kSwiglu>
 __global__ void __launch_bounds__(kQuantizeThreads)
     quantize_nvfp4_kernel(Source source, Target target, Nvfp4Rule rule, GlobalScales scales) {
+  await_previous_grid();
   quantize_nvfp4_blocks<Unit, kSwiglu, T>(source, target, rule, [&](uint32_t row, float* value) {
     return scales.fetch(row, value);
   }, [&](float value) { return global_scale_of(value, scales.reciprocal); });

@@ -29,6 +29,7 @@ struct Amaxes {
 
 template <typename T, int Unit, bool kSwiglu>
 __global__ void __launch_bounds__(kQuantizeThreads) amax_kernel(Source source, Target target, Amaxes amaxes) {
+  await_previous_grid();
   float of_all = 0.0f;
   for_each_item(target, [&](uint32_t row, uint32_t column, Item item) {
     float values[kChunk] = {};
@@ -57,6 +58,7 @@ template <typename T, int Unit, bool kSwiglu>
 __global__ void __launch_bounds__(kQuantizeThreads)
     quantize_by_amax_kernel(Source source, Target target, Nvfp4Rule rule, AmaxRule amax_rule, Amaxes amaxes,
                             float* global_scale) {
+  await_previous_grid();
   const auto scale_at = [&](uint32_t index) { return amax_rule(__uint_as_float(amaxes.bits[index])); };
   if (blockIdx.x == 0)
     for (uint32_t i = threadIdx.x; i < amaxes.count; i += kQuantizeThreads) global_scale[i] = scale_at(i);
@@ -89,6 +91,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
 template <typename T, int Unit, bool kSwiglu>
 __global__ void __launch_bounds__(kQuantizeThreads)
     quantize_rows_kernel(Source source, Target target, Nvfp4Rule rule, AmaxRule amax_rule, float* global_scale) {
+  await_previous_grid();
   const uint32_t row = blockIdx.x, used = target.used_rows();
   if (row >= target.written_rows(used)) return;
   GlobalScale global = {};

@@ -88,6 +88,7 @@ __device__ inline void store_columns(uint8_t* row, int64_t column, int64_t colum
 template <int Width, typename Rows>
 __global__ void __launch_bounds__(kScaleThreads)
     swizzle_scales_kernel(Rows rows, uint8_t* __restrict__ swizzled, int64_t columns, uint32_t column_blocks) {
+  await_previous_grid();
   const ScalePosition at = scale_position(column_blocks);
   const int64_t tiles_across = swizzle_tiles_across(columns);
   const auto tile_rows = rows.of_tile(at.tile_row);

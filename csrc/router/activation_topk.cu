@@ -71,6 +71,7 @@ __device__ void activate(float (&values)[Slots], int lane, int experts, int scor
 template <typename Logit, int Slots>
 __global__ void __launch_bounds__(kTokensPerBlock* kWarpLanes)
     activation_topk_kernel(const Logit* __restrict__ logits, Gate gate) {
+  await_previous_grid();
   __shared__ Four<float> all_scores[kTokensPerBlock][kWarpLanes * Slots / kFour];
   __shared__ TopKScratch scratch[kTokensPerBlock];
   const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;

@@ -13,6 +13,7 @@ __global__ void hash_router_kernel(const TokenId* __restrict__ token_ids, const 
                                    const bool* __restrict__ padding_mask, float* __restrict__ weights,
                                    int32_t* __restrict__ ids, int64_t tokens, int64_t vocab, int top_k,
                                    int tokens_per_block) {
+  await_previous_grid();
   const int token_in_block = threadIdx.x / top_k;
   const int slot = threadIdx.x % top_k;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * tokens_per_block + token_in_block;

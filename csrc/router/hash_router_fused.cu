@@ -45,6 +45,7 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kTokenThreads /
                              float* __restrict__ weights, int32_t* __restrict__ ids, int64_t vocab, int64_t experts,
                              int64_t hidden_stride, uint32_t weight_stride, int chunks, int top_k, int group,
                              bool renormalize, float scale, float epsilon) {
+  await_previous_grid();
   __shared__ float warp_sums[kTokenWarps][DSV4_MAX_TOP_K];
   __shared__ ByteBarrier sums_complete;
   const int64_t token = blockIdx.x / Blocks;

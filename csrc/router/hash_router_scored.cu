@@ -17,6 +17,7 @@ __global__ void hash_router_scored_kernel(const TokenId* __restrict__ token_ids,
                                           float* __restrict__ weights, int32_t* __restrict__ ids, int64_t tokens,
                                           int64_t vocab, int64_t experts, int64_t logits_stride, int top_k, int group,
                                           bool renormalize, float scale, float epsilon) {
+  await_previous_grid();
   const int slot = threadIdx.x & (group - 1);
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t token = thread >> (__ffs(group) - 1);  // a 64-bit division would take a hundred instructions

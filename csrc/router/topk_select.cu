@@ -55,6 +55,7 @@ constexpr int kRowsPerBlock = 4;
 template <typename Score, int Slots>
 __global__ void __launch_bounds__(kRowsPerBlock* kWarpLanes)
     topk_select_short_kernel(const Score* __restrict__ scores, Selection selection) {
+  await_previous_grid();
   __shared__ TopKScratch scratch[kRowsPerBlock];
   const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + warp;
@@ -189,6 +190,7 @@ __device__ constexpr int column_offset(int slot) { return slot / kFour * (kThrea
 template <typename Score, int Slots>
 __global__ void __launch_bounds__(kThreads, 1)
     topk_select_long_kernel(const Score* __restrict__ scores, Selection selection, int column_bits) {
+  await_previous_grid();
   __shared__ alignas(16) LongShared shared;
   const unsigned blocks = __clusterSizeInBlocks(), block = __clusterRelativeBlockRank();
   const int64_t row = blockIdx.x / blocks;

@@ -87,6 +87,7 @@ struct CopyPlan {
 };
 
 __global__ void __launch_bounds__(kUnitThreads) paged_stash_copy_units(StashCopy stash) {
+  await_previous_grid();
   const CopyPlan plan(stash);
   const bool last = arrives_last(&stash.counters->arrivals);
   if (plan.moves()) {
@@ -106,6 +107,7 @@ __global__ void __launch_bounds__(kUnitThreads) paged_stash_copy_units(StashCopy
 }
 
 __global__ void __launch_bounds__(kRingThreads, kRingBlocks) paged_stash_copy_bulk(StashCopy stash) {
+  await_previous_grid();
   extern __shared__ __align__(128) char stages[];
   __shared__ uint64_t full[kStages];
   __shared__ Span in_flight[kStages];

@@ -72,6 +72,7 @@ __device__ inline void zero_rest(const StashPop& stash, const PopPlan& plan, int
 }
 
 __global__ void __launch_bounds__(kUnitThreads) paged_stash_pop_units(StashPop stash) {
+  await_previous_grid();
   const int64_t page_bytes = stash.page_size * stash.row_bytes;
   const int lane = threadIdx.x % kWarpLanes;
   UnitWalk at(page_bytes);
@@ -98,6 +99,7 @@ __global__ void __launch_bounds__(kUnitThreads) paged_stash_pop_units(StashPop s
 }
 
 __global__ void __launch_bounds__(kRingThreads, kRingBlocks) paged_stash_pop_bulk(StashPop stash) {
+  await_previous_grid();
   extern __shared__ __align__(128) char stages[];
   __shared__ uint64_t full[kStages];
   __shared__ Span in_flight[kStages];

@@ -248,3 +248,39 @@ def test_interrupted_run_is_finished_by_the_next(tmp_path: Path, root: Path, bui
     (sorted((out / ARCH).glob("*.cubin"))[0]).write_bytes(b"half")
     built[0].build(out)
     assert differing(contents(out / ARCH), contents(built[1] / ARCH)) == []
+
+
+# Launch order.
+
+WAITING = """
+.visible .entry one(.param .u64 one_param_0)
+{
+    ld.param.b64 %rd1, [one_param_0];
+    mov.u32 %r1, %tid.x;
+    griddepcontrol.launch_dependents;
+    griddepcontrol.wait;
+    ld.global.b32 %r2, [%rd1];
+}
+"""
+EARLY_LOAD = WAITING.replace("    mov.u32 %r1, %tid.x;", "    @%p1 ld.global.b32 %r3, [%rd1];")
+NO_WAIT = WAITING.replace("    griddepcontrol.wait;\n", "")
+
+
+@pytest.mark.parametrize(
+    ("ptx", "text"),
+    [
+        (WAITING, None),
+        (WAITING + NO_WAIT.replace("one", "two"), "aot: kernel two .*griddepcontrol.wait is missing"),
+        (EARLY_LOAD, "aot: kernel one .*griddepcontrol.wait comes after `@%p1 ld.global.b32 %r3, .%rd1.;`"),
+    ],
+    ids=["waits", "missing", "early load"],
+)
+def test_kernel_that_does_not_wait_for_the_one_before_it(
+    ptx: str, text: str | None, tmp_path: Path, root: Path, build_python: Path
+) -> None:
+    (tmp_path / "kernel.ptx").write_text(ptx)
+    program = "import sys; from pathlib import Path; from aot.images import check_waits; check_waits(Path(sys.argv[1]))"
+    command = [build_python, "-c", program, tmp_path / "kernel.ptx"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode == 0) == (text is None)
+    assert text is None or re.search(text, done.stderr)

@@ -1,0 +1,13 @@
+"""The kernel's half of a launch, for Triton kernels; csrc/core/launch.h says what it is for."""
+
+from __future__ import annotations
+
+import triton
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def await_previous_grid():
+    """First in every kernel: lets the next one's blocks start, and waits until the previous one's memory is written."""
+    gdc_launch_dependents()
+    gdc_wait()
