@@ -49,6 +49,8 @@ add_library(cuda_objects OBJECT ${cuda_sources})
 add_dependencies(cuda_objects aot)
 set_target_properties(cuda_objects PROPERTIES CUDA_ARCHITECTURES "${cuda_architectures}")
 target_compile_options(cuda_objects PRIVATE -Xfatbin=--compress-mode=size -Xcompiler=-Wall,-Wextra)
+# char is unsigned on aarch64: images shall be the same whatever machine they are compiled on.
+target_compile_options(cuda_objects PRIVATE -Xcudafe=--signed_chars -Xcompiler=-fsigned-char)
 set(images_dir ${PROJECT_BINARY_DIR}/images)
 # nvcc leaves the PTX that it assembled, for the tests' emulator; none of it is shipped.
 set(nvcc_dir ${PROJECT_BINARY_DIR}/nvcc)

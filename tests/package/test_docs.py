@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import dsv4_kernels
 import pytest
@@ -162,3 +163,19 @@ def test_page_layouts_are_those_of_the_library() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
     wanted = [(one.name, one.head_dim, one.entry_bytes, one.page_alignment) for one in PAGE_LAYOUTS.values()]
     assert [(name, *map(int, numbers)) for name, *numbers in rows] == wanted
+
+
+def test_table_of_ops_is_of_the_images(images: list[dict[str, Any]], root: Path) -> None:
+    header, *rows = re.findall(
+        r"^\| (`?\w+`?.*) \|$", (root / "README.md").read_text().split("## Install")[0], re.MULTILINE
+    )
+    _, _, *architectures, _ = header.split(" | ")
+    assert set(architectures) == {i["architecture"] for i in images}
+    names = {"cuda": "CUDA C++", "triton": "Triton", "cute": "CuTe DSL"}
+    expected = []
+    for name, op in OPS.items():
+        mine = [i for i in images if i["op"] == name]
+        languages = sorted({names[i["language"]] for i in mine})
+        native = ["native" if any(i["architecture"] == on for i in mine) else "none" for on in architectures]
+        expected.append(" | ".join([f"`{op.family}.{name}`", ", ".join(languages), *native, "yes"]))
+    assert sorted(rows) == sorted(expected)
