@@ -22,10 +22,17 @@ mypy() { command mypy; }
 clang_format() { cpp_files | xargs clang-format --dry-run -Werror; }
 cmake_format() { cmake_files | xargs gersemi --check --diff --warnings-as-errors; }
 spelling() { files ':!LICENSE' | xargs codespell; }
-# Syntax by GitHub's schema; what can go wrong with permissions, pins and injected text by zizmor.
+# Syntax by GitHub's schema; what can go wrong with permissions, pins and injected text by zizmor; and that cibuildwheel
+# would make a wheel for each of five Pythons on either machine, in the version that is checked here.
 workflows() {
   check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
   zizmor --offline --no-progress .github/workflows
+  local machine pin
+  for machine in x86_64 aarch64; do
+    (($(cibuildwheel --print-build-identifiers --platform linux --archs "$machine" | grep -c "^cp31[0-4]-manylinux_$machine$") == 5))
+  done
+  pin=$(python ci/pins.py extra lint | grep '^cibuildwheel==')
+  grep -q "pipx run $pin " .github/workflows/release.yml
 }
 
 fix() {
