@@ -30,8 +30,8 @@ inline void check(dsv4_status status) {
   if (status != DSV4_OK) throw Error(status);
 }
 
-// The dtype of a C++ type. Specialise it for types of your own: template <> constexpr dsv4_dtype dsv4::dtype<half> =
-// ...
+// The dtype of a C++ type. Specialise it for types of your own:
+//     template <> inline constexpr dsv4_dtype dsv4::dtype<half> = DSV4_FLOAT16;
 template <typename T>
 constexpr dsv4_dtype dtype = DSV4_UNSUPPORTED;
 template <>
