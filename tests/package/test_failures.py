@@ -139,6 +139,35 @@ def test_child_forked_after_cuda_was_used_is_refused() -> None:
     assert run_fork("dsv4_kernels.preload()") == "CudaError"
 
 
+CAPTURE = """
+import torch
+from dsv4_kernels.cases import all_cases, poison
+from dsv4_kernels.op_table import OPS
+
+cases = {case.op: case for case in reversed(all_cases()) if not case.large and case.launches}
+assert cases.keys() == OPS.keys()
+for case in cases.values():
+    op, given, arguments = OPS[case.op], case.arguments("cuda"), case.arguments("cuda")
+    out = tuple(map(poison, op.allocate(arguments, "cuda")))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        op(arguments, out)
+    graph.replay()
+    torch.cuda.synchronize()
+    verdict = case.yardstick.verdict(given, out + op.mutated_of(arguments))
+    assert verdict.passed, (case.id, verdict)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.torch
+@pytest.mark.skipif(not has_driver(), reason="this machine has no CUDA device")
+def test_first_call_of_every_op_may_be_captured() -> None:
+    """In a process that has not preloaded: loading leaves the capture intact."""
+    done = subprocess.run([sys.executable, "-c", CAPTURE], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_package_works_from_a_read_only_copy(package: Path, tmp_path: Path) -> None:
     """Nothing is written beside the package, in HOME or in the temporary folder."""
     copy = tmp_path / "site" / "dsv4_kernels"
