@@ -54,6 +54,8 @@ class TritonKernel:
     aligned: arguments that the caller promises to be multiples of 16 (pointers: 16-byte aligned). What makes wide loads
         possible; the C entry point must check it.
     warps_on: architectures on which num_warps would spill, with the number that does not.
+    stages_on: architectures whose shared memory holds fewer stages than num_stages, with the number that fits.
+    registers_on: architectures on which a thread may take so many registers at most, so that more blocks fit.
     """
 
     function: Any
@@ -64,6 +66,8 @@ class TritonKernel:
     num_warps: int = 4
     num_stages: int = 3
     warps_on: dict[str, int] = field(default_factory=dict)
+    stages_on: dict[str, int] = field(default_factory=dict)
+    registers_on: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unknown = set(self.aligned) - set(self.arguments)

@@ -47,7 +47,8 @@ def compile_kernel(kernel: TritonKernel, arch: str) -> CompiledKernel:
     source = ASTSource(kernel.function, signature, dict(kernel.constants), attributes)
     options = {
         "num_warps": kernel.warps_on.get(arch, kernel.num_warps),
-        "num_stages": kernel.num_stages,
+        "num_stages": kernel.stages_on.get(arch, kernel.num_stages),
+        "maxnreg": kernel.registers_on.get(arch),
         "enable_fp_fusion": True,  # explicit: the default differs between Triton versions
     }
     # The symbol: specialisations of one function must be told apart in profiles and tests.

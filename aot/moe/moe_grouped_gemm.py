@@ -5,11 +5,14 @@ The weights of an expert are [columns, inner], K-contiguous as in the checkpoint
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from aot.declare import TritonKernel
 from aot.grid_dependency import await_previous_grid
+from aot.moe.device.interleaved_weights import interleaved_kernel
 
 
 @triton.jit
@@ -203,6 +206,13 @@ def kernel(
 
 SM_120 = ("sm_120a", "sm_121a")
 
+# Of interleaved weights: rows of a tile, weight rows, warps, stages.
+INTERLEAVED: list[tuple[Any, ...]] = [
+    (16, 128, 8, 4, {"sm_90a": 80}),
+    (64, 128, 8, 3, {"sm_90a": 128}),
+    (128, 128, 8, 3, None, dict.fromkeys(SM_120, 2)),
+]
+
 # Columns, inner, warps, stages by rows of a tile: the fastest of a sweep on an H100 (NOTES.md).
 KERNELS = [
     kernel("bf16", "mxfp4", True, 16, 64, 128, 4, 4),
@@ -229,4 +239,10 @@ KERNELS = [
     kernel("e4m3", "mxfp4", True, 128, 64, 128, 8, 3),
     kernel("e4m3", "mxfp4", False, 16, 128, 128, 4, 3),
     kernel("e4m3", "mxfp4", False, 128, 64, 128, 8, 3),
+    *(
+        interleaved_kernel(weights, swiglu, *shape)
+        for weights in ("mxfp4", "nvfp4")
+        for swiglu in (True, False)
+        for shape in INTERLEAVED
+    ),
 ]

@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t kAlignment = 16;  // of the first element and of every row, as the kernels' vector loads need
 constexpr int64_t kStep = 64;       // what columns and inner must be multiples of
+constexpr int64_t kBlock = 128;     // the same of interleaved weights, whose inner positions lie together by as many
+constexpr int64_t kWords = kBlock / 8;
 
 using Launch = decltype(&aot::moe_gemm_bf16_mxfp4_plain_16);
 
@@ -46,6 +48,29 @@ constexpr Choice kChoices[kOperandsCount][2][3] = {
      {{aot::moe_gemm_e4m3_mxfp4_swiglu_16, 128}, {nullptr, 0}, {aot::moe_gemm_e4m3_mxfp4_swiglu_128, 64}}},
 };
 
+using InterleavedLaunch = decltype(&aot::moe_gemm_interleaved_mxfp4_plain_16);
+
+struct InterleavedChoice {
+  InterleavedLaunch launch;
+  int32_t weight_rows;  // of a block
+};
+
+// By weights (MXFP4, NVFP4), whether SwiGLU follows, and rows of a tile.
+constexpr InterleavedChoice kInterleavedChoices[2][2][3] = {
+    {{{aot::moe_gemm_interleaved_mxfp4_plain_16, 128},
+      {aot::moe_gemm_interleaved_mxfp4_plain_64, 128},
+      {aot::moe_gemm_interleaved_mxfp4_plain_128, 128}},
+     {{aot::moe_gemm_interleaved_mxfp4_swiglu_16, 128},
+      {aot::moe_gemm_interleaved_mxfp4_swiglu_64, 128},
+      {aot::moe_gemm_interleaved_mxfp4_swiglu_128, 128}}},
+    {{{aot::moe_gemm_interleaved_nvfp4_plain_16, 128},
+      {aot::moe_gemm_interleaved_nvfp4_plain_64, 128},
+      {aot::moe_gemm_interleaved_nvfp4_plain_128, 128}},
+     {{aot::moe_gemm_interleaved_nvfp4_swiglu_16, 128},
+      {aot::moe_gemm_interleaved_nvfp4_swiglu_64, 128},
+      {aot::moe_gemm_interleaved_nvfp4_swiglu_128, 128}}},
+};
+
 constexpr DtypeSet kFp4 = one_of(DSV4_UINT8, DSV4_FLOAT4_E2M1FN_X2);
 constexpr DtypeSet kE8m0 = one_of(DSV4_UINT8, DSV4_FLOAT8_E8M0FNU);
 
@@ -58,31 +83,41 @@ extern "C" dsv4_status dsv4_moe_grouped_gemm(const dsv4_moe_grouped_gemm_args* g
   using namespace dsv4;
   Check check("moe_grouped_gemm");
   const dsv4_moe_grouped_gemm_args args = check.read(given);
-  const bool nvfp4_weights = args.weight_scale.dtype == DSV4_FLOAT8_E4M3FN;
+  const bool interleaved = args.weight.rank == 4;
+  const bool nvfp4_weights =
+      interleaved ? extent(args.weight_scale, 3) == 4 : args.weight_scale.dtype == DSV4_FLOAT8_E4M3FN;
   const int64_t group = nvfp4_weights ? 16 : 32;
   const bool bfloat16 = args.x.dtype == DSV4_BFLOAT16;
   const bool fp8 = args.x.dtype == DSV4_FLOAT8_E4M3FN;
   const Operands operands = bfloat16 ? (nvfp4_weights ? kBfloat16Nvfp4 : kBfloat16Mxfp4) : fp8 ? kMxfp8Mxfp4 : kNvfp4;
   const int64_t x_rows = extent(args.x, 0);
-  const int64_t inner = extent(args.weight, 2) * 2;
   const int64_t experts = extent(args.weight, 0);
-  const int64_t weight_rows = extent(args.weight, 1);
+  const int64_t inner = interleaved ? extent(args.weight, 1) * kBlock : extent(args.weight, 2) * 2;
+  const int64_t weight_rows = extent(args.weight, interleaved ? 2 : 1);
+  const int64_t step = interleaved ? kBlock : kStep;
   const int64_t tiles = extent(args.tile_to_expert, 0);
   const int64_t rows = extent(args.row_to_slot, 0);
   const int64_t alphas = args.alpha.rank == 2 ? extent(args.alpha, 1) : 1;
 
-  check.tensor("x", args.x, one_of(DSV4_BFLOAT16, DSV4_FLOAT8_E4M3FN) | kFp4, {kAny, kAny}, Layout::kStridedRows);
-  check.tensor("weight", args.weight, kFp4, {kAny, kAny, kAny});
-  check.tensor("weight_scale", args.weight_scale, kE8m0 | one_of(DSV4_FLOAT8_E4M3FN),
-               {experts, weight_rows, inner / group});
+  if (interleaved) {
+    check.tensor("x", args.x, one_of(DSV4_BFLOAT16), {kAny, kAny}, Layout::kStridedRows);
+    check.tensor("weight", args.weight, one_of(DSV4_INT32), {kAny, kAny, kAny, kWords});
+    check.tensor("weight_scale", args.weight_scale, one_of(DSV4_INT32),
+                 {experts, inner / kBlock, weight_rows, nvfp4_weights ? 4 : 2});
+  } else {
+    check.tensor("x", args.x, one_of(DSV4_BFLOAT16, DSV4_FLOAT8_E4M3FN) | kFp4, {kAny, kAny}, Layout::kStridedRows);
+    check.tensor("weight", args.weight, kFp4, {kAny, kAny, kAny});
+    check.tensor("weight_scale", args.weight_scale, kE8m0 | one_of(DSV4_FLOAT8_E4M3FN),
+                 {experts, weight_rows, inner / group});
+  }
   check.range("x rows", x_rows, 0, INT32_MAX);
   check.range("weight experts", experts, 1, INT32_MAX);
-  check.range("weight inner size", inner, kStep, INT32_MAX / 2);
-  check.multiple("weight inner size", inner, kStep);
+  check.range("weight inner size", inner, step, INT32_MAX / 2);
+  check.multiple("weight inner size", inner, step);
   check.flag("swiglu", args.swiglu);
   const int64_t columns = args.swiglu ? weight_rows / 2 : weight_rows;
-  check.range("weight rows", weight_rows, kStep, INT32_MAX / 2);
-  check.multiple("weight rows", weight_rows, args.swiglu ? 2 * kStep : kStep);
+  check.range("weight rows", weight_rows, step, INT32_MAX / 2);
+  check.multiple("weight rows", weight_rows, args.swiglu ? 2 * kStep : step);
   check.range("x columns", extent(args.x, 1), operands == kNvfp4 ? inner / 2 : inner,
               operands == kNvfp4 ? inner / 2 : inner);
   if (operands == kNvfp4) {
@@ -123,12 +158,22 @@ extern "C" dsv4_status dsv4_moe_grouped_gemm(const dsv4_moe_grouped_gemm_args* g
 
   if (tiles == 0 || x_rows == 0) return DSV4_OK;
   const Choice& choice = kChoices[operands][args.swiglu][size];
-  const uint32_t column_blocks = blocks_for(columns, choice.columns);
+  const InterleavedChoice& by_words = kInterleavedChoices[nvfp4_weights][args.swiglu][size];
+  const uint32_t column_blocks =
+      interleaved ? blocks_for(weight_rows, by_words.weight_rows) : blocks_for(columns, choice.columns);
   const int64_t blocks = tiles * column_blocks;
   if (blocks > INT32_MAX)
     return fail(DSV4_ERROR_INVALID_ARGUMENT, "moe_grouped_gemm", "tile_to_expert",
                 "expected at most %d tiles times blocks of columns, got %lld", INT32_MAX,
                 static_cast<long long>(blocks));
+  if (interleaved)
+    return by_words.launch(target, dim3(static_cast<uint32_t>(blocks)), args.x.data, args.weight.data,
+                           args.weight_scale.data, args.tile_to_expert.data, args.row_to_slot.data, args.alpha.data,
+                           args.slot_weights.data, args.out.data, args.x.stride[0], args.out.stride[0],
+                           static_cast<int32_t>(weight_rows), static_cast<int32_t>(inner),
+                           static_cast<int32_t>(experts), static_cast<int32_t>(x_rows), args.top_k,
+                           present(args.alpha) ? static_cast<int32_t>(alphas) : 0, present(args.slot_weights),
+                           static_cast<int32_t>(column_blocks), args.limit > 0 ? args.limit : INFINITY);
   return choice.launch(target, dim3(static_cast<uint32_t>(blocks)), args.x.data, args.x_scale.data, args.weight.data,
                        args.weight_scale.data, args.tile_to_expert.data, args.row_to_slot.data, args.alpha.data,
                        args.slot_weights.data, args.out.data, args.x.stride[0], args.out.stride[0],

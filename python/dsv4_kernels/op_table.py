@@ -267,8 +267,8 @@ def _expert_rows(
     swiglu: bool = False,
     *_: object,
 ) -> tuple[OutputSpec, ...]:
-    columns = weight.shape[1] // 2 if swiglu else weight.shape[1]
-    return (((row_to_slot.shape[0], columns), torch.bfloat16),)
+    columns = weight.shape[-2]  # of the checkpoints' layout and of the interleaved one
+    return (((row_to_slot.shape[0], columns // 2 if swiglu else columns), torch.bfloat16),)
 
 
 _add(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests.launches import observed
 from tests.moe.test_moe_grouped_gemm import by_hand
 
-EXPERTS, HIDDEN, INNER, TOP_K = 5, 128, 64, 3
+EXPERTS, HIDDEN, INNER, TOP_K = 5, 128, 128, 3
 
 
 def random_layer(nvfp4: bool, seed: int = 0) -> tuple[torch.Tensor | None, ...]:
@@ -51,20 +51,22 @@ def expected(
 ) -> torch.Tensor:
     """Token after token, expert after expert, in float64; the inner values rounded to bfloat16 as between kernels."""
     l1, l1_scale, l1_factor, l2, l2_scale, l2_factor = layer
+    first = [by_hand(l1[e], l1_scale[e]) for e in range(EXPERTS)]
+    second = [by_hand(l2[e], l2_scale[e]) for e in range(EXPERTS)]
     result = torch.zeros(hidden.shape, dtype=torch.float64)
     for token, row in enumerate(ids.tolist()):
         for k, identity in enumerate(row):
             e = identity - first_expert
             if not 0 <= e < EXPERTS:
                 continue
-            both = by_hand(l1[e], l1_scale[e]) @ hidden[token].double()
+            both = first[e] @ hidden[token].double()
             gate, up = both[:INNER], both[INNER:]
             if l1_factor is not None:
                 gate, up = gate * l1_factor[e, 0].double(), up * l1_factor[e, 1].double()
             if limit:
                 gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
             inner = (gate / (1 + torch.exp(-gate)) * up).to(torch.bfloat16).double()
-            value = by_hand(l2[e], l2_scale[e]) @ inner
+            value = second[e] @ inner
             result[token] += weights[token, k].double() * value * (1 if l2_factor is None else l2_factor[e].double())
     return result
 
@@ -213,7 +215,7 @@ def test_checkpoint_names(tmp_path: Path, real_device: str) -> None:
     with pytest.raises(CheckpointError, match=r"layers\.8\.ffn\.experts\.0\.w1\.weight: no such tensor"):
         layer.prepare_weights_from_checkpoint(tensors, 8)
     tensors["layers.7.ffn.experts.2.w2.scale"] = torch.zeros(HIDDEN, 1, dtype=torch.uint8)
-    with pytest.raises(CheckpointError, match=r"experts\.2\.w2\.scale: expected uint8 or float8_e8m0fnu \[128, 2\]"):
+    with pytest.raises(CheckpointError, match=r"experts\.2\.w2\.scale: expected uint8 or float8_e8m0fnu \[128, 4\]"):
         layer.prepare_weights_from_checkpoint(tensors, 7)
 
 
@@ -250,6 +252,37 @@ def test_graph_follows_new_routes() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("activations", ["bfloat16", "nvfp4"])
+def test_graphs_of_every_budget(activations: str) -> None:
+    """Captured at 1, 2, 4 ... 8192 tokens without a call before, replayed with other routes, hostile ones too."""
+    layer = module(True, "cuda", activations=activations)
+    graphs, places = [], []
+    for power in range(14):
+        given = [value.cuda() for value in routed(2**power)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer.run(*given)
+        graphs.append(graph)
+        places.append((given, out))
+    for seed, change in enumerate(("other", "one expert", "fewer tokens", "none")):
+        for power, (graph, (given, out)) in enumerate(zip(graphs, places, strict=True)):
+            fresh = routed(2**power, seed + 10)
+            if change == "one expert":
+                fresh[2][:] = 3
+            elif change == "fewer tokens":
+                fresh[2][2**power // 2 :] = -1
+            elif change == "none":
+                fresh[2][:] = EXPERTS
+            for place, value in zip(given, fresh, strict=True):
+                place.copy_(value)
+            graph.replay()
+            want = layer.run(*given)
+            torch.cuda.synchronize()
+            assert torch.equal(out, want), (power, change)
+            assert (out == 0).all() == (change == "none" or (change == "fewer tokens" and power == 0))
+
+
+@pytest.mark.gpu
 def test_two_layers_on_two_streams() -> None:
     layers = [module(False, "cuda"), module(True, "cuda")]
     given = [[value.cuda() for value in routed(40, seed)] for seed in (1, 2)]
@@ -272,7 +305,7 @@ def test_refusals() -> None:
         layer.run(*routed(2))
     weights = list(random_layer(False))
     weights[3] = weights[3][:, :64]
-    with pytest.raises(InvalidArgumentError, match=r"l2_weight: expected .* \[5, 128, 32\], got uint8 \[5, 64, 32\]"):
+    with pytest.raises(InvalidArgumentError, match=r"l2_weight: expected .* \[5, 128, 64\], got uint8 \[5, 64, 64\]"):
         layer.prepare_weights_from_stacked(*weights)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="expected NVFP4 weights for activations 'nvfp4', got MXFP4"):
         module(False, activations="nvfp4")

@@ -13,6 +13,7 @@ from dsv4_kernels.moe.grouped_gemm import (
     run_fused_swiglu_grouped_gemm,
     run_nvfp4_grouped_gemm,
 )
+from dsv4_kernels.moe.interleaved_weights import InterleavedExperts, can_interleave, interleave_weights
 from dsv4_kernels.moe.mxfp8_tensor import MXFP8Tensor
 from dsv4_kernels.moe.nvfp4_moe import Nvfp4MoE
 from dsv4_kernels.moe.quantize import (
@@ -53,6 +54,7 @@ torch_ops.register()
 
 __all__ = [
     "ExpertParallelMoE",
+    "InterleavedExperts",
     "InterleavedWeights",
     "MXFP8Tensor",
     "Nvfp4MoE",
@@ -63,6 +65,7 @@ __all__ = [
     "assemble_scales_3d_side",
     "blackwell_swizzle_32_4_4",
     "blackwell_unswizzle_32_4_4",
+    "can_interleave",
     "deinterleave_amax_quantize_nvfp4_fused",
     "deinterleave_l1_weights",
     "deinterleave_quantize_nvfp4",
@@ -72,6 +75,7 @@ __all__ = [
     "dequantize_mxfp8",
     "dequantize_nvfp4",
     "interleave_l1_weights",
+    "interleave_weights",
     "make_b_k_major",
     "max_tiles",
     "moe_finalize",

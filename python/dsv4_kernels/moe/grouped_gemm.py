@@ -33,9 +33,10 @@ def moe_grouped_gemm(
         x: [x_rows, K] bfloat16; or NVFP4, [x_rows, K / 2] packed codes (uint8 or float4_e2m1fn_x2, low nibble first);
             or MXFP8, [x_rows, K] float8_e4m3fn. Rows may be strided, and start on multiples of 16 bytes.
         weight: [experts, N, K / 2] packed E2M1 codes, the checkpoints' layout; with swiglu [experts, 2 N, K / 2], the
-            gate's rows before up's. K and N are multiples of 64.
+            gate's rows before up's. K and N are multiples of 64. Or what interleave_weights makes of them, for bfloat16
+            x: the fast one.
         weight_scale: NVFP4: [experts, N or 2 N, K / 16] float8_e4m3fn. MXFP4: [experts, N or 2 N, K / 32] uint8 or
-            float8_e8m0fnu. MXFP8 x needs MXFP4 weights, NVFP4 x needs NVFP4 weights.
+            float8_e8m0fnu. MXFP8 x needs MXFP4 weights, NVFP4 x needs NVFP4 weights. Interleaved with weight.
         tile_to_expert: [tiles] int32, of moe_sort.
         row_to_slot: [tiles * T] int32, of moe_sort, T 16, 64 or 128 (MXFP8 x: 16 or 128).
         x_scale: of quantised x, one row after another: NVFP4 [x_rows, K / 16] float8_e4m3fn, MXFP8 [x_rows, K / 32]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsv4_kernels.cases import Case, Verdict, Yardstick, is_poison, to_cpu
 from dsv4_kernels.moe import grouped_gemm_reference as reference
+from dsv4_kernels.moe.interleaved_weights import SIGNS, interleave_weights
 from dsv4_kernels.moe.routing_cases import uniform_ids
 from dsv4_kernels.op_table import OPS
 from dsv4_kernels.presets import PRESETS, Preset
@@ -16,6 +17,14 @@ from dsv4_kernels.presets import PRESETS, Preset
 # Of a sum of K products on tensor cores, over the sum of their sizes: they align addends and truncate, and a sum of
 # thousands of products is a chain of as many such steps as fit.
 SUM_ERROR = 2.0**-16
+
+
+def bfloat16_weights(weight: Tensor, scale: Tensor) -> Tensor:
+    """One expert's weights of either layout, [N, K] bfloat16."""
+    if weight.dtype != torch.int32:
+        return bfloat16_values(weight, scale)
+    codes, factors = reference.widen_interleaved(weight, scale)
+    return (codes * factors * 2.0**8).flatten(1)
 
 
 def bfloat16_values(codes: Tensor, scale: Tensor | None) -> Tensor:
@@ -50,7 +59,8 @@ def plain_gemm(
 ) -> tuple[Tensor, ...]:
     """As an engine without such a kernel: expert after expert dequantised, then a bfloat16 product; no host sync."""
     tiles = tile_to_expert.shape[0]
-    columns = weight.shape[1] // 2 if swiglu else weight.shape[1]
+    columns = weight.shape[-2] // 2 if swiglu else weight.shape[-2]
+    interleaved = weight.dtype == torch.int32
     out = x.new_zeros((row_to_slot.shape[0], columns), dtype=torch.bfloat16)
     source, present = reference.sources(row_to_slot, top_k, x.shape[0])
     source = torch.where(present, source, 0)
@@ -61,13 +71,14 @@ def plain_gemm(
         taken_scale = None if x_scale is None else x_scale.view(torch.uint8)[source[rows]].view(x_scale.dtype)
         values = bfloat16_values(taken, taken_scale)
         scales = weight_scale.view(torch.uint8)[expert][0].view(weight_scale.dtype)
-        weights = bfloat16_values(weight.view(torch.uint8)[expert][0], scales)
+        weights = bfloat16_weights(weight.view(torch.uint8)[expert][0].view(weight.dtype), scales)
         result = (values @ weights.T).to(torch.float32)
-        if alpha is not None:
-            factor = alpha[expert].reshape(-1)
-            result = result * torch.cat((factor[:1].expand(columns), factor[-1:].expand(result.shape[1] - columns)))
+        factor = torch.ones_like(result[0, :1]) if alpha is None else alpha[expert].reshape(-1)
         if swiglu:
-            result = reference.swiglu(result[:, :columns], result[:, columns:], limit)
+            gate, up = reference.gate_and_up(result, interleaved)
+            result = reference.swiglu(gate * factor[0], up * factor[-1], limit)
+        else:
+            result = result * factor[0]
         if slot_weights is not None:
             slots = torch.where(present[rows], row_to_slot[rows], 0).to(torch.int64)
             result = result * slot_weights.reshape(-1)[slots, None]
@@ -87,18 +98,20 @@ def judge_gemm(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: t
         return Verdict(float(touched), 0.0, "touched elements")
 
     # The same product of absolute values bounds the sums; SwiGLU's derivatives are at most 1.1 times the other factor.
-    sizes = torch.zeros((results[0].shape[0], weight.shape[1]), dtype=torch.float64)
+    sizes = torch.zeros((results[0].shape[0], weight.shape[-2]), dtype=torch.float64)
     absolute = list(given)
     absolute[:2] = [x.abs() if x.dtype == torch.bfloat16 else without_sign(x), without_sign(weight)]
     absolute[6:8], absolute[9] = [None, None], False
     OPS["moe_grouped_gemm"].reference(*absolute, sizes)
+    factor = torch.ones((sizes.shape[0], 1), dtype=torch.float64)
     if alpha is not None:
-        factor = alpha.abs().reshape(alpha.shape[0], -1)[tile_to_expert.clamp(0).to(torch.int64)]
-        factor = factor.repeat_interleave(row_to_slot.shape[0] // max(tile_to_expert.shape[0], 1), dim=0)
-        half = sizes.shape[1] // 2
-        sizes *= torch.cat((factor[:, :1].expand(-1, half), factor[:, -1:].expand(-1, half)), dim=1)
-    if swiglu:
-        gate, up = sizes.chunk(2, dim=1)
+        of_tile = alpha.abs().reshape(alpha.shape[0], -1)[tile_to_expert.clamp(0).to(torch.int64)]
+        factor = of_tile.repeat_interleave(row_to_slot.shape[0] // max(tile_to_expert.shape[0], 1), dim=0)
+    if not swiglu:
+        sizes = sizes * factor[:, :1]
+    else:
+        gate, up = reference.gate_and_up(sizes, weight.dtype == torch.int32)
+        gate, up = gate * factor[:, :1], up * factor[:, -1:]
         bound = limit if limit > 0 else torch.inf
         sizes = 2.2 * gate.clamp(max=1e30) * up.clamp(max=bound) + up * gate.clamp(max=bound)
     if weights is not None:
@@ -110,7 +123,9 @@ def judge_gemm(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: t
 
 
 def without_sign(codes: Tensor) -> Tensor:
-    """Packed FP4 or FP8 codes of the absolute values."""
+    """Packed FP4 codes, interleaved ones or FP8 codes of the absolute values."""
+    if codes.dtype == torch.int32:
+        return (codes.to(torch.int64) & ~SIGNS).to(torch.int32)
     mask = 0x7F if codes.dtype == torch.float8_e4m3fn else 0x77
     return (codes.view(torch.uint8) & mask).view(codes.dtype)
 
@@ -122,7 +137,7 @@ def gemm_bytes(
     experts: int = tile_to_expert[tile_to_expert >= 0].unique().numel()
     rows = int((row_to_slot >= 0).sum())
     columns: int = OPS["moe_grouped_gemm"].outputs(x, weight, weight_scale, tile_to_expert, row_to_slot, *rest)[0][0][1]
-    of_expert = (weight.numel() + weight_scale.numel()) // weight.shape[0]
+    of_expert = (weight.nbytes + weight_scale.nbytes) // weight.shape[0]
     return experts * of_expert + min(rows, x.shape[0]) * x.shape[1] * x.element_size() + rows * columns * 2
 
 
@@ -156,9 +171,10 @@ def gemm_case(
     from_slots: bool = True,
     dropped: float = 0.1,
     benched: bool = False,
+    interleaved: bool = False,
 ) -> Case:
     """dropped: the share of slots without an expert. from_slots: rows are taken from tokens; else x has a row for each
-    expert row, as in the second product.
+    expert row, as in the second product. interleaved: the weights' layout.
 
     Benched cases have the same weights in every expert, each in memory of its own: drawn in a hundredth of the time.
     """
@@ -173,9 +189,11 @@ def gemm_case(
         OPS["moe_sort"].reference(ids, experts, tile_size, 0, *routes)
         rows = columns * (2 if swiglu else 1)
         weight, scale = random_weights(1 if benched else experts, rows, inner, nvfp4, generator)
+        if interleaved:
+            weight, scale = interleave_weights(weight, scale, gate_and_up=swiglu)
         if benched:
-            weight = weight.repeat(experts, 1, 1)
-            scale = scale.view(torch.uint8).repeat(experts, 1, 1).view(scale.dtype)
+            each = (experts, *[1] * (weight.dim() - 1))
+            weight, scale = weight.repeat(each), scale.view(torch.uint8).repeat(each).view(scale.dtype)
         x_rows = tokens if from_slots else routes[2].numel()
         x_scale = None
         if x_format == "bfloat16":
@@ -206,6 +224,7 @@ def preset_cases(preset: Preset, tokens: int, tile_size: int, nvfp4: bool = Fals
     hidden, inter = preset.hidden_size, preset.expert_intermediate
     name = f"{preset.name}, {'NVFP4' if nvfp4 else 'MXFP4'}"
     common: dict[str, Any] = {"nvfp4": nvfp4, "top_k": preset.top_k, "dropped": 0.0, "benched": True}
+    common["interleaved"] = True
     first = gemm_case(
         f"{name}, SwiGLU", tokens, preset.experts, inter, hidden, tile_size, swiglu=True, limit=10.0, **common
     )
@@ -228,6 +247,20 @@ CASES = (
     gemm_case("W4A16 NVFP4 SwiGLU, tiles of 64", 50, 2, 64, 64, 64, nvfp4=True, swiglu=True),
     gemm_case("W4A16 NVFP4, tiles of 128", 80, 2, 64, 64, 128, nvfp4=True),
     gemm_case("W4A16 NVFP4 SwiGLU, tiles of 128", 80, 2, 64, 64, 128, nvfp4=True, swiglu=True),
+    gemm_case("no padding, interleaved", 16, 1, 128, 128, 16, top_k=1, dropped=0.0, interleaved=True),
+    gemm_case(
+        "interleaved MXFP4 SwiGLU", 9, 3, 64, 384, 16, swiglu=True, limit=1.5, alphas=2, weighted=True, interleaved=True
+    ),
+    gemm_case("interleaved MXFP4, tiles of 64", 50, 2, 256, 128, 64, alphas=1, from_slots=False, interleaved=True),
+    gemm_case("interleaved MXFP4 SwiGLU, tiles of 64", 50, 2, 64, 128, 64, swiglu=True, interleaved=True),
+    gemm_case("interleaved MXFP4, tiles of 128", 80, 2, 128, 128, 128, interleaved=True),
+    gemm_case("interleaved MXFP4 SwiGLU, tiles of 128", 80, 2, 64, 128, 128, swiglu=True, limit=2.0, interleaved=True),
+    gemm_case("interleaved NVFP4", 9, 2, 128, 256, 16, nvfp4=True, alphas=1, weighted=True, interleaved=True),
+    gemm_case("interleaved NVFP4 SwiGLU", 9, 2, 128, 128, 16, nvfp4=True, swiglu=True, alphas=1, interleaved=True),
+    gemm_case("interleaved NVFP4, tiles of 64", 50, 2, 128, 128, 64, nvfp4=True, interleaved=True),
+    gemm_case("interleaved NVFP4 SwiGLU, tiles of 64", 50, 2, 64, 128, 64, nvfp4=True, swiglu=True, interleaved=True),
+    gemm_case("interleaved NVFP4, tiles of 128", 80, 2, 128, 128, 128, nvfp4=True, interleaved=True),
+    gemm_case("interleaved NVFP4 SwiGLU, tiles of 128", 80, 2, 64, 128, 128, nvfp4=True, swiglu=True, interleaved=True),
     gemm_case("W4A4", 9, 3, 192, 192, 16, "nvfp4", nvfp4=True, alphas=1),
     gemm_case("W4A4 SwiGLU", 9, 3, 64, 128, 16, "nvfp4", nvfp4=True, swiglu=True, limit=3.0, alphas=2),
     gemm_case("W4A4, tiles of 64", 50, 2, 64, 128, 64, "nvfp4", nvfp4=True, from_slots=False),

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from dsv4_kernels.checkpoint import CheckpointError, check_tensor, read_tensor
 from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.moe.grouped_gemm import moe_grouped_gemm, run_fused_swiglu_grouped_gemm, run_nvfp4_grouped_gemm
+from dsv4_kernels.moe.grouped_gemm_reference import gate_and_up
+from dsv4_kernels.moe.interleaved_weights import can_interleave, interleave_weights
 from dsv4_kernels.moe.quantize import (
     quantize_activation_nvfp4,
     quantize_mxfp4,
@@ -148,7 +150,12 @@ class Nvfp4MoE(nn.Module):
         l2_scale: Tensor,
         l2_global_scale: Tensor | None,
     ) -> None:
-        """Takes weights in the checkpoints' layout, without a copy where they are contiguous and on the device.
+        """Takes weights in the checkpoints' layout.
+
+        With bfloat16 activations they are interleaved (see interleave_weights): a copy, made expert by expert, on every
+        architecture the same. Where that cannot be (sizes that are no multiples of 128, MXFP4 scales above 2^9), and
+        for quantised activations, they are kept as they are, without a copy where they are contiguous and on the
+        device; the products then take about twice as long.
 
         Args:
             l1_weight: [experts, 2 * intermediate, hidden / 2] packed E2M1 codes, the gate's rows (w1) before up's (w3).
@@ -170,9 +177,8 @@ class Nvfp4MoE(nn.Module):
             if factor is not None:
                 pair = name == "l1_global_scale" and factor.dim() == 2
                 self._check(name, factor, (self.num_experts, 2) if pair else (self.num_experts,), (torch.float32,))
-        self.l1_weight = self._moved(l1_weight.view(torch.uint8))
-        self.l2_weight = self._moved(l2_weight.view(torch.uint8))
-        self.l1_scale, self.l2_scale = self._moved(l1_scale), self._moved(l2_scale)
+        self.l1_weight, self.l1_scale = self._prepared(l1_weight, l1_scale, gate_and_up=True)
+        self.l2_weight, self.l2_scale = self._prepared(l2_weight, l2_scale)
         self.l1_alpha = None if l1_global_scale is None else self._moved(l1_global_scale)
         self.l2_alpha = None if l2_global_scale is None else self._moved(l2_global_scale)
         needs = {"nvfp4": 16, "mxfp8": 32}.get(self.activations, group)
@@ -183,6 +189,13 @@ class Nvfp4MoE(nn.Module):
                 f"{weights[group]}"
             )
         self._update_factors()
+
+    def _prepared(self, weight: Tensor, scale: Tensor, *, gate_and_up: bool = False) -> tuple[Tensor, Tensor]:
+        """Weights and scales on the device, interleaved where the products can use that."""
+        codes, scale = self._moved(weight.view(torch.uint8)), self._moved(scale)
+        if self.activations != "bfloat16" or not can_interleave(codes.shape[1], 2 * codes.shape[2], scale):
+            return codes, scale
+        return interleave_weights(codes, scale, gate_and_up=gate_and_up)
 
     def set_activation_global_scales(self, l1: float, l2: float) -> None:
         """The static scales of NVFP4 activations, amax / 2688, of the hidden states and of the rows between."""
@@ -367,7 +380,7 @@ class Nvfp4MoE(nn.Module):
         maps = routes.tile_to_expert, routes.row_to_slot
         rows = routes.row_to_slot.shape[0]
         both = moe_grouped_gemm(x, self.l1_weight, self.l1_scale, *maps, x_scale, None, None, top_k).to(torch.float32)
-        gate, up = both.chunk(2, dim=1)
+        gate, up = gate_and_up(both, self.l1_weight.dtype == torch.int32)
         if alpha is not None:
             tile_size = rows // max(maps[0].shape[0], 1)
             of_tile = alpha.reshape(self.num_experts, -1)[maps[0].clamp(0).to(torch.int64)]
