@@ -63,8 +63,11 @@ def collect_ptx(aot: Path, nvcc_dir: Path, out: Path, sidecars: list[Sidecar]) -
 
 ENTRY = re.compile(r"\.entry\s+(\w+)")
 WAIT = "griddepcontrol.wait"
-# What may not come before the wait: jumps, calls, and whatever touches memory other than the kernel's own parameters.
-TOO_EARLY = re.compile(r"^\s*(?:@\S+\s+)?(?:bra|call|st|atom|red|cp|prefetch|ld(?!\.param))\b.*", re.MULTILINE)
+# What may not come before the wait: jumps, calls, and whatever touches memory, but for the kernel's own parameters and
+# its block's shared memory (sm_100a passes the address of tensor memory through that).
+TOO_EARLY = re.compile(
+    r"^\s*(?:@\S+\s+)?(?:(?:bra|call|cp|prefetch)\b|(?:st|atom|red|ld)\b(?!\.param|\.shared)).*", re.MULTILINE
+)
 
 
 def check_waits(path: Path) -> None:

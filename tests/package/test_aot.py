@@ -262,6 +262,7 @@ WAITING = """
     ld.global.b32 %r2, [%rd1];
 }
 """
+OWN_MEMORY = WAITING.replace("    mov.u32 %r1, %tid.x;", "    ld.shared.b32 %r1, [global_smem];")
 EARLY_LOAD = WAITING.replace("    mov.u32 %r1, %tid.x;", "    @%p1 ld.global.b32 %r3, [%rd1];")
 NO_WAIT = WAITING.replace("    griddepcontrol.wait;\n", "")
 
@@ -270,10 +271,11 @@ NO_WAIT = WAITING.replace("    griddepcontrol.wait;\n", "")
     ("ptx", "text"),
     [
         (WAITING, None),
+        (OWN_MEMORY, None),
         (WAITING + NO_WAIT.replace("one", "two"), "aot: kernel two .*griddepcontrol.wait is missing"),
         (EARLY_LOAD, "aot: kernel one .*griddepcontrol.wait comes after `@%p1 ld.global.b32 %r3, .%rd1.;`"),
     ],
-    ids=["waits", "missing", "early load"],
+    ids=["waits", "own memory", "missing", "early load"],
 )
 def test_kernel_that_does_not_wait_for_the_one_before_it(
     ptx: str, text: str | None, tmp_path: Path, root: Path, build_python: Path
