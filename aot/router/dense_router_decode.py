@@ -22,6 +22,7 @@ included, whatever else holds multiprocessors: other streams, other processes, a
      after all. If not, the block leaves a mark and ends, and its place is free for one that has not started.
   4. The last to start learns from the same addition how many gave up before. It is in case 2 by itself, and finds their
      marks, which come without waiting for anyone; then it selects for their tokens.
+The next launch in the stream takes no place from this one: its blocks start only when all of this one's have.
 Who selects changes no result: sums are added up in the order of their places.
 
 Launch: grid (expert tiles, hidden_splits), THREADS threads, a ring of stages in dynamic shared memory.

@@ -15,6 +15,13 @@ __device__ inline float sqrt_approx(float x) {
   return result;
 }
 
+// The larger one; NaN if one is.
+__device__ inline float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 // sqrt(log(1 + e^x)), the score function of DeepSeek-V4's gate, to about 2 units in the last place for x above -174,
 // where it leaves the normal range of float32. A gate computes it for every expert, so it is a third of the
 // instructions of sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))) and has no branch. aot/router/dense_router_decode.py
@@ -23,7 +30,7 @@ __device__ inline float sqrt_softplus(float x) {
   // root = e^(-|x|/2). The exponent is taken in two parts, for its rounding error would be the result's.
   constexpr float kHalfLog2e = 0.72134752f, kHalfLog2eRest = 9.6298149e-09f, kLn2 = 0.69314718f;
   constexpr float kFlat = 200.0f;  // beyond, e^(-|x|/2) is 0; keeps infinities out of the two parts
-  const float size = fabsf(x) > kFlat ? kFlat : fabsf(x);
+  const float size = fminf(fabsf(x), kFlat);
   const float exponent = -size * kHalfLog2e;
   const float rest = fmaf(-size, kHalfLog2e, -exponent) - size * kHalfLog2eRest;
   float root = exp2_approx(exponent);
@@ -41,7 +48,7 @@ __device__ inline float sqrt_softplus(float x) {
   p = fmaf(p, u, 0.333299637f);
   p = fmaf(p, u, -0.499999017f);
   p = fmaf(p, u, 1.0f);
-  const float score = sqrt_approx(fmaf(p, u, fmaxf(x, 0.0f)));
+  const float score = sqrt_approx(fmaf(p, u, max_or_nan(x, 0.0f)));
 
   // Below, log(1 + e^x) is e^x to the last bit of float32, and the root keeps its digits where e^x is subnormal.
   constexpr float kLinear = -17.0f;

@@ -41,18 +41,31 @@ __device__ inline Four<T> load_four(const T* row, int column, int columns, bool 
   return result;
 }
 
-// A row spread over a warp: the column that a lane holds in a slot. Ascends with the slot. The same whether or not the
-// row can be read with vector loads, so that sums over the lanes have one order.
-__device__ inline int warp_column(int lane, int slot) { return (slot / kFour * 32 + lane) * kFour + slot % kFour; }
+// A row spread over a group of lanes, a warp or half of one: the column that a lane holds in a slot. Ascends with the
+// slot. The same whether or not the row can be read with vector loads, so that sums over the lanes have one order.
+template <int Lanes>
+__device__ inline int group_column(int lane, int slot) {
+  return (slot / kFour * Lanes + lane) * kFour + slot % kFour;
+}
 
-// A lane's part of a row of up to 32 * Slots columns; 0 beyond its end.
-template <int Slots, typename T>
-__device__ inline void load_warp_row(const T* row, int lane, int columns, bool fours, float (&values)[Slots]) {
+// A lane's part of a row of up to Lanes * Slots columns; 0 beyond its end.
+template <int Lanes, int Slots, typename T>
+__device__ inline void load_group_row(const T* row, int lane, int columns, bool fours, float (&values)[Slots]) {
   Four<T> loaded[Slots / kFour];
 #pragma unroll
-  for (int i = 0; i < Slots / kFour; ++i) loaded[i] = load_four(row, warp_column(lane, i * kFour), columns, fours);
+  for (int i = 0; i < Slots / kFour; ++i)
+    loaded[i] = load_four(row, group_column<Lanes>(lane, i * kFour), columns, fours);
 #pragma unroll
   for (int slot = 0; slot < Slots; ++slot) values[slot] = static_cast<float>(loaded[slot / kFour].values[slot % kFour]);
+}
+
+// Stores what load_group_row() loads, by column.
+template <int Lanes, int Slots>
+__device__ inline void store_group_row(const float (&values)[Slots], int lane, float* row) {
+#pragma unroll
+  for (int i = 0; i < Slots; i += kFour)
+    *reinterpret_cast<Four<float>*>(row + group_column<Lanes>(lane, i)) = {values[i], values[i + 1], values[i + 2],
+                                                                           values[i + 3]};
 }
 
 // Calls function with a zero of the C++ type of a float dtype that rows may have.

@@ -11,7 +11,7 @@
 
 namespace dsv4 {
 
-constexpr int kTokensPerBlock = 4;  // a warp each, so that a few tokens still find the multiprocessor's four schedulers
+constexpr int kThreads = 128;  // so that a few tokens still find the multiprocessor's four schedulers
 
 struct Gate {
   const float* bias;
@@ -34,26 +34,26 @@ struct Gate {
 };
 
 // A logit that is infinite counts as the limit; one that is not a number is left out and keeps its NaN.
-template <int Slots>
+template <int Lanes, int Slots>
 __device__ void softmax(float (&values)[Slots], int lane, int experts) {
   float highest = -INFINITY;
 #pragma unroll
   for (int slot = 0; slot < Slots; ++slot)
-    if (warp_column(lane, slot) < experts) highest = fmaxf(highest, values[slot]);  // fmaxf passes NaN over
-  for (int distance = kWarpLanes / 2; distance > 0; distance /= 2)
+    if (group_column<Lanes>(lane, slot) < experts) highest = fmaxf(highest, values[slot]);  // fmaxf passes NaN over
+  for (int distance = Lanes / 2; distance > 0; distance /= 2)
     highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, distance));
   float sum = 0.0f;
 #pragma unroll
   for (int slot = 0; slot < Slots; ++slot) {
     values[slot] = values[slot] == highest ? 1.0f : expf(values[slot] - highest);
-    if (warp_column(lane, slot) < experts && !isnan(values[slot])) sum += values[slot];
+    if (group_column<Lanes>(lane, slot) < experts && !isnan(values[slot])) sum += values[slot];
   }
-  sum = sum_over_group(sum, kWarpLanes);
+  sum = sum_over_group(sum, Lanes);
 #pragma unroll
   for (int slot = 0; slot < Slots; ++slot) values[slot] /= sum;
 }
 
-template <int Slots>
+template <int Lanes, int Slots>
 __device__ void activate(float (&values)[Slots], int lane, int experts, int score_function) {
   if (score_function == DSV4_SQRT_SOFTPLUS) {
 #pragma unroll
@@ -62,56 +62,86 @@ __device__ void activate(float (&values)[Slots], int lane, int experts, int scor
 #pragma unroll
     for (int slot = 0; slot < Slots; ++slot) values[slot] = 1.0f / (1.0f + expf(-values[slot]));
   } else {
-    softmax(values, lane, experts);
+    softmax<Lanes>(values, lane, experts);
   }
 }
 
-// A warp a token: the row is in registers from the load to the last comparison. Only the scores, of which the chosen
-// ones are wanted again at the end, go through shared memory.
-template <typename Logit, int Slots>
-__global__ void __launch_bounds__(kTokensPerBlock* kWarpLanes)
+// A group of lanes a token: the row is in registers from the load to the last comparison. Shared memory keeps it for
+// what is wanted of few columns. Whole: the row fills the slots, and is read with vector loads. Half a warp does the
+// same for twice as many tokens with the instructions that do not depend on the columns; eight blocks of that fit.
+template <typename Logit, int Lanes, int Slots, bool Whole>
+__global__ void __launch_bounds__(kThreads, Lanes == kWarpLanes ? 1 : 8)
     activation_topk_kernel(const Logit* __restrict__ logits, Gate gate) {
   await_previous_grid();
-  __shared__ Four<float> all_scores[kTokensPerBlock][kWarpLanes * Slots / kFour];
-  __shared__ TopKScratch scratch[kTokensPerBlock];
-  const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokensPerBlock + warp;
-  if (token >= gate.tokens) return;
+  constexpr int kTokens = kThreads / Lanes;
+  __shared__ alignas(16) float all_scores[kTokens][Lanes * Slots];
+  __shared__ alignas(16) float all_sums[kTokens][Lanes * Slots];  // of score and bias
+  __shared__ alignas(16) TopKScratch<Lanes> scratch[kTokens];
+  const int lane = threadIdx.x % Lanes, group = threadIdx.x / Lanes;
+  const int experts = Whole ? Lanes * Slots : gate.experts;
+  const int64_t own_token = static_cast<int64_t>(blockIdx.x) * kTokens + group;
+  const int64_t token = min(own_token, gate.tokens - 1);  // every lane of a warp takes part
 
   float values[Slots];
-  load_warp_row(logits + token * gate.logits_stride, lane, gate.experts, gate.logits_in_fours, values);
+  load_group_row<Lanes>(logits + token * gate.logits_stride, lane, experts, Whole || gate.logits_in_fours, values);
   const bool padding = gate.padding_mask && gate.padding_mask[token];
   const bool marked = gate.bias_alt_mask && gate.bias_alt_mask[token];
   const float* const bias = marked ? gate.bias_alt : gate.bias;
+  // Loaded beside the row, the bias costs no time; after it, no registers, and other warps hide the time.
+  constexpr bool kLateBias = Lanes < kWarpLanes;
   float biases[Slots] = {};
-  if (bias) load_warp_row(bias, lane, gate.experts, gate.bias_in_fours, biases);
+  if (!kLateBias && bias) load_group_row<Lanes>(bias, lane, experts, Whole || gate.bias_in_fours, biases);
 
-  activate(values, lane, gate.experts, gate.score_function);
-#pragma unroll
-  for (int i = 0; i < Slots / kFour; ++i)
-    all_scores[warp][i * kWarpLanes + lane] = {values[i * kFour], values[i * kFour + 1], values[i * kFour + 2],
-                                               values[i * kFour + 3]};
-  uint32_t keys[Slots];
+  activate<Lanes>(values, lane, experts, gate.score_function);
+  store_group_row<Lanes>(values, lane, all_scores[group]);
+  if (kLateBias) {
+    asm volatile("" ::: "memory");
+    if (bias) load_group_row<Lanes>(bias, lane, experts, Whole || gate.bias_in_fours, biases);
+  }
 #pragma unroll
   for (int slot = 0; slot < Slots; ++slot)
-    keys[slot] = warp_column(lane, slot) < gate.experts ? descending_key(values[slot] + biases[slot]) : kNoKey;
+    values[slot] = group_column<Lanes>(lane, slot) < experts ? values[slot] + biases[slot] : NAN;
+  store_group_row<Lanes>(values, lane, all_sums[group]);
   __syncwarp();
-  const uint64_t entry = warp_top_k(keys, gate.top_k, lane, scratch[warp]);
+  const Chosen chosen =
+      group_top_k<Lanes>(values, experts, gate.top_k, lane, all_sums[group], all_scores[group], scratch[group]);
 
-  const uint32_t expert = entry_column(entry);
-  float score = 0.0f;
-  if (entry != kNoEntry) score = all_scores[warp][expert / kFour].values[expert % kFour];
-  if (isnan(score)) score = 0.0f;
-  const float denominator = sum_over_group(score, kWarpLanes) + gate.epsilon;
-  if (lane >= gate.top_k) return;
+  const float score = isnan(chosen.payload) ? 0.0f : chosen.payload;
+  // The same order for any number of lanes: those from k on add zeros.
+  const float denominator = sum_over_group(score, gate.top_k <= kFewResults ? kFewResults : Lanes) + gate.epsilon;
+  if (lane >= gate.top_k || token != own_token) return;
   const float weight = (gate.renormalize && denominator != 0.0f ? score / denominator : score) * gate.scale;
   const int64_t out = token * gate.top_k + lane;
-  const int64_t id = padding ? int64_t{-1} : expert;
+  const int64_t id = padding ? int64_t{-1} : chosen.column;
   gate.weights[out] = padding ? 0.0f : weight;
   if (gate.wide_ids)
     static_cast<int64_t*>(gate.ids)[out] = id;
   else
     static_cast<int32_t*>(gate.ids)[out] = static_cast<int32_t>(id);
+}
+
+// Up to this many tokens latency is what counts, and a warp a token has less of it; beyond, instructions.
+constexpr int64_t kFewTokens = 2048;
+
+template <typename Logit, int Lanes, int Slots, bool Whole>
+static dsv4_status route(const LaunchTarget& target, const Logit* logits, const Gate& gate) {
+  return launch<activation_topk_kernel<Logit, Lanes, Slots, Whole>>(
+      target, {blocks_for(gate.tokens, kThreads / Lanes), kThreads}, logits, gate);
+}
+
+// The kernel for so many experts; one of the models' own where they are.
+template <typename Logit>
+static dsv4_status route(const LaunchTarget& target, const Logit* logits, const Gate& gate) {
+  const bool whole = gate.logits_in_fours && gate.bias_in_fours;
+  // Softmax adds up a row in the order of the lanes, which must not change with the batch.
+  const bool many = gate.tokens > kFewTokens && gate.top_k <= kFewResults && gate.score_function != DSV4_SOFTMAX;
+  if (whole && gate.experts == 256)
+    return many ? route<Logit, 16, 16, true>(target, logits, gate) : route<Logit, 32, 8, true>(target, logits, gate);
+  if (whole && gate.experts == 384)
+    return many ? route<Logit, 16, 24, true>(target, logits, gate) : route<Logit, 32, 12, true>(target, logits, gate);
+  return with_slots(gate.experts, [&](auto slots) {
+    return route<Logit, kWarpLanes, decltype(slots)::value, false>(target, logits, gate);
+  });
 }
 
 }  // namespace dsv4
@@ -159,11 +189,6 @@ extern "C" dsv4_status dsv4_activation_topk(const dsv4_activation_topk_args* giv
   gate.scale = args.scale;
   gate.epsilon = args.epsilon;
   return with_row_type(args.logits.dtype, [&](auto logit) {
-    return with_slots(experts, [&](auto slots) {
-      using Logit = decltype(logit);
-      return launch<activation_topk_kernel<Logit, decltype(slots)::value>>(
-          target, {blocks_for(tokens, kTokensPerBlock), kTokensPerBlock * kWarpLanes},
-          static_cast<const Logit*>(args.logits.data), gate);
-    });
+    return route(target, static_cast<const decltype(logit)*>(args.logits.data), gate);
   });
 }

@@ -56,37 +56,39 @@ template <typename Score, int Slots>
 __global__ void __launch_bounds__(kRowsPerBlock* kWarpLanes)
     topk_select_short_kernel(const Score* __restrict__ scores, Selection selection) {
   await_previous_grid();
-  __shared__ TopKScratch scratch[kRowsPerBlock];
+  __shared__ alignas(16) float all_values[kRowsPerBlock][kWarpLanes * Slots];
+  __shared__ alignas(16) TopKScratch<kWarpLanes> scratch[kRowsPerBlock];
   const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + warp;
   if (row >= selection.rows) return;
   const Score* const row_scores = scores + row * selection.scores_stride;
   float values[Slots];
-  load_warp_row(row_scores, lane, selection.columns, selection.in_fours, values);
+  load_group_row<kWarpLanes>(row_scores, lane, selection.columns, selection.in_fours, values);
   const int length = row_length(selection, row);
-  uint32_t keys[Slots];
 #pragma unroll
   for (int slot = 0; slot < Slots; ++slot)
-    keys[slot] = warp_column(lane, slot) < length ? descending_key(values[slot]) : kNoKey;
-  uint64_t entry = warp_top_k(keys, selection.top_k, lane, scratch[warp]);
-  if (!selection.sorted) {  // by column; kNoEntry stays last
-    if (entry != kNoEntry) entry = make_entry(entry_column(entry), entry_key(entry));
+    if (group_column<kWarpLanes>(lane, slot) >= length) values[slot] = NAN;
+  store_group_row<kWarpLanes>(values, lane, all_values[warp]);
+  __syncwarp();
+  Chosen chosen =
+      group_top_k<kWarpLanes>(values, length, selection.top_k, lane, all_values[warp], all_values[warp], scratch[warp]);
+  if (!selection.sorted) {  // by column; kNoColumn stays last
+    const uint64_t entry = make_entry(chosen.column, __float_as_uint(chosen.payload));
     unsigned rank = 0;
     for (int other = 0; other < kWarpLanes; ++other) {
-      const uint64_t one = __shfl_sync(kFullWarp, entry, other);
-      rank += one < entry || (one == entry && other < lane);
+      const uint32_t one = __shfl_sync(kFullWarp, chosen.column, other);
+      rank += one < chosen.column || (one == chosen.column && other < lane);
     }
     __syncwarp();
     scratch[warp].ranked[rank] = entry;
     __syncwarp();
-    entry = scratch[warp].ranked[lane];
-    if (entry != kNoEntry) entry = make_entry(entry_column(entry), entry_key(entry));
+    chosen = {entry_key(scratch[warp].ranked[lane]), __uint_as_float(entry_column(scratch[warp].ranked[lane]))};
   }
   if (lane >= selection.top_k) return;
-  if (entry == kNoEntry)
-    write_filling(selection, row, lane);
-  else
-    write_result(selection, row_scores, row, lane, entry_key(entry), entry_column(entry));
+  if (chosen.column == kNoColumn) return write_filling(selection, row, lane);
+  const int64_t out = row * selection.top_k + lane;
+  selection.ids[out] = static_cast<int32_t>(chosen.column);
+  if (selection.values) selection.values[out] = chosen.payload;
 }
 
 // ---- Long rows or many results: the blocks of a cluster share a row. Each reads its part once, into registers.

@@ -56,6 +56,30 @@ def test_models(experts: int, device: str) -> None:
     check(logits, bias, 6, device, scale=1.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("experts", [256, 384])
+def test_large_batches(experts: int, dtype: torch.dtype, device: str) -> None:
+    """They are computed in another way, with the same bits; an odd number of tokens, and rows of ties and NaN."""
+    tokens = 2051
+    logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(experts)) * 2
+    column = torch.arange(experts)
+    logits[1] = 1.0
+    logits[2] = (column % 4).to(torch.float32)
+    logits[3] = math.nan
+    logits[4, 3:] = math.nan
+    logits[5] = torch.where(column < 16, 9.0, 0.0)
+    logits[7] = column.to(torch.float32)
+    logits[tokens - 1] = -3.0
+    logits = logits.to(dtype).to(device)
+    bias = ((column % 5) * 0.25).to(device)
+    for used in (bias, None):
+        weights, ids = activation_topk(logits, used, 6, scale=1.5)
+        for some in (slice(0, 40), slice(tokens - 5, tokens)):
+            few_weights, few_ids = activation_topk(logits[some], used, 6, scale=1.5)
+            assert torch.equal(weights[some], few_weights)
+            assert torch.equal(ids[some], few_ids)
+
+
 @pytest.mark.parametrize(
     "options",
     [
