@@ -21,6 +21,11 @@ from dsv4_kernels.moe.grouped_gemm_reference import expert_weights
 from tests.moe.test_moe_grouped_gemm import by_hand
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(1)
+
+
 def random_codes(rows: int, inner: int, experts: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(rows + inner)
     return torch.randint(256, (experts, rows, inner // 2), generator=generator, dtype=torch.uint8)

@@ -92,55 +92,47 @@ def widen(words, factors, COLUMNS: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def moe_grouped_gemm_interleaved_kernel(
-    x,  # [x_rows, inner]
-    weight,  # [experts, inner / 128, weight_rows, 16]
-    factors,  # [experts, inner / 128, weight_rows, GROUPS]
-    tile_to_expert,  # [tiles]
-    row_to_slot,  # [tiles * ROWS]
-    alpha,  # [experts, alphas]
-    slot_weights,  # [x_rows * top_k]
-    out,  # [tiles * ROWS, weight_rows, or half of it with SWIGLU]
+def multiply_rows(
+    x,
+    weight,
+    factors,
+    row_to_slot,
+    alpha,
+    slot_weights,
+    out,
     x_stride,
     out_stride,
     weight_rows,
     inner,
-    experts,
+    expert,
     x_rows,
-    top_k,  # this and the rest as in moe_grouped_gemm
+    top_k,
     alphas,
     weighted,
-    column_blocks,
     limit,
+    first,  # row
+    block,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,  # weight rows of a block; with SWIGLU 8 of the gate, 8 of up, and so on
-    GROUPS: tl.constexpr,  # words of factors for 128 inner positions: 2 of MXFP4, 4 of NVFP4
+    COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
     SWIGLU: tl.constexpr,
-    WHOLE: tl.constexpr,  # 128 inner positions in one product; else two of 64, in fewer registers
+    WHOLE: tl.constexpr,
 ):
-    """A block a tile and COLUMNS weight rows; the blocks of a tile run side by side, so that they share its rows."""
-    await_previous_grid()
-    tile = tl.program_id(0) // column_blocks
-    block = tl.program_id(0) % column_blocks
-    expert = tl.load(tile_to_expert + tile)
-    if (expert < 0) | (expert >= experts):
-        return
-    row = tile * ROWS + tl.arange(0, ROWS)
+    """ROWS rows from `first` on, all of `expert`, times a block of its weight rows. Arguments are the kernel's."""
+    row = first + tl.arange(0, ROWS)
     slot = tl.load(row_to_slot + row)
     source = tl.where(top_k > 0, slot // tl.maximum(top_k, 1), row)
     valid = (slot >= 0) & (source < x_rows)
     source = tl.where(valid, source, 0).to(tl.int64)  # padding multiplies row 0 and stores nothing
 
     blocks = inner // 128
-    expert = expert.to(tl.int64)
-    first_row = expert * blocks * weight_rows + block * COLUMNS
-    place = tl.arange(0, COLUMNS)
-    w_at = weight + first_row * 16 + (place[:, None] * 16 + tl.arange(0, 16)[None, :])
-    f_at = factors + first_row * GROUPS + (place[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :])
+    weight_row = expert * blocks * weight_rows + block * COLUMNS + tl.arange(0, COLUMNS)
+    w_at = weight + weight_row[:, None] * 16 + tl.arange(0, 16)[None, :]
+    f_at = factors + weight_row[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
     x_at = x + source[:, None] * x_stride + tl.arange(0, 128 if WHOLE else 64)[None, :]
 
     sums = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
-    for _ in range(blocks):
+    for _ in range(0, blocks):
         low, high = tl.split(tl.reshape(tl.load(w_at), (COLUMNS, 4, 2, 2)))
         scales = tl.load(f_at)
         low = widen(low, scales.to(tl.int16), COLUMNS, GROUPS)
@@ -187,6 +179,103 @@ def moe_grouped_gemm_interleaved_kernel(
     tl.store(at, value.to(tl.bfloat16), mask=valid[:, None])
 
 
+@triton.jit
+def moe_grouped_gemm_interleaved_kernel(
+    x,  # [x_rows, inner]
+    weight,  # [experts, inner / 128, weight_rows, 16]
+    factors,  # [experts, inner / 128, weight_rows, GROUPS]
+    tile_to_expert,  # [tiles]
+    row_to_slot,  # [tiles * ROWS]
+    alpha,  # [experts, alphas]
+    slot_weights,  # [x_rows * top_k]
+    out,  # [tiles * ROWS, weight_rows, or half of it with SWIGLU]
+    x_stride,
+    out_stride,
+    weight_rows,
+    inner,
+    experts,
+    x_rows,
+    top_k,  # this and the rest as in moe_grouped_gemm
+    alphas,
+    weighted,
+    column_blocks,
+    limit,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # weight rows of a block; with SWIGLU 8 of the gate, 8 of up, and so on
+    GROUPS: tl.constexpr,  # words of factors for 128 inner positions: 2 of MXFP4, 4 of NVFP4
+    SWIGLU: tl.constexpr,
+    WHOLE: tl.constexpr,  # 128 inner positions in one product; else two of 64, in fewer registers
+    HALVES: tl.constexpr,  # whether a tile whose second half is padding is multiplied as half a tile
+):
+    """A block a tile and COLUMNS weight rows; the blocks of a tile run side by side, so that they share its rows."""
+    await_previous_grid()
+    tile = tl.program_id(0) // column_blocks
+    block = tl.program_id(0) % column_blocks
+    expert = tl.load(tile_to_expert + tile)
+    if (expert < 0) | (expert >= experts):
+        return
+    expert = expert.to(tl.int64)
+    first = tile * ROWS
+    whole_tile = True
+    if HALVES:
+        second_half = tl.load(row_to_slot + first + ROWS // 2 + tl.arange(0, ROWS // 2))
+        whole_tile = tl.max(second_half, axis=0) >= 0
+    if whole_tile:
+        multiply_rows(
+            x,
+            weight,
+            factors,
+            row_to_slot,
+            alpha,
+            slot_weights,
+            out,
+            x_stride,
+            out_stride,
+            weight_rows,
+            inner,
+            expert,
+            x_rows,
+            top_k,
+            alphas,
+            weighted,
+            limit,
+            first,
+            block,
+            ROWS,
+            COLUMNS,
+            GROUPS,
+            SWIGLU,
+            WHOLE,
+        )
+    else:
+        multiply_rows(
+            x,
+            weight,
+            factors,
+            row_to_slot,
+            alpha,
+            slot_weights,
+            out,
+            x_stride,
+            out_stride,
+            weight_rows,
+            inner,
+            expert,
+            x_rows,
+            top_k,
+            alphas,
+            weighted,
+            limit,
+            first,
+            block,
+            ROWS // 2,
+            COLUMNS,
+            GROUPS,
+            SWIGLU,
+            WHOLE,
+        )
+
+
 def interleaved_kernel(
     weights: str,
     swiglu: bool,
@@ -228,6 +317,7 @@ def interleaved_kernel(
             "GROUPS": {"mxfp4": 2, "nvfp4": 4}[weights],
             "SWIGLU": swiglu,
             "WHOLE": rows * columns <= 128 * 128,
+            "HALVES": rows > 64,
         },
         aligned=("x", "weight", "factors", "out", "x_stride", "out_stride", "weight_rows", "inner"),
         num_warps=warps,
