@@ -54,6 +54,7 @@ class TritonKernel:
     aligned: arguments that the caller promises to be multiples of 16 (pointers: 16-byte aligned). What makes wide loads
         possible; the C entry point must check it.
     warps_on: architectures on which num_warps would spill, with the number that does not.
+    constants_on: architectures on which some of the constants are others: those.
     stages_on: architectures whose shared memory holds fewer stages than num_stages, with the number that fits.
     registers_on: architectures on which a thread may take so many registers at most, so that more blocks fit.
     """
@@ -66,6 +67,7 @@ class TritonKernel:
     num_warps: int = 4
     num_stages: int = 3
     warps_on: dict[str, int] = field(default_factory=dict)
+    constants_on: dict[str, dict[str, object]] = field(default_factory=dict)
     stages_on: dict[str, int] = field(default_factory=dict)
     registers_on: dict[str, int] = field(default_factory=dict)
 

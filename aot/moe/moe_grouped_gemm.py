@@ -206,11 +206,14 @@ def kernel(
 
 SM_120 = ("sm_120a", "sm_121a")
 
-# Of interleaved weights: rows of a tile, weight rows, warps, stages.
+# For registers that hold sums of 64 weight rows only.
+FOUR_PASSES: dict[str, object] = {"PASSES": 4, "WHOLE": True, "SIZES": 2}
+
+# Of interleaved weights: rows of a tile, weight rows, warps, stages, sizes.
 INTERLEAVED: list[tuple[Any, ...]] = [
-    (16, 128, 8, 4, {"sm_90a": 80}),
-    (64, 128, 8, 3, {"sm_90a": 128}),
-    (128, 128, 8, 3, None, dict.fromkeys(SM_120, 2)),
+    (16, 128, 8, 4, 1, {"sm_90a": 64}),
+    (64, 128, 8, 3, 2, {"sm_90a": 128}),
+    (128, 256, 8, 3, 3, None, dict.fromkeys(SM_120, 2), dict.fromkeys(SM_120, FOUR_PASSES)),
 ]
 
 # Columns, inner, warps, stages by rows of a tile: the fastest of a sweep on an H100 (NOTES.md).

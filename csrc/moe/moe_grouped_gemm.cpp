@@ -59,16 +59,16 @@ struct InterleavedChoice {
 constexpr InterleavedChoice kInterleavedChoices[2][2][3] = {
     {{{aot::moe_gemm_interleaved_mxfp4_plain_16, 128},
       {aot::moe_gemm_interleaved_mxfp4_plain_64, 128},
-      {aot::moe_gemm_interleaved_mxfp4_plain_128, 128}},
+      {aot::moe_gemm_interleaved_mxfp4_plain_128, 256}},
      {{aot::moe_gemm_interleaved_mxfp4_swiglu_16, 128},
       {aot::moe_gemm_interleaved_mxfp4_swiglu_64, 128},
-      {aot::moe_gemm_interleaved_mxfp4_swiglu_128, 128}}},
+      {aot::moe_gemm_interleaved_mxfp4_swiglu_128, 256}}},
     {{{aot::moe_gemm_interleaved_nvfp4_plain_16, 128},
       {aot::moe_gemm_interleaved_nvfp4_plain_64, 128},
-      {aot::moe_gemm_interleaved_nvfp4_plain_128, 128}},
+      {aot::moe_gemm_interleaved_nvfp4_plain_128, 256}},
      {{aot::moe_gemm_interleaved_nvfp4_swiglu_16, 128},
       {aot::moe_gemm_interleaved_nvfp4_swiglu_64, 128},
-      {aot::moe_gemm_interleaved_nvfp4_swiglu_128, 128}}},
+      {aot::moe_gemm_interleaved_nvfp4_swiglu_128, 256}}},
 };
 
 constexpr DtypeSet kFp4 = one_of(DSV4_UINT8, DSV4_FLOAT4_E2M1FN_X2);

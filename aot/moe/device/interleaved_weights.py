@@ -123,27 +123,30 @@ def multiply_rows(
     slot = tl.load(row_to_slot + row)
     source = tl.where(top_k > 0, slot // tl.maximum(top_k, 1), row)
     valid = (slot >= 0) & (source < x_rows)
-    source = tl.where(valid, source, 0).to(tl.int64)  # padding multiplies row 0 and stores nothing
+    # Padding loads nothing: all blocks would ask for the same row at the same time.
+    source = tl.where(valid, source, 0).to(tl.int64)
+    loaded = valid[:, None]
 
     blocks = inner // 128
-    weight_row = expert * blocks * weight_rows + block * COLUMNS + tl.arange(0, COLUMNS)
+    weight_row = block * COLUMNS + tl.arange(0, COLUMNS)
+    weight_row = expert * blocks * weight_rows + tl.where(weight_row < weight_rows, weight_row, 0)
     w_at = weight + weight_row[:, None] * 16 + tl.arange(0, 16)[None, :]
     f_at = factors + weight_row[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
     x_at = x + source[:, None] * x_stride + tl.arange(0, 128 if WHOLE else 64)[None, :]
 
     sums = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
-    for _ in range(0, blocks):
+    for _ in range(blocks):
         low, high = tl.split(tl.reshape(tl.load(w_at), (COLUMNS, 4, 2, 2)))
         scales = tl.load(f_at)
         low = widen(low, scales.to(tl.int16), COLUMNS, GROUPS)
         if WHOLE:
             high = widen(high, (scales >> 16).to(tl.int16), COLUMNS, GROUPS)
             both = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (COLUMNS, 128))
-            sums = tl.dot(both, tl.load(x_at).T, sums)
+            sums = tl.dot(both, tl.load(x_at, mask=loaded, other=0.0).T, sums)
         else:
-            sums = tl.dot(low, tl.load(x_at).T, sums)
+            sums = tl.dot(low, tl.load(x_at, mask=loaded, other=0.0).T, sums)
             high = widen(high, (scales >> 16).to(tl.int16), COLUMNS, GROUPS)
-            sums = tl.dot(high, tl.load(x_at + 64).T, sums)
+            sums = tl.dot(high, tl.load(x_at + 64, mask=loaded, other=0.0).T, sums)
         x_at += 128
         w_at += weight_rows * 16
         f_at += weight_rows * GROUPS
@@ -164,9 +167,11 @@ def multiply_rows(
         up = tl.where(up < -limit, -limit, up)
         value = tl.inline_asm_elementwise(SILU, "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1) * up
         column = block * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+        in_columns = column < weight_rows // 2
     else:
         value = sums * factor
         column = block * COLUMNS + tl.arange(0, COLUMNS)
+        in_columns = column < weight_rows
     value = value.T
     # What is not pure is not computed twice: else the compiler stores from the operand's layout, two bytes at a time,
     # and keeps addresses for each of them.
@@ -176,7 +181,7 @@ def multiply_rows(
     if weighted != 0:
         value *= tl.load(slot_weights + tl.where(valid, slot, 0))[:, None]
     at = out + row.to(tl.int64)[:, None] * out_stride + column[None, :]
-    tl.store(at, value.to(tl.bfloat16), mask=valid[:, None])
+    tl.store(at, value.to(tl.bfloat16), mask=valid[:, None] & in_columns[None, :])
 
 
 @triton.jit
@@ -205,7 +210,8 @@ def moe_grouped_gemm_interleaved_kernel(
     GROUPS: tl.constexpr,  # words of factors for 128 inner positions: 2 of MXFP4, 4 of NVFP4
     SWIGLU: tl.constexpr,
     WHOLE: tl.constexpr,  # 128 inner positions in one product; else two of 64, in fewer registers
-    HALVES: tl.constexpr,  # whether a tile whose second half is padding is multiplied as half a tile
+    PASSES: tl.constexpr,  # parts in which a block takes its weight rows, one after the other: fewer registers
+    SIZES: tl.constexpr,  # 2: a tile whose second half is padding is multiplied as half a tile; 3: and as a quarter
 ):
     """A block a tile and COLUMNS weight rows; the blocks of a tile run side by side, so that they share its rows."""
     await_previous_grid()
@@ -216,64 +222,38 @@ def moe_grouped_gemm_interleaved_kernel(
         return
     expert = expert.to(tl.int64)
     first = tile * ROWS
-    whole_tile = True
-    if HALVES:
-        second_half = tl.load(row_to_slot + first + ROWS // 2 + tl.arange(0, ROWS // 2))
-        whole_tile = tl.max(second_half, axis=0) >= 0
-    if whole_tile:
-        multiply_rows(
-            x,
-            weight,
-            factors,
-            row_to_slot,
-            alpha,
-            slot_weights,
-            out,
-            x_stride,
-            out_stride,
-            weight_rows,
-            inner,
-            expert,
-            x_rows,
-            top_k,
-            alphas,
-            weighted,
-            limit,
-            first,
-            block,
-            ROWS,
-            COLUMNS,
-            GROUPS,
-            SWIGLU,
-            WHOLE,
-        )
-    else:
-        multiply_rows(
-            x,
-            weight,
-            factors,
-            row_to_slot,
-            alpha,
-            slot_weights,
-            out,
-            x_stride,
-            out_stride,
-            weight_rows,
-            inner,
-            expert,
-            x_rows,
-            top_k,
-            alphas,
-            weighted,
-            limit,
-            first,
-            block,
-            ROWS // 2,
-            COLUMNS,
-            GROUPS,
-            SWIGLU,
-            WHOLE,
-        )
+    place = tl.arange(0, ROWS)
+    used = tl.max(tl.where(tl.load(row_to_slot + first + place) >= 0, place + 1, 0), axis=0)
+    for part in range(PASSES):
+        for size in tl.static_range(SIZES):
+            # That many rows suffice, and half of them do not.
+            if (used <= (ROWS >> (SIZES - 1 - size))) & ((used > (ROWS >> (SIZES - size))) | (size == 0)):
+                multiply_rows(
+                    x,
+                    weight,
+                    factors,
+                    row_to_slot,
+                    alpha,
+                    slot_weights,
+                    out,
+                    x_stride,
+                    out_stride,
+                    weight_rows,
+                    inner,
+                    expert,
+                    x_rows,
+                    top_k,
+                    alphas,
+                    weighted,
+                    limit,
+                    first,
+                    block * PASSES + part,
+                    ROWS >> (SIZES - 1 - size),
+                    COLUMNS // PASSES,
+                    GROUPS,
+                    SWIGLU,
+                    WHOLE,
+                )
 
 
 def interleaved_kernel(
@@ -283,8 +263,10 @@ def interleaved_kernel(
     columns: int,
     warps: int,
     stages: int,
+    sizes: int,
     registers_on: dict[str, int] | None = None,
     stages_on: dict[str, int] | None = None,
+    constants_on: dict[str, dict[str, object]] | None = None,
 ) -> TritonKernel:
     """One specialisation: moe_gemm_interleaved_<weights>_<swiglu or plain>_<rows>."""
     return TritonKernel(
@@ -317,11 +299,13 @@ def interleaved_kernel(
             "GROUPS": {"mxfp4": 2, "nvfp4": 4}[weights],
             "SWIGLU": swiglu,
             "WHOLE": rows * columns <= 128 * 128,
-            "HALVES": rows > 64,
+            "PASSES": 1,
+            "SIZES": sizes,
         },
         aligned=("x", "weight", "factors", "out", "x_stride", "out_stride", "weight_rows", "inner"),
         num_warps=warps,
         num_stages=stages,
         stages_on=stages_on or {},
+        constants_on=constants_on or {},
         registers_on=registers_on or {},
     )
