@@ -2,7 +2,8 @@
 
 A batch of tokens goes through the router of a hash layer and of a dense layer, through the experts that the first of
 them chose, and through the compressed cache of a CSA and of an HCA layer, a token a request in decode and a prompt in
-prefill. Weights are random (seeded); a router's may be read from a safetensors checkpoint by the models' tensor names.
+prefill, by the ops that count tails and by the fused one. Weights are random (seeded); a router's may be read from a
+safetensors checkpoint by the models' tensor names.
 Token ids are random, or a text's by any Hugging Face tokenizer.json. Every result is checked against float64; the table
 says what ran where, how long it took, and how far it is from the floor, which is the time to move the fewest bytes at
 the bandwidth of a large copy. Exit status 0 if all is right.
@@ -24,6 +25,7 @@ from torch import Tensor
 from dsv4_kernels.cases import Verdict, Yardstick
 from dsv4_kernels.checkpoint import CheckpointError
 from dsv4_kernels.cli.demo_cache import CacheStep, cache_steps
+from dsv4_kernels.cli.demo_compress import CompressStep, compress_steps
 from dsv4_kernels.cli.demo_moe import MoeStep, moe_step
 from dsv4_kernels.cli.machine import default_device, describe, image_for
 from dsv4_kernels.cli.timing import ceilings, seconds_per_call
@@ -103,10 +105,11 @@ def run(options: argparse.Namespace) -> int:
         return 2
     hidden = gate_inputs(generator, len(token_ids), preset.hidden_size, 1)[0].to(device)
     routed = [Step(layer, router, token_ids, hidden) for layer, router in routers.items()]
-    steps: list[Step | MoeStep | CacheStep] = [*routed]
+    steps: list[Step | MoeStep | CacheStep | CompressStep] = [*routed]
     topk_weights, topk_ids = routed[0].run()
     steps.append(moe_step(routed[0].layer, preset, hidden, topk_weights, topk_ids, generator))
     steps += cache_steps(preset, len(token_ids), device, generator)
+    steps += compress_steps(preset, len(token_ids), device, generator)
     best = ceilings(device)
     rows = []
     for step in steps:
