@@ -6,6 +6,7 @@
 namespace dsv4 {
 
 constexpr int kThreads = 128;
+constexpr int kFewRows = 4;  // biases of so many rows are loaded before it is known which one a token takes
 
 // Rows of new tokens: head_dim columns from one pair of matrices, the rest of the width from another.
 struct TokenRows {
@@ -79,10 +80,18 @@ __global__ void __launch_bounds__(kThreads) append_kernel(NewTokens given, Tail 
   const int source = stream * from.columns + column - (in_entry ? 0 : given.entry.columns);
   Four<float> values = {};
   Four<float> scores = {};
+  Four<float> biases[kFewRows] = {};
+  const bool few_rows = m.value <= kFewRows;
+  const int64_t bias_row = static_cast<int64_t>(tail.streams) * from.columns;
+  const bool has_bias = has_columns && from.ape;
   if (has_columns) {
     values = *reinterpret_cast<const Four<float>*>(from.values + token * from.values_stride + source);
     scores = *reinterpret_cast<const Four<float>*>(from.scores + token * from.scores_stride + source);
   }
+#pragma unroll
+  for (int i = 0; i < kFewRows; ++i)
+    if (has_bias && few_rows && i < m.value)
+      biases[i] = *reinterpret_cast<const Four<float>*>(from.ape + i * bias_row + source);
 
   int64_t number = 0;
   bool is_last = false;
@@ -98,11 +107,14 @@ __global__ void __launch_bounds__(kThreads) append_kernel(NewTokens given, Tail 
     tail.positions[slot] = start + number + 1;
   }
   if (!has_columns) return;
-  if (from.ape) {
-    const Four<float> ape =
-        *reinterpret_cast<const Four<float>*>(from.ape + row * tail.streams * from.columns + source);
+  if (has_bias) {
+    Four<float> bias = biases[0];
+    if (!few_rows) bias = *reinterpret_cast<const Four<float>*>(from.ape + row * bias_row + source);
 #pragma unroll
-    for (int j = 0; j < kFour; ++j) scores.values[j] += ape.values[j];
+    for (int i = 1; i < kFewRows; ++i)
+      if (few_rows && i == row) bias = biases[i];
+#pragma unroll
+    for (int j = 0; j < kFour; ++j) scores.values[j] += bias.values[j];
   }
   const int64_t to = (slot * tail.rows + row) * tail.width + column;
   *reinterpret_cast<Four<float>*>((stream ? tail.values[1] : tail.values[0]) + to) = values;
