@@ -14,38 +14,56 @@ namespace dsv4 {
 constexpr int kMaxHeadDim = 512;
 constexpr int kMaxThreads = kMaxHeadDim / kChannels;
 
-// Windows of up to kRows rows: a thread has all rows of its four channels in flight, and a block is one token, or a few
-// in turn where there are thousands.
+constexpr int kShortWindow = 8;
+constexpr int kShortRows = 4;  // that a thread has in flight: more take more code, which costs more than a second turn
+
+// Windows of up to 8 rows: a thread has four channels of all of them, and a block is one token, or a few in turn where
+// there are thousands.
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads, 4) compress_flush_kernel(const __grid_constant__ CompressFlush call) {
+__global__ void __launch_bounds__(kMaxThreads, 3) compress_flush_kernel(const __grid_constant__ CompressFlush call) {
   await_previous_grid();
-  __shared__ float scratch[kMaxThreads / kWarpLanes];
-  const int channel = kChannels * threadIdx.x;
-  const int first = blockIdx.x * call.tokens_a_task;
-  const int last = min(first + call.tokens_a_task, call.tokens);
-  Request request = {-1, -1, -1, 0, -1};
-  for (int token = first; token < last; ++token) {
-    if (!request.holds(token)) request = find_request(call, token);
-    if (request.index < 0) continue;
-    const uint32_t position = static_cast<uint32_t>(request.position(token));
-    if ((position + 1) % call.ratio != 0) {
-      store_token<T>(call, request, token, threadIdx.x, blockDim.x);
+  __shared__ RowPlace places[kShortWindow];
+  __shared__ alignas(16) float scratch[kScratch];
+  const int thread = threadIdx.x, channel = kChannels * thread;
+  const int last = min(static_cast<int>(blockIdx.x + 1) * call.tokens_a_task, call.tokens);
+  for (int token = blockIdx.x * call.tokens_a_task; token < last;) {
+    const Request request = find_request(call, token);
+    const int end = min(request.end, last);
+    if (request.index < 0) {
+      token = end;
       continue;
     }
-    const int block = position / call.ratio;
-    int64_t index = destination(call, request, token, block);
-    const Finish finish = load_finish(call, block, channel);
-    const Rows rows = load_rows<T>(call, request, block, 0, 1, channel);
-    store_token<T>(call, request, token, threadIdx.x, blockDim.x);
-    store_successors<T>(call, request, rows);
-    PooledRows pooled;
-    pooled.add(rows.score, rows.kv);
-    if (!rows.complete || !call.pages.holds(index) || block * call.ratio >= call.positions) continue;
-    float values[kChannels];
+    // The next token that completes a block, and those before it that wait for being stored.
+    int next = token + (~request.position(token) & (call.ratio() - 1));
+    for (; next < end; next += call.ratio()) {
+      const int block = request.position(next) >> call.ratio_bits;
+      const Place place = destination(call, request, next, block);
+      const Finish finish = load_finish(call, block, channel);
+      bool complete = true;
+      if (thread < kShortWindow) {
+        places[thread] = find_row<T>(call, request, block, thread);
+        complete = places[thread].kind != RowPlace::kMissing;
+      }
+      complete = __syncthreads_and(complete);
+      PooledRows pooled;
+#pragma unroll 1
+      for (int row = 0; row < call.window(); row += kShortRows) {
+        const auto rows = load_rows<T, kShortRows>(places, row, 1, channel);
+        pooled.add(rows.score, rows.kv);
+      }
+      store_tokens<T>(call, request, token, next + 1, thread, blockDim.x);
+      store_successors<T>(call, request, block, places, 0, 1, channel);
+      token = next + 1;
+      if (complete && place.exists() && int64_t{block} << call.ratio_bits < call.positions) {
+        float values[kChannels];
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) values[i] = pooled.result(i);
-    finish_entry(call, index, finish, channel, values, scratch);
-    __syncthreads();  // before the next token's sums
+        for (int i = 0; i < kChannels; ++i) values[i] = pooled.result(i);
+        finish_entry(call, place, finish, channel, values, scratch);
+      }
+      __syncthreads();  // before the next token's rows and sums
+    }
+    store_tokens<T>(call, request, token, end, thread, blockDim.x);
+    token = end;
   }
 }
 
@@ -53,8 +71,18 @@ __global__ void __launch_bounds__(kMaxThreads, 4) compress_flush_kernel(const __
 // row. The first block gets the others' channels and finishes the entry, while they go on.
 constexpr int kSlice = 64;
 constexpr int kGroups = 16;
+constexpr int kRowsAtOnce = 2;  // of a group: few, so that blocks share a multiprocessor and overlap
 constexpr int kGroupThreads = kSlice / kChannels;
 constexpr int kSliceThreads = kGroups * kGroupThreads;
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kLongBlocks = 2;  // of a multiprocessor: three would spill
+#else
+constexpr int kLongBlocks = 3;
+#endif
+constexpr int kLongestWindow = 256;
+static_assert(kLongestWindow <= kSliceThreads, "a thread finds a row");
+static_assert(128 % (kGroups * kRowsAtOnce) == 0, "windows are of 128 or 256 rows");
 
 // What the groups of a block have of each channel; see PooledRows.
 struct Slices {
@@ -66,13 +94,13 @@ struct Slices {
 __device__ float result_of_slices(const Slices& slices, int channel) {
   const int thread = channel / kChannels, i = channel % kChannels;
   float top = -INFINITY;
-#pragma unroll
+#pragma unroll 4
   for (int group = 0; group < kGroups; ++group) top = fmaxf(top, slices.top[group][thread].values[i]);
   const float base = PooledRows::finite_base(top);
   float sum = 0.0f, value = 0.0f;
-#pragma unroll
+#pragma unroll 4
   for (int group = 0; group < kGroups; ++group) {
-    const float scale = expf(slices.top[group][thread].values[i] - base);
+    const float scale = exp_of(slices.top[group][thread].values[i] - base);
     sum = fmaf(slices.sum[group][thread].values[i], scale, sum);
     value = fmaf(slices.value[group][thread].values[i], scale, value);
   }
@@ -80,89 +108,101 @@ __device__ float result_of_slices(const Slices& slices, int channel) {
 }
 
 template <typename T, int Blocks>
-__global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, 2)
+__global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, kLongBlocks)
     compress_flush_long_kernel(const __grid_constant__ CompressFlush call) {
   await_previous_grid();
+  __shared__ RowPlace places[kLongestWindow];
   __shared__ Slices slices;
-  __shared__ alignas(
-      16) float entry[2][Blocks * kSlice];  // of the first block; the next entry comes while one is finished
-  __shared__ float scratch[kMaxThreads / kWarpLanes];
+  // Of the first block; the next entry comes while one is finished.
+  __shared__ alignas(16) float entry[2][Blocks * kSlice];
+  __shared__ alignas(16) float scratch[kScratch];
   const int thread = threadIdx.x, rank = blockIdx.x % Blocks;
   const int group = thread / kGroupThreads, group_thread = thread % kGroupThreads;
   const int channel = rank * kSlice + kChannels * group_thread;
-  const int first = blockIdx.x / Blocks * call.tokens_a_task;
-  const int last = min(first + call.tokens_a_task, call.tokens);
-  Request request = {-1, -1, -1, 0, -1};
+  // The first block has the most to do: the last one begins with the rows of tokens.
+  const int row_thread = (Blocks - 1 - rank) * kSliceThreads + thread;
+  const int task = blockIdx.x / Blocks;
+  const int last = min((task + 1) * call.tokens_a_task, call.tokens);
   bool started = false;  // whether the first block is known to run
   int turn = 0;
   __cluster_barrier_arrive_relaxed();
-  for (int token = first; token < last; ++token) {
-    if (!request.holds(token)) request = find_request(call, token);
-    if (request.index < 0) continue;
-    // The first block has the most to do: the last one begins with the row of the token.
-    const int row_thread = (Blocks - 1 - rank) * kSliceThreads + thread;
-    const uint32_t position = static_cast<uint32_t>(request.position(token));
-    if ((position + 1) % call.ratio != 0) {
-      store_token<T>(call, request, token, row_thread, Blocks * kSliceThreads);
+  for (int token = task * call.tokens_a_task; token < last;) {
+    const Request request = find_request(call, token);
+    const int end = min(request.end, last);
+    if (request.index < 0) {
+      token = end;
       continue;
     }
-    const int block = position / call.ratio;
-    PooledRows pooled;
-    bool complete = true;
-    for (int row = group; row < call.window(); row += kGroups * kRows) {
-      const Rows rows = load_rows<T>(call, request, block, row, kGroups, channel);
-      store_successors<T>(call, request, rows);
-      pooled.add(rows.score, rows.kv);
-      complete &= rows.complete;
+    int next = token + (~request.position(token) & (call.ratio() - 1));
+    for (; next < end; next += call.ratio()) {
+      const int block = request.position(next) >> call.ratio_bits;
+      bool complete = true;
+      if (thread < call.window()) {
+        places[thread] = find_row<T>(call, request, block, thread);
+        complete = places[thread].kind != RowPlace::kMissing;
+      }
+      complete = __syncthreads_and(complete);
+      PooledRows pooled;
+#pragma unroll 1
+      for (int row = group; row < call.window(); row += kGroups * kRowsAtOnce) {
+        const auto rows = load_rows<T, kRowsAtOnce>(places, row, kGroups, channel);
+        pooled.add(rows.score, rows.kv);
+      }
+      store_successors<T>(call, request, block, places, group, kGroups, channel);
+      // On their way while the sums meet; before, their registers are wanted for rows.
+      Place place = destination(call, request, next, block);
+      const Finish finish = load_finish(call, block, kChannels * thread);
+      slices.top[group][group_thread] = reinterpret_cast<const Four<float>&>(pooled.top);
+      slices.sum[group][group_thread] = reinterpret_cast<const Four<float>&>(pooled.sum);
+      slices.value[group][group_thread] = reinterpret_cast<const Four<float>&>(pooled.value);
+      __syncthreads();
+      if (!complete || int64_t{block} << call.ratio_bits >= call.positions) place.page = -1;
+      if (!started) __cluster_barrier_wait();
+      started = true;
+      if (thread < kSlice)
+        store_to_block(&entry[turn % 2][rank * kSlice + thread], result_of_slices(slices, thread), 0);
+      __cluster_barrier_arrive();
+      store_tokens<T>(call, request, token, next + 1, row_thread, Blocks * kSliceThreads);
+      token = next + 1;
+      __cluster_barrier_wait();
+      if (rank == 0 && place.exists()) {
+        float values[kChannels] = {};
+        if (thread < Blocks * kSlice / kChannels)
+          reinterpret_cast<Four<float>&>(values) = reinterpret_cast<const Four<float>*>(entry[turn % 2])[thread];
+        finish_entry(call, place, finish, kChannels * thread, values, scratch);
+      }
+      ++turn;
     }
-    // On their way while the sums meet; before, their registers are wanted for rows.
-    int64_t index = destination(call, request, token, block);
-    const Finish finish = load_finish(call, block, kChannels * thread);
-    slices.top[group][group_thread] = reinterpret_cast<const Four<float>&>(pooled.top);
-    slices.sum[group][group_thread] = reinterpret_cast<const Four<float>&>(pooled.sum);
-    slices.value[group][group_thread] = reinterpret_cast<const Four<float>&>(pooled.value);
-    if (!__syncthreads_and(complete) || !call.pages.holds(index) || block * call.ratio >= call.positions) index = -1;
-    if (!started) __cluster_barrier_wait();
-    started = true;
-    if (thread < kSlice) store_to_block(&entry[turn % 2][rank * kSlice + thread], result_of_slices(slices, thread), 0);
-    __cluster_barrier_arrive();
-    store_token<T>(call, request, token, row_thread, Blocks * kSliceThreads);
-    __cluster_barrier_wait();
-    if (rank == 0 && index >= 0) {
-      float values[kChannels] = {};
-      if (thread < Blocks * kSlice / kChannels)
-        reinterpret_cast<Four<float>&>(values) = reinterpret_cast<const Four<float>*>(entry[turn % 2])[thread];
-      finish_entry(call, index, finish, kChannels * thread, values, scratch);
-    }
-    ++turn;
+    store_tokens<T>(call, request, token, end, row_thread, Blocks * kSliceThreads);
+    token = end;
   }
   if (!started) __cluster_barrier_wait();
 }
 
-// Tokens in turn in one block or cluster: few enough that every multiprocessor has several of them to choose from.
-static int32_t tokens_a_task(const Device& device, int64_t tokens, int64_t tasks_a_multiprocessor) {
-  return static_cast<int32_t>(blocks_for(tokens, device.multiprocessors * tasks_a_multiprocessor));
-}
+namespace {
 
-constexpr int64_t kShortTasks = 16;  // of 128 threads, on one multiprocessor
-constexpr int64_t kLongTasks = 2;    // of 2048 threads
+constexpr int64_t kShortBlocks = 16;  // of a multiprocessor: enough to choose from
 
 template <typename T>
-static dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
-  if (call.window() <= kRows) {
-    call.tokens_a_task = tokens_a_task(*target.device, call.tokens, kShortTasks);
+dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
+  if (call.window() <= kShortWindow) {
+    const int64_t most = target.device->multiprocessors * kShortBlocks;
+    call.tokens_a_task = static_cast<int32_t>(blocks_for(call.tokens, most));
     const uint32_t threads = call.head_dim / kChannels;
     return launch<compress_flush_kernel<T>>(target, {blocks_for(call.tokens, call.tokens_a_task), threads}, call);
   }
   const auto launch_long = [&](auto blocks) {
     constexpr int kBlocks = decltype(blocks)::value;
-    call.tokens_a_task = tokens_a_task(*target.device, call.tokens, kLongTasks * kMaxHeadDim / call.head_dim);
+    // A request's tokens, as far as one block of them: then no two entries of a request wait for each other.
+    call.tokens_a_task = std::min(static_cast<int32_t>(call.tokens_a_request.value), call.ratio());
     const uint32_t clusters = blocks_for(call.tokens, call.tokens_a_task);
     return launch<compress_flush_long_kernel<T, kBlocks>>(target, {clusters * kBlocks, kSliceThreads}, call);
   };
   if (call.head_dim == kMaxHeadDim) return launch_long(std::integral_constant<int, kMaxHeadDim / kSlice>{});
   return launch_long(std::integral_constant<int, 2>{});
 }
+
+}  // namespace
 }  // namespace dsv4
 
 extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given, dsv4_stream stream) {
@@ -183,7 +223,7 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   check.require(args.ratio == 1 || args.ratio == 2 || args.ratio == 4 || args.ratio == 128, "ratio", "1, 2, 4 or 128",
                 args.ratio);
   check.tensor("kv", args.kv, rows, {kAny, width}, Layout::kStridedRows);
-  check.range("kv rows (tokens)", tokens, 0, INT32_MAX);
+  check.range("kv rows (tokens)", tokens, 0, INT32_MAX / 2);
   const int64_t vector = kChannels * dtype_bytes(args.kv.dtype);
   check.aligned_rows("kv", args.kv, vector);
   check.require(present(args.score) || (args.ratio == 1 && !args.overlap), "score",
@@ -207,7 +247,7 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   check.aligned_rows("norm_weight", args.norm_weight, kVector);
   check.tensor("cos_sin", args.cos_sin, one_of(DSV4_FLOAT32), {kAny, kRopeDim});
   check.aligned_rows("cos_sin", args.cos_sin, sizeof(float2));
-  check_pages(check, args.pages, layout, args.entries_per_page);
+  check_pages(check, args.pages, args.scales, args.rope, layout, args.entries_per_page);
   check.optional_tensor("block_table", args.block_table, one_of(DSV4_INT32), {requests, kAny});
   check.optional_tensor("slot_mapping", args.slot_mapping, indices, {tokens});
   check.require(present(args.block_table) != present(args.slot_mapping), "block_table",
@@ -234,7 +274,7 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   call.cos_sin = static_cast<const float*>(args.cos_sin.data);
   call.block_table = static_cast<const int32_t*>(args.block_table.data);
   call.slot_mapping = indices_of(args.slot_mapping);
-  call.pages = pages_of(args.pages, args.entries_per_page);
+  call.pages = pages_of(args.pages, args.scales, args.rope, layout, args.entries_per_page);
   call.kv_stride = args.kv.stride[0];
   call.score_stride = args.score.stride[0];
   call.state_pages = extent(args.state, 0);
@@ -243,15 +283,17 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   call.quantization = {args.amax_floor, args.scale_floor, args.fp4_ties_toward_zero != 0, args.exact_scale != 0};
   call.tokens = static_cast<int32_t>(tokens);
   call.requests = static_cast<int32_t>(requests);
-  call.tokens_a_request = static_cast<int32_t>(std::max<int64_t>(tokens / requests, 1));
+  call.tokens_a_request = Divisor(static_cast<uint32_t>(std::max<int64_t>(tokens / requests, 1)));
   call.head_dim = layout.head_dim;
   call.width = static_cast<int32_t>(width);
-  call.ratio = args.ratio;
-  call.state_rows = static_cast<int32_t>(state_rows);
-  call.state_columns = static_cast<int32_t>(state_columns);
-  call.capacity = static_cast<int32_t>(std::min<int64_t>(state_rows * state_columns, INT32_MAX));
+  while (kChannels << call.head_bits < call.head_dim) ++call.head_bits;
+  while (1 << call.ratio_bits < args.ratio) ++call.ratio_bits;
+  call.state_rows = Divisor(static_cast<uint32_t>(state_rows));
+  call.state_columns = Divisor(static_cast<uint32_t>(state_columns));
+  call.capacity = Divisor(static_cast<uint32_t>(std::min<int64_t>(state_rows * state_columns, INT32_MAX)));
   call.blocks_a_request = static_cast<int32_t>(extent(args.block_table, 1));
   call.epsilon = args.epsilon;
+  call.reciprocal_dim = 1.0f / static_cast<float>(layout.head_dim);
   call.overlap = args.overlap != 0;
   call.hadamard = args.hadamard != 0;
   call.round_once = args.round_once != 0;

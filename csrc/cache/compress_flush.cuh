@@ -8,13 +8,14 @@
 // is_read_by_an_entry() is the rule that both go by.
 #pragma once
 
+#include <type_traits>
+
 #include "cache/entry_codec.cuh"
 #include "cache/pooled_rows.cuh"
+#include "device/divide.cuh"
 #include "device/indices.cuh"
 
 namespace dsv4 {
-
-constexpr int kRows = 8;  // that a thread has in flight at once
 
 struct CompressFlush {
   const void* kv;
@@ -35,23 +36,26 @@ struct CompressFlush {
   int64_t positions;  // rows of cos_sin
   PageLayout layout;
   Quantization quantization;
+  Divisor tokens_a_request;  // where all requests bring the same number; a first guess otherwise
+  Divisor state_rows;
+  Divisor state_columns;
+  Divisor capacity;  // positions until a place in the state comes again
   int32_t tokens;
   int32_t requests;
-  int32_t tokens_a_request;  // where all requests bring the same number; a first guess otherwise
   int32_t tokens_a_task;
   int32_t head_dim;
   int32_t width;
-  int32_t ratio;
-  int32_t state_rows;
-  int32_t state_columns;
-  int32_t capacity;  // positions until a place in the state comes again
+  int32_t head_bits;   // head_dim is kChannels << head_bits
+  int32_t ratio_bits;  // ratio is 1 << ratio_bits
   int32_t blocks_a_request;
   float epsilon;
+  float reciprocal_dim;  // 1 / head_dim
   bool overlap;
   bool hadamard;
   bool round_once;
 
-  __host__ __device__ int window() const { return overlap ? 2 * ratio : ratio; }
+  __host__ __device__ int ratio() const { return 1 << ratio_bits; }
+  __host__ __device__ int window() const { return ratio() << (overlap ? 1 : 0); }
 };
 
 struct Request {
@@ -62,8 +66,8 @@ struct Request {
   int32_t page;   // of the state, where a request has only one
 
   __device__ bool holds(int token) const { return token >= first && token < end; }
-  __device__ int64_t position(int token) const { return int64_t{start} + token - first; }
-  __device__ int64_t end_position() const { return position(end); }
+  __device__ uint32_t position(int token) const { return static_cast<uint32_t>(start + (token - first)); }
+  __device__ uint32_t end_position() const { return position(end); }
 };
 
 constexpr int64_t kMaxPosition = INT32_MAX;
@@ -72,7 +76,7 @@ constexpr int64_t kMaxPosition = INT32_MAX;
 __device__ inline Request load_request(const CompressFlush& call, int index) {
   const int first = call.query_starts[index], end = call.query_starts[index + 1];
   const int64_t start = call.start_positions[index];
-  const int page = call.state_table[static_cast<int64_t>(index) * call.state_columns];
+  const int page = call.state_table[static_cast<int64_t>(index) * call.state_columns.value];
   Request request = {index, first, min(end, call.tokens), static_cast<int32_t>(start), page};
   const bool valid = first >= 0 && start >= 0 && start + call.tokens <= kMaxPosition;
   if (!valid) request.end = first;
@@ -82,172 +86,245 @@ __device__ inline Request load_request(const CompressFlush& call, int index) {
 // The request of a token. Every lane of the warp must call it, for the same token.
 __device__ inline Request find_request(const CompressFlush& call, int token) {
   // Right where all requests bring the same number of tokens, and then the only chain is one load long.
-  const Request guess = load_request(call, min(token / call.tokens_a_request, call.requests - 1));
-  if (guess.holds(token)) return guess;
-  int passed = 0;  // requests that end at or before the token
-  for (int i = threadIdx.x % kWarpLanes; i < call.requests; i += kWarpLanes)
-    passed += call.query_starts[i + 1] <= token;
-  passed = __reduce_add_sync(kFullWarp, passed);
-  if (passed < call.requests) {
-    const Request found = load_request(call, passed);
+  int index = min(static_cast<int>(call.tokens_a_request.quotient(token)), call.requests - 1);
+#pragma unroll 1
+  for (bool searched = false; index < call.requests; searched = true) {
+    const Request found = load_request(call, index);
     if (found.holds(token)) return found;
+    if (searched) break;
+    index = 0;  // requests that end at or before the token
+#pragma unroll 1
+    for (int i = threadIdx.x % kWarpLanes; i < call.requests; i += kWarpLanes)
+      index += call.query_starts[i + 1] <= token;
+    index = __reduce_add_sync(kFullWarp, index);
   }
   return {-1, token, token + 1, 0, -1};
 }
 
 // The kv of a row in the state; its score follows `width` later. Null where the table names no page.
-__device__ inline float* state_row(const CompressFlush& call, const Request& request, int64_t position) {
-  const uint32_t at = static_cast<uint32_t>(position);
-  const uint32_t column = at / call.state_rows % call.state_columns;
-  const int page = call.state_columns == 1
-                       ? request.page
-                       : call.state_table[static_cast<int64_t>(request.index) * call.state_columns + column];
+__device__ inline float* state_row(const CompressFlush& call, const Request& request, uint32_t position) {
+  const uint32_t turn = call.state_rows.quotient(position);
+  const uint32_t row = position - turn * call.state_rows.value;
+  int page = request.page;
+  if (call.state_columns.value > 1) {
+    const uint32_t column = turn - call.state_columns.quotient(turn) * call.state_columns.value;
+    page = call.state_table[static_cast<int64_t>(request.index) * call.state_columns.value + column];
+  }
   if (page < 0 || page >= call.state_pages) return nullptr;
-  return call.state + (static_cast<int64_t>(page) * call.state_rows + at % call.state_rows) * 2 * call.width;
+  return call.state + (static_cast<int64_t>(page) * call.state_rows.value + row) * 2 * call.width;
 }
 
 // Whether an entry that completes in this call reads one half of the row at an earlier position. With two streams the
 // first half belongs to the entry of the next block; without, there is only one half, which counts as the second.
-__device__ inline bool is_read_by_an_entry(const CompressFlush& call, const Request& request, int64_t position,
+__device__ inline bool is_read_by_an_entry(const CompressFlush& call, const Request& request, uint32_t position,
                                            bool first_half) {
-  const int64_t block = position / call.ratio + (first_half ? 1 : 0);
-  const int64_t completed_by = (block + 1) * call.ratio - 1;
-  return completed_by >= request.start && completed_by < request.end_position();
+  const uint32_t next_block = (position >> call.ratio_bits) + (first_half ? 2 : 1);
+  const uint32_t completed_by = (next_block << call.ratio_bits) - 1;
+  return completed_by >= static_cast<uint32_t>(request.start) && completed_by < request.end_position();
+}
+
+// Four channels of a row as they lie in memory: widen() makes numbers of them. A thread loads all that it wants before
+// it widens any, so that it waits once.
+template <typename T>
+__device__ inline void load_raw(const T* row, Four<float>* raw) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    reinterpret_cast<float4&>(*raw) = __ldg(reinterpret_cast<const float4*>(row));
+  } else {
+    reinterpret_cast<uint2&>(*raw) = __ldg(reinterpret_cast<const uint2*>(row));
+  }
 }
 
 template <typename T>
-__device__ inline Four<float> load_channels(const T* row) {
-  const Four<T> loaded = *reinterpret_cast<const Four<T>*>(row);
-  Four<float> channels;
-#pragma unroll
-  for (int i = 0; i < kChannels; ++i) channels.values[i] = static_cast<float>(loaded.values[i]);
-  return channels;
+__device__ inline void widen(Four<float>* raw) {
+  if constexpr (sizeof(T) != sizeof(float)) {
+    const float2 low = unpack_bfloat16(__float_as_uint(raw->values[0]));
+    const float2 high = unpack_bfloat16(__float_as_uint(raw->values[1]));
+    *raw = {{low.x, low.y, high.x, high.y}};
+  }
 }
+
+// Four channels of a token: kv, score, and the position's bias, which the score lacks until widen().
+struct TokenChannels {
+  Four<float> kv;
+  Four<float> score;
+  Four<float> bias;
+};
+
+template <typename T>
+__device__ inline void load_token(const CompressFlush& call, int token, uint32_t position, int column,
+                                  TokenChannels* channels) {
+  channels->score = channels->bias = {};
+  load_raw(static_cast<const T*>(call.kv) + token * call.kv_stride + column, &channels->kv);
+  if (call.score) load_raw(static_cast<const T*>(call.score) + token * call.score_stride + column, &channels->score);
+  if (call.ape) {
+    const uint32_t row = position & (call.ratio() - 1);
+    load_raw(call.ape + static_cast<int64_t>(row) * call.width + column, &channels->bias);
+  }
+}
+
+template <typename T>
+__device__ inline void widen(TokenChannels* channels) {
+  widen<T>(&channels->kv);
+  widen<T>(&channels->score);
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) channels->score.values[i] += channels->bias.values[i];
+}
+
+__device__ inline Four<float> load_channels(const float* row) { return *reinterpret_cast<const Four<float>*>(row); }
 
 __device__ inline void store_channels(float* row, const Four<float>& channels) {
   *reinterpret_cast<Four<float>*>(row) = channels;
 }
 
-// Four channels of a token, with the position's bias added to the score.
+// Stores rows of tokens [first, end) to the state, but for those whose place a later token of the call takes, or whose
+// place's old row an entry reads: the thread that reads that stores the new one. By threads `thread` of `threads`.
 template <typename T>
-__device__ inline void load_token(const CompressFlush& call, int token, int64_t position, int column, Four<float>* kv,
-                                  Four<float>* score) {
-  *kv = load_channels(static_cast<const T*>(call.kv) + token * call.kv_stride + column);
-  *score = {};
-  if (call.score) *score = load_channels(static_cast<const T*>(call.score) + token * call.score_stride + column);
-  if (call.ape) {
-    const uint32_t row = static_cast<uint32_t>(position) % call.ratio;
-    const Four<float> bias = load_channels(call.ape + static_cast<int64_t>(row) * call.width + column);
+__device__ inline void store_tokens(const CompressFlush& call, const Request& request, int first, int end, int thread,
+                                    int threads) {
+  const int64_t kept = request.end - int64_t{call.capacity.value};
+  if (kept > first) first = kept < end ? static_cast<int>(kept) : end;
+  const int count = (end - first) << call.head_bits;
+#pragma unroll 1
+  for (int i = thread; i < count; i += threads) {
+    const int token = first + (i >> call.head_bits);
+    const int column = kChannels * (i & ((1 << call.head_bits) - 1));
+    const uint32_t position = request.position(token);
+    float* const row = state_row(call, request, position);
+    if (!row) continue;
+    const int64_t turns = call.capacity.quotient(token - request.first) + 1;
+    const int64_t replaced = position - turns * call.capacity.value;
+    bool stored[2] = {true, call.overlap};  // of the halves of a row with two streams, or of the whole row
+    if (replaced >= 0) {
+      stored[0] = !is_read_by_an_entry(call, request, replaced, call.overlap);
+      stored[1] = call.overlap && !is_read_by_an_entry(call, request, replaced, false);
+    }
+    TokenChannels channels[2];
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) score->values[i] += bias.values[i];
+    for (int half = 0; half < 2; ++half)
+      if (stored[half]) load_token<T>(call, token, position, column + half * call.head_dim, &channels[half]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (!stored[half]) continue;
+      widen<T>(&channels[half]);
+      store_channels(row + column + half * call.head_dim, channels[half].kv);
+      store_channels(row + column + half * call.head_dim + call.width, channels[half].score);
+    }
   }
 }
 
-// Stores the row of a token to the state, unless a later token of the call takes the same place, or a thread that reads
-// the place's old row will do it. By threads `thread` of `threads`, which all call it.
-template <typename T>
-__device__ inline void store_token(const CompressFlush& call, const Request& request, int token, int thread,
-                                   int threads) {
-  const int64_t position = request.position(token), capacity = call.capacity;
-  if (position + capacity < request.end_position()) return;
-  float* const row = state_row(call, request, position);
-  if (!row) return;
-  const int64_t replaced = position - ((position - request.start) / capacity + 1) * capacity;
-  const bool keep_first = call.overlap && replaced >= 0 && is_read_by_an_entry(call, request, replaced, true);
-  const bool keep_second = replaced >= 0 && is_read_by_an_entry(call, request, replaced, false);
-  for (int column = kChannels * thread; column < call.width; column += kChannels * threads) {
-    if (call.overlap && column < call.head_dim ? keep_first : keep_second) continue;
-    Four<float> kv, score;
-    load_token<T>(call, token, position, column, &kv, &score);
-    store_channels(row + column, kv);
-    store_channels(row + call.width + column, score);
-  }
-}
-
-// Where the entry of a block goes: its index among the entries of all pages, or -1.
-__device__ inline int64_t destination(const CompressFlush& call, const Request& request, int token, int block) {
-  if (!call.block_table) return call.slot_mapping[token];
-  const int column = block / call.pages.entries;
-  if (column >= call.blocks_a_request) return -1;
+// Where the entry of a block goes.
+__device__ inline Place destination(const CompressFlush& call, const Request& request, int token, int block) {
+  if (!call.block_table) return call.pages.place(call.slot_mapping[token]);
+  const int column = call.pages.entries.quotient(block);
+  if (column >= call.blocks_a_request) return {-1, 0};
   const int64_t page = call.block_table[request.index * int64_t{call.blocks_a_request} + column];
-  return page < 0 ? -1 : page * call.pages.entries + block % call.pages.entries;
+  return {page < call.pages.count ? page : -1, block - column * static_cast<int>(call.pages.entries.value)};
 }
 
-// Some rows of a block's window, four channels of each: `first`, `first + step`, ... Rows that do not exist, before
-// position 0 and beyond the window, have score -infinity.
-struct Rows {
-  Four<float> kv[kRows];
-  Four<float> score[kRows];
-  uint32_t from_state;  // a bit for each that came from there
-  bool complete;        // whether the state had all that were wanted of it
-  int window_start;     // position of the window's first row
-  int first, step, channel;
+// Where a row of a block's window is. Found by one thread for all: it is much the longer part of a load.
+struct alignas(16) RowPlace {
+  enum Kind : int64_t { kNowhere, kCall, kState, kMissing };
+
+  const void* kv;  // the entry's first channel
+  const void* score;
+  const float* bias;  // only of a row that the call brings
+  Kind kind;          // kNowhere: before position 0 or beyond the window; kMissing: in a state page that there is not
 };
 
-__device__ inline int column_of(const CompressFlush& call, const Rows& rows, int i) {
-  return rows.channel + (call.overlap && rows.first + i * rows.step >= call.ratio ? call.head_dim : 0);
+template <typename T>
+__device__ inline RowPlace find_row(const CompressFlush& call, const Request& request, int block, int row) {
+  const int position = ((block + 1) << call.ratio_bits) - call.window() + row;
+  const int column = call.overlap && row >= call.ratio() ? call.head_dim : 0;
+  RowPlace place = {};
+  if (row >= call.window() || position < 0) return place;
+  if (position >= request.start) {
+    const int64_t token = request.first + (position - request.start);
+    place.kind = RowPlace::kCall;
+    place.kv = static_cast<const T*>(call.kv) + token * call.kv_stride + column;
+    if (call.score) place.score = static_cast<const T*>(call.score) + token * call.score_stride + column;
+    if (call.ape) place.bias = call.ape + (position & (call.ratio() - 1)) * call.width + column;
+  } else if (const float* const state = state_row(call, request, position)) {
+    place.kind = RowPlace::kState;
+    place.kv = state + column;
+    place.score = state + column + call.width;
+  } else {
+    place.kind = RowPlace::kMissing;
+  }
+  return place;
 }
 
-template <typename T>
-__device__ inline Rows load_rows(const CompressFlush& call, const Request& request, int block, int first, int step,
-                                 int channel) {
-  const int window = call.window();
-  Rows rows;
-  rows.from_state = 0;
-  rows.complete = true;
-  rows.window_start = (block + 1) * call.ratio - window;
-  rows.first = first, rows.step = step, rows.channel = channel;
+// Rows `row`, `row + step`, ... of a window, four channels of each. What does not exist has score -infinity.
+template <int Count>
+struct Rows {
+  Four<float> kv[Count];
+  Four<float> score[Count];
+};
+
+template <typename T, int Count>
+__device__ inline Rows<Count> load_rows(const RowPlace* places, int row, int step, int channel) {
+  TokenChannels loaded[Count];
+  bool from_call[Count];
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int row = first + i * step;
-    const int position = rows.window_start + row;
-    const int column = column_of(call, rows, i);
-    rows.kv[i] = {};
-    rows.score[i] = masked_scores();
-    if (row >= window || position < 0) continue;
-    if (position >= request.start) {
-      load_token<T>(call, request.first + (position - request.start), position, column, &rows.kv[i], &rows.score[i]);
-    } else if (float* const place = state_row(call, request, position)) {
-      rows.kv[i] = load_channels(place + column);
-      rows.score[i] = load_channels(place + call.width + column);
-      rows.from_state |= 1u << i;
+  for (int i = 0; i < Count; ++i) {
+    const RowPlace place = places[row + i * step];
+    from_call[i] = place.kind == RowPlace::kCall;
+    loaded[i].kv = loaded[i].bias = {};
+    loaded[i].score = place.kv ? Four<float>{} : masked_scores();
+    if (std::is_same_v<T, float> || !from_call[i]) {
+      if (place.kv) loaded[i].kv = load_channels(static_cast<const float*>(place.kv) + channel);
+      if (place.score) loaded[i].score = load_channels(static_cast<const float*>(place.score) + channel);
     } else {
-      rows.complete = false;
+      load_raw(static_cast<const T*>(place.kv) + channel, &loaded[i].kv);
+      if (place.score) load_raw(static_cast<const T*>(place.score) + channel, &loaded[i].score);
     }
+    if (place.bias) load_raw(place.bias + channel, &loaded[i].bias);
+  }
+  Rows<Count> rows;
+#pragma unroll
+  for (int i = 0; i < Count; ++i) {
+    if (from_call[i]) widen<T>(&loaded[i]);
+    rows.kv[i] = loaded[i].kv;
+    rows.score[i] = loaded[i].score;
   }
   return rows;
 }
 
-// In a call that is longer than the state has room for: stores the tokens that take the place of rows read before.
+// In a call that is longer than the state has room for: stores the tokens that take the place of rows that this thread
+// has loaded, as load_rows() names them.
 template <typename T>
-__device__ inline void store_successors(const CompressFlush& call, const Request& request, const Rows& rows) {
-  const int64_t capacity = call.capacity;
-  if (rows.window_start + capacity >= request.end_position()) return;
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int64_t position = rows.window_start + rows.first + i * rows.step;
-    const int64_t turns = (request.end_position() - 1 - position) / capacity;
-    if (!(rows.from_state >> i & 1) || turns == 0) continue;
-    const int64_t successor = position + turns * capacity;
-    const int column = column_of(call, rows, i);
-    Four<float> kv, score;
-    load_token<T>(call, request.first + static_cast<int>(successor - request.start), successor, column, &kv, &score);
+__device__ inline void store_successors(const CompressFlush& call, const Request& request, int block,
+                                        const RowPlace* places, int row, int step, int channel) {
+  const int window = call.window();
+  const int window_start = ((block + 1) << call.ratio_bits) - window;
+  const uint32_t capacity = call.capacity.value;
+  if (window_start + int64_t{capacity} >= request.end_position()) return;
+#pragma unroll 1
+  for (; row < window; row += step) {
+    if (places[row].kind != RowPlace::kState) continue;
+    const uint32_t position = window_start + row;
+    const uint32_t turns = call.capacity.quotient(request.end_position() - 1 - position);
+    if (turns == 0) continue;
+    const uint32_t successor = position + turns * capacity;
+    const int column = channel + (call.overlap && row >= call.ratio() ? call.head_dim : 0);
+    TokenChannels channels;
+    load_token<T>(call, request.first + static_cast<int>(successor - request.start), successor, column, &channels);
+    widen<T>(&channels);
     float* const place = state_row(call, request, successor);
-    store_channels(place + column, kv);
-    store_channels(place + call.width + column, score);
+    store_channels(place + column, channels.kv);
+    store_channels(place + call.width + column, channels.score);
   }
 }
 
-// The sum over the first `warps` warps of the block. Their sums stay in `scratch` until the next barrier.
-__device__ inline float sum_over_block(float value, float* scratch, int warps) {
+// The sum over the first warp of the block, or over its first four, which have 512 channels. `scratch` is read until
+// the next barrier.
+__device__ inline float sum_over_entry(float value, float* scratch, bool four_warps) {
   value = sum_over_group(value, kWarpLanes);
-  if (warps == 1) return value;
+  if (!four_warps) return value;
   const int warp = threadIdx.x / kWarpLanes;
-  if (warp < warps && threadIdx.x % kWarpLanes == 0) scratch[warp] = value;
+  if (warp < 4 && threadIdx.x % kWarpLanes == 0) scratch[warp] = value;
   __syncthreads();
-  float sum = 0.0f;
-  for (int i = 0; i < warps; ++i) sum += scratch[i];
-  return sum;
+  const float4 sums = *reinterpret_cast<const float4*>(scratch);
+  return sums.x + sums.y + sums.z + sums.w;
 }
 
 // Four channels' share of the normalisation's weight and, for the last 64 channels, of the rotation.
@@ -264,7 +341,7 @@ __device__ inline Finish load_finish(const CompressFlush& call, int block, int c
   if (channel >= call.head_dim) return finish;  // a thread that has no part in it
   finish.weight = load_channels(call.norm_weight + channel);
   const int rotated = channel - (call.head_dim - kRopeDim);
-  const int64_t position = static_cast<int64_t>(block) * call.ratio;
+  const int64_t position = static_cast<int64_t>(block) << call.ratio_bits;
   if (rotated >= 0 && position < call.positions) {
     const float* const row = call.cos_sin + position * kRopeDim + rotated / 2;
     finish.cosine = *reinterpret_cast<const float2*>(row);
@@ -290,27 +367,27 @@ __device__ inline void hadamard_128(float (&v)[kChannels]) {
 }
 
 // From the compressed channels of a block to its place in the pages: norm, rotation, Hadamard, quantisation. By the
-// first head_dim / 4 threads of the block; the others call it too, for the barrier. `index` is -1 for an entry that is
-// not to be written.
-__device__ inline void finish_entry(const CompressFlush& call, int64_t index, const Finish& finish, int channel,
+// first head_dim / 4 threads of the block; the others call it too, for the barriers. `scratch`: kScratch floats.
+constexpr int kScratch = 8;  // a sum and a maximum of four warps
+
+__device__ inline void finish_entry(const CompressFlush& call, const Place& place, const Finish& finish, int channel,
                                     float (&v)[kChannels], float* scratch) {
   const bool rounds = !call.round_once;
-  const int warps = call.head_dim / kChannels / kWarpLanes;
   float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
     if (rounds) v[i] = round_to_bfloat16(v[i]);
     squares = fmaf(v[i], v[i], squares);
   }
-  const float mean = sum_over_block(squares, scratch, warps) / call.head_dim;
-  if (channel >= call.head_dim) return;
-  const float scale = 1.0f / sqrtf(mean + call.epsilon);
+  const float mean = sum_over_entry(squares, scratch, call.head_dim > kChannels * kWarpLanes) * call.reciprocal_dim;
+  const float scale = rsqrtf(mean + call.epsilon);
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
     v[i] = v[i] * scale * finish.weight.values[i];
     if (rounds) v[i] = round_to_bfloat16(v[i]);
   }
-  if (channel >= call.head_dim - kRopeDim) {
+  const bool has_part = channel < call.head_dim;
+  if (has_part && channel >= call.head_dim - kRopeDim) {
     const float cosines[] = {finish.cosine.x, finish.cosine.y}, sines[] = {finish.sine.x, finish.sine.y};
 #pragma unroll
     for (int pair = 0; pair < kChannels / 2; ++pair) {
@@ -328,7 +405,7 @@ __device__ inline void finish_entry(const CompressFlush& call, int64_t index, co
   }
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) v[i] = round_to_bfloat16(v[i]);
-  store_entry(call.layout, call.quantization, call.pages, index, channel, v, index >= 0);
+  store_entry(call.layout, call.quantization, call.pages, place, channel, v, has_part, scratch + kScratch / 2);
 }
 
 }  // namespace dsv4

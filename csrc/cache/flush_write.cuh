@@ -1,26 +1,24 @@
 // Quantising an entry (and an indexer key) and writing it to the pool in the split layout: what flush_write_csa and
-// flush_write_hca share. A block for each request's entry, and one for its indexer key.
+// flush_write_hca share. A block for each request's entry, and one for its indexer key. One warp finds the place, which
+// takes three loads in a row, while the others quantise.
 #pragma once
 
-#include <cfloat>
-
+#include "cache/entry_codec.cuh"
 #include "cache/tail.cuh"
 #include "core/launch.h"
 #include "device/divide.cuh"
-#include "device/fp4.cuh"
-#include "device/fp8.cuh"
-#include "device/reduce.cuh"
 #include "device/row.cuh"
 
 namespace dsv4 {
 
 constexpr int kEntryWarps = 4;
-constexpr int kEntryThreads = kEntryWarps * kWarpLanes;
-constexpr int kFoursAThread = 2;
-constexpr int64_t kMaxHeadDim = kEntryThreads * kFoursAThread * kFour;
-constexpr int kEight = 8;               // indexer columns a lane packs at a time
-constexpr int kNvfp4Group = 16;         // columns that share a scale
-constexpr float kLeastScale = FLT_MIN;  // so that a row of zeros divides by something
+constexpr int kEntryThreads = (kEntryWarps + 1) * kWarpLanes;
+constexpr int kFoursALane = 8;  // every warp has the whole entry, for its largest value
+constexpr int64_t kMaxHeadDim = kWarpLanes * kFoursALane * kFour;
+constexpr int kEight = 8;  // indexer columns of a thread
+constexpr dsv4_page_layout_info kSplit = kPageLayouts[DSV4_PAGE_SPLIT];
+constexpr dsv4_page_layout_info kSplitIndexer = kPageLayouts[DSV4_PAGE_SPLIT_INDEXER];
+constexpr int kNvfp4Group = kSplitIndexer.group;
 
 // Where the entries of a batch go.
 struct PoolTarget {
@@ -60,22 +58,12 @@ __device__ inline int64_t pool_row(const PoolTarget& target, int64_t request) {
   return entry + (block - column) * target.entries_per_block.value;
 }
 
-// Four values as FP8 with a common scale.
-__device__ inline uint32_t encode_scaled(const Four<__nv_bfloat16>& values, float scale) {
-  float scaled[kFour];
-#pragma unroll
-  for (int j = 0; j < kFour; ++j) scaled[j] = __fdiv_rn(static_cast<float>(values.values[j]), scale);
-  return encode_e4m3x4(scaled[0], scaled[1], scaled[2], scaled[3]);
-}
-
-// Eight columns of the indexer key a lane; two lanes share a group. One warp. The columns are loaded before it is known
-// whether they are wanted, beside the loads that say so.
-__device__ inline void write_indexer_key(const SplitPages& pages, const __nv_bfloat16* key, bool valid,
-                                         const PoolTarget& target, int64_t request) {
-  const int64_t row = pool_row(target, request);
-  for (int first = 0; first < pages.indexer_head_dim; first += kWarpLanes * kEight) {
+// Eight columns of the indexer key a thread; two threads share a group. `row` is there after the block's barrier.
+__device__ inline void write_indexer_key(const SplitPages& pages, const __nv_bfloat16* key, const int64_t& row) {
+  constexpr int kColumns = kEntryWarps * kWarpLanes * kEight;
+  for (int first = 0; first < pages.indexer_head_dim; first += kColumns) {
     const int column = first + threadIdx.x * kEight;
-    const bool inside = column < pages.indexer_head_dim;
+    const bool inside = threadIdx.x * kEight < kColumns && column < pages.indexer_head_dim;
     float values[kEight] = {};
     float amax = 0.0f;
     if (inside) {
@@ -89,14 +77,15 @@ __device__ inline void write_indexer_key(const SplitPages& pages, const __nv_bfl
         }
       }
     }
-    amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, 1));
-    if (!inside || !valid || row < 0) continue;
-    const uint32_t scale_code = encode_e4m3(__fdiv_rn(amax, kLargestE2m1));
-    const bool all_zero = scale_code == 0;
-    const float scale = all_zero ? 1.0f : decode_e4m3(scale_code);  // a division by 0 takes a long way round
-#pragma unroll
-    for (int i = 0; i < kEight; ++i) values[i] = __fdiv_rn(values[i], scale);
-    const uint32_t codes = all_zero ? 0u : encode_e2m1x8(values);
+    amax = max_over_group(amax, kNvfp4Group / kEight);
+    uint32_t scale_code = 0, codes = 0;
+    if (inside) {  // quotients of zeros take a division's slow way
+      scale_code = encode_e4m3(wanted_scale(amax, kLargestE2m1, kSplitIndexer.amax_floor));
+      divide_by_scale(values, decode_e4m3(scale_code));
+      codes = encode_e2m1x8(values);
+    }
+    if (first == 0) __syncthreads();
+    if (!inside || row < 0) continue;
     *reinterpret_cast<uint32_t*>(pages.indexer_keys_fp4 + row * (pages.indexer_head_dim / 2) + column / 2) = codes;
     if (column % kNvfp4Group == 0)
       pages.indexer_scale[row * (pages.indexer_head_dim / kNvfp4Group) + column / kNvfp4Group] =
@@ -110,46 +99,56 @@ __global__ void __launch_bounds__(kEntryThreads)
     flush_write_kernel(const __nv_bfloat16* __restrict__ entry, const __nv_bfloat16* __restrict__ indexer_key,
                        const bool* __restrict__ valid_mask, PoolTarget target, SplitPages pages) {
   await_previous_grid();
+  __shared__ int64_t row;
   const int64_t request = blockIdx.x;
-  const bool valid = valid_mask[request];
-  if (WithIndexer && blockIdx.y == 1) {
-    if (threadIdx.x < kWarpLanes)
-      write_indexer_key(pages, indexer_key + request * pages.indexer_head_dim, valid, target, request);
-    return;
-  }
   const int warp = threadIdx.x / kWarpLanes;
   const int lane = threadIdx.x % kWarpLanes;
-  const int stored = pages.head_dim - pages.rope_dim;
-  Four<__nv_bfloat16> fours[kFoursAThread];
-#pragma unroll
-  for (int i = 0; i < kFoursAThread; ++i)
-    fours[i] = load_four(entry + request * pages.head_dim, (i * kEntryThreads + static_cast<int>(threadIdx.x)) * kFour,
-                         pages.head_dim, true);
-  const int64_t row = pool_row(target, request);
-  if (!valid || row < 0) return;
-
-  float amax = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kFoursAThread; ++i) {
-    if ((i * kEntryThreads + static_cast<int>(threadIdx.x)) * kFour >= stored) continue;
-#pragma unroll
-    for (int j = 0; j < kFour; ++j) amax = fmaxf(amax, fabsf(static_cast<float>(fours[i].values[j])));
+  if (warp == kEntryWarps && lane == 0) {
+    const bool valid = valid_mask[request];
+    const int64_t found = pool_row(target, request);
+    row = valid ? found : -1;
   }
+  if (WithIndexer && blockIdx.y == 1) {
+    write_indexer_key(pages, indexer_key + request * pages.indexer_head_dim, row);
+    return;
+  }
+  const int stored = pages.head_dim - pages.rope_dim;
+  Four<__nv_bfloat16> fours[kFoursALane] = {};
+  uint32_t codes[kFoursALane] = {};
+  float scale = 0.0f;
+  const auto column_of = [lane](int i) { return (i * kWarpLanes + lane) * kFour; };
+  if (warp < kEntryWarps) {
+    const __nv_bfloat16* const values = entry + request * pages.head_dim;
 #pragma unroll
-  for (int distance = kWarpLanes / 2; distance > 0; distance /= 2)
-    amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, distance));
-  __shared__ float warp_amax[kEntryWarps];
-  if (lane == 0) warp_amax[warp] = amax;
+    for (int i = 0; i < kFoursALane; ++i) fours[i] = load_four(values, column_of(i), pages.head_dim, true);
+    float amax = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kFoursALane; ++i) {
+      if (column_of(i) >= stored) continue;
+#pragma unroll
+      for (int j = 0; j < kFour; ++j) amax = fmaxf(amax, fabsf(static_cast<float>(fours[i].values[j])));
+    }
+    scale = wanted_scale(max_over_group(amax, kWarpLanes), kLargestE4m3, kSplit.amax_floor);
+#pragma unroll
+    for (int i = 0; i < kFoursALane; ++i) {
+      if (i % kEntryWarps != warp || column_of(i) >= stored) continue;
+      float scaled[kFour];
+#pragma unroll
+      for (int j = 0; j < kFour; ++j) scaled[j] = static_cast<float>(fours[i].values[j]);
+      divide_by_scale(scaled, scale);
+      codes[i] = encode_e4m3x4(scaled[0], scaled[1], scaled[2], scaled[3]);
+    }
+  }
   __syncthreads();
-  amax = fmaxf(fmaxf(warp_amax[0], warp_amax[1]), fmaxf(warp_amax[2], warp_amax[3]));
-  const float scale = fmaxf(__fdiv_rn(amax, kLargestE4m3), kLeastScale);
+  if (row < 0 || warp == kEntryWarps) return;
   if (threadIdx.x == 0) pages.inv_scale[row] = scale;
 #pragma unroll
-  for (int i = 0; i < kFoursAThread; ++i) {
-    const int column = (i * kEntryThreads + threadIdx.x) * kFour;
+  for (int i = 0; i < kFoursALane; ++i) {
+    const int column = column_of(i);
+    if (i % kEntryWarps != warp || column >= pages.head_dim) continue;
     if (column < stored)
-      *reinterpret_cast<uint32_t*>(pages.entries_fp8 + row * stored + column) = encode_scaled(fours[i], scale);
-    else if (column < pages.head_dim)
+      *reinterpret_cast<uint32_t*>(pages.entries_fp8 + row * stored + column) = codes[i];
+    else
       *reinterpret_cast<Four<__nv_bfloat16>*>(pages.entries_rope + row * pages.rope_dim + column - stored) = fours[i];
   }
 }

@@ -135,17 +135,18 @@ void bind_cache(py::module_& module) {
     for (int32_t i = 0; dsv4_page_layout_at(i, &info) == DSV4_OK; ++i)
       layouts.append(py::make_tuple(info.name, info.head_dim, info.quantized_dims, dsv4_dtype_name(info.element),
                                     info.group, dsv4_dtype_name(info.scale), info.value_bytes, info.scale_bytes,
-                                    info.page_alignment, info.amax_floor));
+                                    info.page_alignment, info.separate != 0, info.amax_floor, info.exact_scale != 0));
     return layouts;
   });
   module.def("page_bytes", &dsv4_page_bytes);
 
-  module.def("compress_flush", [](const Tensor& kv, const Tensor& score, const Tensor& ape, const Tensor& query_starts,
-                                  const Tensor& start_positions, const Tensor& state, const Tensor& state_table,
-                                  const Tensor& norm_weight, const Tensor& cos_sin, const Tensor& pages,
-                                  const Tensor& block_table, const Tensor& slot_mapping, int ratio, bool overlap,
-                                  int layout, int entries_per_page, bool hadamard, bool round_once, float epsilon,
-                                  float amax_floor, float scale_floor, bool fp4_ties_toward_zero, bool exact_scale) {
+  module.def("compress_flush",
+             [](const Tensor& kv, const Tensor& score, const Tensor& ape, const Tensor& query_starts,
+                const Tensor& start_positions, const Tensor& state, const Tensor& state_table,
+                const Tensor& norm_weight, const Tensor& cos_sin, const Tensor& pages, const Tensor& block_table,
+                const Tensor& slot_mapping, int ratio, bool overlap, int layout, int entries_per_page,
+                const Tensor& scales, const Tensor& rope, bool hadamard, bool round_once, float epsilon,
+                float amax_floor, float scale_floor, bool fp4_ties_toward_zero, bool exact_scale) {
     dsv4_compress_flush_args args = {};
     args.kv = kv.view;
     args.score = score.view;
@@ -157,6 +158,8 @@ void bind_cache(py::module_& module) {
     args.norm_weight = norm_weight.view;
     args.cos_sin = cos_sin.view;
     args.pages = pages.view;
+    args.scales = scales.view;
+    args.rope = rope.view;
     args.block_table = block_table.view;
     args.slot_mapping = slot_mapping.view;
     args.ratio = ratio;
@@ -173,10 +176,12 @@ void bind_cache(py::module_& module) {
     return call(dsv4_compress_flush, args, kv);
   });
 
-  module.def("unpack_entries",
-             [](const Tensor& pages, const Tensor& slots, int layout, int entries_per_page, const Tensor& out) {
+  module.def("unpack_entries", [](const Tensor& pages, const Tensor& slots, int layout, int entries_per_page,
+                                  const Tensor& scales, const Tensor& rope, const Tensor& out) {
     dsv4_unpack_entries_args args = {};
     args.pages = pages.view;
+    args.scales = scales.view;
+    args.rope = rope.view;
     args.slots = slots.view;
     args.out = out.view;
     args.layout = layout;

@@ -171,6 +171,8 @@ def compress_flush(
     overlap: bool,
     layout: int,
     entries_per_page: int,
+    scales: Tensor | None,
+    rope: Tensor | None,
     hadamard: bool,
     round_once: bool,
     epsilon: float,
@@ -179,7 +181,15 @@ def compress_flush(
     fp4_ties_toward_zero: bool,
     exact_scale: bool,
 ) -> bool: ...
-def unpack_entries(pages: Tensor, slots: Tensor, layout: int, entries_per_page: int, out: Tensor) -> bool: ...
+def unpack_entries(
+    pages: Tensor,
+    slots: Tensor,
+    layout: int,
+    entries_per_page: int,
+    scales: Tensor | None,
+    rope: Tensor | None,
+    out: Tensor,
+) -> bool: ...
 def padded_squared_relu(x: Tensor, permutation_map: Tensor, n_used: Tensor, out: Tensor) -> bool: ...
 def padded_swiglu(x: Tensor, permutation_map: Tensor, n_used: Tensor, limit: float, out: Tensor) -> bool: ...
 def squared_relu_and_quantize_mxfp8(

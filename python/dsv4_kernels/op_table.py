@@ -166,20 +166,19 @@ _add(
         "compress_flush",
         "Tensor kv, Tensor? score, Tensor? ape, Tensor query_starts, Tensor start_positions, Tensor(a!) state, "
         "Tensor state_table, Tensor norm_weight, Tensor cos_sin, Tensor(b!) pages, Tensor? block_table, "
-        "Tensor? slot_mapping, int ratio, bool overlap, int layout, int entries_per_page, bool hadamard=False, "
-        "bool round_once=False, float epsilon=1e-06, float amax_floor=0.0, float scale_floor=0.0, "
-        "bool fp4_ties_toward_zero=False, bool exact_scale=False",
+        "Tensor? slot_mapping, int ratio, bool overlap, int layout, int entries_per_page, "
+        "Tensor(c!)? scales=None, Tensor(d!)? rope=None, bool hadamard=False, bool round_once=False, "
+        "float epsilon=1e-06, float amax_floor=0.0, float scale_floor=0.0, bool fp4_ties_toward_zero=False, "
+        "bool exact_scale=False",
     )
 )
 _add(
     Op(
         "cache",
         "unpack_entries",
-        "Tensor pages, Tensor slots, int layout, int entries_per_page",
+        "Tensor pages, Tensor slots, int layout, int entries_per_page, Tensor? scales=None, Tensor? rope=None",
         ("out",),
-        lambda pages, slots, layout, entries_per_page: (
-            ((slots.shape[0], _native.page_layouts()[layout][1]), torch.float32),
-        ),
+        lambda pages, slots, layout, *_: (((slots.shape[0], _native.page_layouts()[layout][1]), torch.float32),),
     )
 )
 _add(

@@ -58,9 +58,10 @@ class Engine:
         self.cos_sin = np.concatenate((np.cos(angle), np.sin(angle)), axis=1).astype(np.float32)
         # What is never written must not matter, and must stay.
         state = np.full((self.slots * self.state_columns, self.state_rows, 2, self.width), np.nan, np.float32)
-        pages = np.full((self.page_count, oracle.page_bytes(self.layout, self.entries_per_page)), POISON, np.uint8)
-        self.state, self.pages = self.to_device(state), self.to_device(pages)
-        self.expected = pages.copy()
+        self.state = self.to_device(state)
+        self.parts, self.tensors = pool(form, self.layout, self.page_count, self.entries_per_page, self.device)
+        self.pages = self.parts[0]
+        self.expected = [part.cpu().numpy().copy() for part in self.parts]
         self.free_pages = list(range(self.page_count))
         self.constants = [self.to_device(a) for a in (self.ape, self.weight, self.cos_sin)]
 
@@ -105,13 +106,14 @@ class Engine:
             self.to_device(np.array([r.state_pages for r, _ in growth], np.int32).reshape(-1, self.state_columns)),
             weight,
             cos_sin,
-            self.pages,
+            self.tensors[0],
             None if slot_mapping is not None else self.to_device(table),
             self.to_device(slot_mapping) if slot_mapping is not None else None,
             ratio=self.ratio,
             overlap=self.overlap,
             layout=self.layout,
             entries_per_page=self.entries_per_page,
+            **dict(zip(("scales", "rope"), self.tensors[1:], strict=False)),
             **self.options,
         )
         self._expect(growth)
@@ -213,4 +215,26 @@ class Engine:
 
     def check(self) -> None:
         """Every byte of every page."""
-        assert np.array_equal(self.pages.cpu().numpy(), self.expected)
+        for part, expected in zip(self.parts, self.expected, strict=True):
+            assert np.array_equal(part.cpu().numpy(), expected)
+
+
+def pool(
+    form: oracle.Format, layout: str, page_count: int, entries_per_page: int, device: str
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Poisoned tensors of a pool: as bytes [pages, bytes], and as ops take them, of the same memory."""
+
+    def poisoned(size: int) -> torch.Tensor:
+        return torch.full((page_count, size), POISON, dtype=torch.uint8, device=device)
+
+    if not form.separate:
+        pages = poisoned(oracle.page_bytes(layout, entries_per_page))
+        return [pages], [pages]
+    scale_type = torch.float32 if form.scale == "float32" else torch.float8_e4m3fn
+    dtypes = (torch.float8_e4m3fn if form.element is oracle.E4M3 else torch.uint8, scale_type, torch.bfloat16)
+    parts, tensors = [], []
+    for shape, dtype in zip(form.shapes, dtypes, strict=False):
+        size = torch.empty(0, dtype=dtype).element_size()
+        parts.append(poisoned(entries_per_page * int(np.prod(shape, dtype=int)) * size))
+        tensors.append(parts[-1].view(dtype).view(page_count, entries_per_page, *shape))
+    return parts, tensors

@@ -25,6 +25,20 @@ class Format:
     footer: int  # bytes of an entry's scales
     alignment: int
     floor: float
+    separate: bool = False  # scales and what is not quantised lie in tensors of their own
+    exact: bool = False  # float32 scales are not rounded up to a power of two
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of an entry, without padding."""
+        return self.quantized // self.group * (4 if self.scale == "float32" else 1) if self.group else 0
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of a separate layout's pages, scales and rest: extents behind pages and entries."""
+        groups = self.quantized // self.group
+        rest = self.head_dim - self.quantized
+        return [(self.row,), (groups,) if groups > 1 else (), *([(rest,)] if rest else [])]
 
 
 E4M3, E2M1, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn, ml_dtypes.bfloat16
@@ -36,6 +50,8 @@ FORMATS = {
     "indexer_mxfp4": Format(128, 128, E2M1, 32, "e8m0", 64, 4, 1, 6 * 2.0**-126),
     "v41_fp8": Format(512, 512, E4M3, 32, "e8m0", 512, 16, 512, 1e-4),
     "v41_fp4": Format(512, 512, E2M1, 16, "e4m3", 256, 32, 256, 6 * 2.0**-9),
+    "split": Format(512, 448, E4M3, 448, "float32", 448, 4, 1, 448 * 2.0**-126, separate=True, exact=True),
+    "split_indexer": Format(128, 128, E2M1, 16, "e4m3", 64, 8, 1, 0.0, separate=True),
 }
 
 
@@ -104,7 +120,7 @@ def encode(
     amax_floor: float | None = None,
     scale_floor: float = 0.0,
     fp4_ties_toward_zero: bool = False,
-    exact_scale: bool = False,
+    exact_scale: bool | None = None,
 ) -> tuple[Array, Array]:
     """Bytes of values and of scales, a row an entry, from bfloat16 numbers [entries, head_dim]."""
     form = FORMATS[layout]
@@ -118,7 +134,7 @@ def encode(
     if form.scale == "e4m3":
         code = wanted.astype(E4M3)
         scale, scale_bytes = code.astype(np.float32), code.view(np.uint8)
-    elif form.scale == "float32" and exact_scale:
+    elif form.scale == "float32" and (form.exact if exact_scale is None else exact_scale):
         scale, scale_bytes = wanted, wanted.view(np.uint8)
     else:
         exponent = power_of_two_above(wanted)
@@ -135,18 +151,37 @@ def encode(
     return np.concatenate((codes, rest), axis=1), scale_bytes.reshape(len(values), -1)
 
 
-def write(pages: Array, slot: int, entries_per_page: int, layout: str, values: Array, scales: Array) -> None:
-    """Puts the bytes of one entry where the layout has them."""
+def write(parts: list[Array], slot: int, entries_per_page: int, layout: str, values: Array, scales: Array) -> None:
+    """Puts the bytes of one entry where the layout has them. parts: bytes of pages, or of a separate layout's tensors,
+    each [pages, bytes]."""
     form = FORMATS[layout]
     page, place = divmod(slot, entries_per_page)
-    pages[page, place * form.row : (place + 1) * form.row] = values
+    if form.separate:
+        for part, row in zip(parts, (values[: form.row], scales, values[form.row :]), strict=False):
+            part[page, place * len(row) : (place + 1) * len(row)] = row
+        return
+    parts[0][page, place * form.row : (place + 1) * form.row] = values
     start = entries_per_page * form.row + place * form.footer
-    pages[page, start : start + len(scales)] = scales
+    parts[0][page, start : start + len(scales)] = scales
+
+
+def read(parts: list[Array], slot: int, entries_per_page: int, layout: str) -> tuple[Array, Array]:
+    """The bytes that write() takes."""
+    form = FORMATS[layout]
+    page, place = divmod(slot, entries_per_page)
+    if form.separate:
+        sizes = [form.row, form.scale_bytes, 2 * (form.head_dim - form.quantized)]
+        rows = [part[page, place * n : (place + 1) * n] for part, n in zip(parts, sizes, strict=False)]
+        return np.concatenate((rows[0], *rows[2:])), rows[1].copy()
+    start = entries_per_page * form.row + place * form.footer
+    values = parts[0][page, place * form.row : (place + 1) * form.row]
+    return values.copy(), parts[0][page, start : start + form.scale_bytes].copy()
 
 
 def page_bytes(layout: str, entries_per_page: int) -> int:
     form = FORMATS[layout]
-    return -(-entries_per_page * (form.row + form.footer) // form.alignment) * form.alignment
+    size = form.row + (0 if form.separate else form.footer)
+    return -(-entries_per_page * size // form.alignment) * form.alignment
 
 
 def ulps_apart(got: Array, expected: Array) -> Array:

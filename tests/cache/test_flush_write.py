@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from dsv4_kernels.cache import flush_write_csa, flush_write_hca, reference
+from dsv4_kernels.cache import compress_flush, flush_write_csa, flush_write_hca, reference
 from dsv4_kernels.cases import is_poison, poison, same_bits
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -242,3 +242,47 @@ def test_strided_block_table(device: str) -> None:
     on_device = [tensor.to(device) for tensor in (*where, wide)]
     flush_write_hca(pool.entry, *on_device[:3], on_device[3][:, 2:4], pool.fp8, pool.rope, pool.scale, M)
     assert pool.written() == [3 * PER_BLOCK, 5 * PER_BLOCK]
+
+
+def test_compress_flush_writes_the_same_bytes(device: str) -> None:
+    """The split layouts of compress_flush: blocks of one row, whose channels another call gives unquantised."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = 7
+    starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    table = torch.arange(3, dtype=torch.int32, device=device)[None]
+    cos_sin = torch.randn(tokens, 64, generator=generator).to(device)
+
+    def compress(kv: torch.Tensor, layout: str, pages: torch.Tensor, **parts: torch.Tensor) -> None:
+        compress_flush(
+            kv,
+            None,
+            None,
+            starts,
+            torch.zeros(1, dtype=torch.int64, device=device),
+            torch.zeros(0, 2, 2, kv.shape[1], device=device),
+            torch.zeros(1, 1, dtype=torch.int32, device=device),
+            torch.ones(kv.shape[1], device=device),
+            cos_sin,
+            pages,
+            table,
+            ratio=1,
+            overlap=False,
+            layout=layout,
+            entries_per_page=PER_BLOCK,
+            **parts,
+        )
+
+    def unquantised(kv: torch.Tensor, layout: str) -> torch.Tensor:
+        pages = torch.zeros(3, PER_BLOCK * 2 * kv.shape[1], dtype=torch.uint8, device=device)
+        compress(kv, layout, pages)
+        return pages.view(torch.bfloat16).view(-1, kv.shape[1])[:tokens]
+
+    kv, key = (random_rows(tokens, n, seed=n).to(torch.float32).to(device) for n in (512, 128))
+    kv[3] = key[3] = 0
+    written = Pool(unquantised(kv, "bf16"), unquantised(key, "indexer_bf16"), 64, device)
+    written.write(slots=list(range(tokens)), positions=[i + 1 for i in range(tokens)], m=1)
+    fused = Pool(written.entry, written.key, 64, device)
+    compress(kv, "split", fused.fp8, scales=fused.scale, rope=fused.rope)
+    compress(key, "split_indexer", fused.keys, scales=fused.key_scale)
+    assert written.written() == fused.written() == list(range(tokens))
+    assert all(map(same_bits, written.rows(), fused.rows()))

@@ -163,7 +163,8 @@ typedef struct dsv4_hca_reset_state_args {
 DSV4_API dsv4_status dsv4_hca_reset_state(const dsv4_hca_reset_state_args* args, dsv4_stream stream);
 
 /* How pages hold entries. A page has the values of its entries one after another, then their scales one after another,
- * then whatever is left of its bytes, which no op touches. */
+ * then whatever is left of its bytes, which no op touches. Of the separate layouts, which are those that flush_write_*
+ * write, the pages are a tensor of quantised values, and scales and bfloat16 values are tensors of their own. */
 typedef enum dsv4_page_layout {
   DSV4_PAGE_BF16 = 0,          /* 512 bfloat16 */
   DSV4_PAGE_INDEXER_BF16 = 1,  /* 128 bfloat16 */
@@ -171,7 +172,9 @@ typedef enum dsv4_page_layout {
   DSV4_PAGE_INDEXER_FP8 = 3,   /* 128 E4M3; a float32 scale */
   DSV4_PAGE_INDEXER_MXFP4 = 4, /* 128 E2M1; an E8M0 scale for 32 */
   DSV4_PAGE_V41_FP8 = 5,       /* 512 E4M3; an E8M0 scale for 32 */
-  DSV4_PAGE_V41_FP4 = 6        /* 512 E2M1; an E4M3 scale for 16 */
+  DSV4_PAGE_V41_FP4 = 6,       /* 512 E2M1; an E4M3 scale for 16 */
+  DSV4_PAGE_SPLIT = 7,         /* separate: 448 E4M3; a float32 scale; 64 bfloat16 */
+  DSV4_PAGE_SPLIT_INDEXER = 8  /* separate: 128 E2M1; an E4M3 scale for 16 */
 } dsv4_page_layout;
 
 typedef struct dsv4_page_layout_info {
@@ -181,10 +184,12 @@ typedef struct dsv4_page_layout_info {
   int32_t element;        /* a dsv4_dtype: of the quantised channels */
   int32_t group;          /* channels that share a scale */
   int32_t scale;          /* a dsv4_dtype */
-  int32_t value_bytes;    /* of an entry */
+  int32_t value_bytes;    /* of an entry; of a separate layout, of its quantised channels */
   int32_t scale_bytes;    /* of an entry, with padding */
   int32_t page_alignment; /* a page's bytes are rounded up to a multiple of this */
-  float amax_floor;       /* what the models' code takes for a group's largest magnitude at least */
+  int32_t separate;       /* 0 or 1: whether scales and bfloat16 values are tensors of their own */
+  float amax_floor;       /* what the layout's own code takes for a group's largest magnitude at least */
+  int32_t exact_scale;    /* 0 or 1: whether it leaves float32 scales as they are; see dsv4_compress_flush_args */
 } dsv4_page_layout_info;
 
 DSV4_API dsv4_status dsv4_page_layout_at(int32_t layout, dsv4_page_layout_info* info);
@@ -223,7 +228,11 @@ typedef struct dsv4_compress_flush_args {
   dsv4_tensor state_table;     /* [requests, columns] int32 */
   dsv4_tensor norm_weight;     /* [d] float32 */
   dsv4_tensor cos_sin;         /* [positions, 64] float32: 32 cosines, then 32 sines */
-  dsv4_tensor pages;           /* [pages, >= dsv4_page_bytes] uint8, written; rows may be strided */
+  dsv4_tensor pages;           /* [pages, >= dsv4_page_bytes] uint8, written; rows may be strided. Of a separate layout
+                                  [pages, entries_per_page, value_bytes] uint8 or its element type */
+  dsv4_tensor scales;          /* of a separate layout alone, written: [pages, entries_per_page] float32 (split) or
+                                  [pages, entries_per_page, 8] E4M3 or uint8 (split_indexer) */
+  dsv4_tensor rope;            /* of split alone, written: [pages, entries_per_page, 64] bfloat16 */
   dsv4_tensor block_table;     /* [requests, blocks] int32: entry i is in page block_table[r, i / entries_per_page] */
   dsv4_tensor slot_mapping;    /* [tokens] int32 or int64: page * entries_per_page + slot of the entry that the token
                                   completes. One of block_table and slot_mapping is given */
@@ -237,7 +246,7 @@ typedef struct dsv4_compress_flush_args {
   float amax_floor;             /* a group's scale is max(max(amax, amax_floor) / largest code, scale_floor), */
   float scale_floor;            /* rounded up to a power of two, or to the nearest E4M3 for v41_fp4 */
   int32_t fp4_ties_toward_zero; /* 0: to the even code, as hardware; 1: toward zero, as engines that compare */
-  int32_t exact_scale;          /* 1: a float32 scale (indexer_fp8) is not rounded up to a power of two */
+  int32_t exact_scale;          /* 1: a float32 scale (indexer_fp8, split) is not rounded up to a power of two */
 } dsv4_compress_flush_args;
 
 DSV4_API dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* args, dsv4_stream stream);
@@ -246,10 +255,12 @@ DSV4_API dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* args, d
  * whose slot is out of range is NaN. */
 typedef struct dsv4_unpack_entries_args {
   size_t struct_size; /* sizeof(dsv4_unpack_entries_args) */
-  dsv4_tensor pages;  /* [pages, >= dsv4_page_bytes] uint8; rows may be strided */
-  dsv4_tensor slots;  /* [entries] int32 or int64 */
-  dsv4_tensor out;    /* [entries, head_dim of the layout] float32 */
-  int32_t layout;     /* a dsv4_page_layout */
+  dsv4_tensor pages;  /* pages, scales and rope as of dsv4_compress_flush_args */
+  dsv4_tensor scales;
+  dsv4_tensor rope;
+  dsv4_tensor slots; /* [entries] int32 or int64 */
+  dsv4_tensor out;   /* [entries, head_dim of the layout] float32 */
+  int32_t layout;    /* a dsv4_page_layout */
   int32_t entries_per_page;
 } dsv4_unpack_entries_args;
 

@@ -29,13 +29,15 @@ def compress_flush(
     overlap: bool,
     layout: str,
     entries_per_page: int,
+    scales: Tensor | None = None,
+    rope: Tensor | None = None,
     hadamard: bool = False,
     round_once: bool = False,
     epsilon: float = 1e-6,
     amax_floor: float | None = None,
     scale_floor: float = 0.0,
     fp4_ties_toward_zero: bool = False,
-    exact_scale: bool = False,
+    exact_scale: bool | None = None,
 ) -> None:
     """Stores the rows of new tokens, compresses the blocks that they complete, and writes the entries to pages.
 
@@ -69,7 +71,8 @@ def compress_flush(
         norm_weight: [d] float32.
         cos_sin: [positions, 64] float32: 32 cosines, then 32 sines.
         pages: [pages, at least PAGE_LAYOUTS[layout].page_bytes(entries_per_page)] uint8, changed in place; rows may be
-            strided.
+            strided. Of split and split_indexer, what flush_write_hca and flush_write_csa write: entries_fp8 [pages,
+            entries_per_page, 448] float8_e4m3fn and indexer_keys_fp4 [pages, entries_per_page, 64] uint8 of PagedCache.
         block_table: [requests, blocks] int32: entry i of request r goes to slot i % entries_per_page of page
             block_table[r, i // entries_per_page]; -1 for none.
         slot_mapping: [tokens] int32 or int64, instead of block_table: page * entries_per_page + slot of the entry that
@@ -78,6 +81,9 @@ def compress_flush(
         overlap: whether rows have two streams, as in the models' layers of ratio 4.
         layout: one of PAGE_LAYOUTS; decides d.
         entries_per_page: entries of a page.
+        scales: of split, inv_scale [pages, entries_per_page] float32, and of split_indexer, indexer_scale [pages,
+            entries_per_page, 8] float8_e4m3fn; changed in place. Other layouts hold them in pages.
+        rope: of split, entries_rope [pages, entries_per_page, 64] bfloat16, changed in place.
         hadamard: the models' rotation of indexer keys: all 128 channels, times 128^-1/2.
         round_once: round to bfloat16 only before quantisation, as some engines do, not after each step.
         epsilon: of the norm.
@@ -85,7 +91,8 @@ def compress_flush(
         scale_floor: what a group's scale is at least, before it is rounded; some engines use 1e-4 instead of a floor of
             the magnitude.
         fp4_ties_toward_zero: FP4 ties go toward zero, as in engines that compare, not to the even code.
-        exact_scale: for indexer_fp8: a scale is not rounded up to a power of two.
+        exact_scale: for scales in float32 (indexer_fp8, split): not rounded up to a power of two. None for the layout's
+            own: rounded up in indexer_fp8, as they are in split.
 
     No entry is written whose slot is -1 or out of range, whose first position is not in cos_sin, or that needs rows of
     a state page out of range. Requests of one call must not share state pages or slots. A score of -inf has weight 0; a
@@ -110,34 +117,46 @@ def compress_flush(
             overlap,
             page_layout.index,
             entries_per_page,
+            scales,
+            rope,
             hadamard,
             round_once,
             epsilon,
             page_layout.amax_floor if amax_floor is None else amax_floor,
             scale_floor,
             fp4_ties_toward_zero,
-            exact_scale,
+            page_layout.exact_scale if exact_scale is None else exact_scale,
         ),
         (),
     )
 
 
 def unpack_entries(
-    pages: Tensor, slots: Tensor, layout: str, entries_per_page: int, *, out: Tensor | None = None
+    pages: Tensor,
+    slots: Tensor,
+    layout: str,
+    entries_per_page: int,
+    scales: Tensor | None = None,
+    rope: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Entries of pages as numbers: value * scale.
 
     Args:
-        pages: [pages, bytes] uint8; rows may be strided.
+        pages: as compress_flush has them; rows may be strided.
         slots: [entries] int32 or int64: page * entries_per_page + slot.
         layout: one of PAGE_LAYOUTS.
         entries_per_page: entries of a page.
+        scales: as compress_flush has them.
+        rope: likewise.
         out: [entries, d] float32 to write to.
 
     Returns:
         [entries, d] float32; a row whose slot is out of range is NaN.
     """
-    return _unpack_entries((pages, slots, _layout("unpack_entries", layout).index, entries_per_page), (out,))[0]
+    arguments = (pages, slots, _layout("unpack_entries", layout).index, entries_per_page, scales, rope)
+    return _unpack_entries(arguments, (out,))[0]
 
 
 def _layout(op: str, name: str) -> PageLayout:

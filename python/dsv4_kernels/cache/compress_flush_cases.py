@@ -18,10 +18,11 @@ from dsv4_kernels.cache.compress_flush_reference import (
 from dsv4_kernels.cache.page_layouts import (
     LAYOUTS_BY_INDEX,
     PAGE_LAYOUTS,
+    PageLayout,
+    Pages,
     Quantization,
     decode_values,
     encode_values,
-    entry_places,
     read_entries,
     scales_of,
     write_entries,
@@ -41,24 +42,20 @@ def judge_compress_flush(arguments: tuple[Any, ...], results: tuple[Tensor, ...]
     that float64 gives before quantisation, or of channels one bfloat16 step away, and few of the latter.
     """
     given: Any = fresh(to_cpu(arguments))
-    layout_index, entries_per_page, use_hadamard = given[14:17]
-    quantization = Quantization(*given[19:])
+    layout_index, entries_per_page, scales, rope, use_hadamard = given[14:19]
+    quantization = Quantization(*given[21:])
     layout = LAYOUTS_BY_INDEX[layout_index]
-    inputs: Any = (*given[:14], layout, *given[15:19])
+    expected = Pages(given[9], scales, rope, layout, entries_per_page)
+    inputs: Any = (*given[:9], expected, *given[10:14], *given[18:21])
     slots, channels = finished_entries(*inputs)
-    state, pages = results
+    state, *parts = results
     if not same_bits(state, given[5]):  # finished_entries() has stored the call's rows
         return Verdict(float("inf"), 0.0, "state")
-    expected = given[9].clone()
-    write_entries(expected, slots, channels, layout, entries_per_page, quantization)
-    page, value_columns, scale_columns = entry_places(slots, layout, entries_per_page)
-    got_values, got_scales = pages[page, value_columns], pages[page, scale_columns]
-    outside = pages.clone()
-    outside[page, value_columns], outside[page, scale_columns] = (
-        expected[page, value_columns],
-        expected[page, scale_columns],
-    )
-    if not same_bits(outside, expected):
+    scales_part, rope_part = (*parts[1:], None, None)[:2]
+    got_pages = Pages(parts[0], scales_part, rope_part, layout, entries_per_page)
+    got_values, got_scales = got_pages.get(slots)
+    expected.put(slots, got_values, got_scales)
+    if not all(same_bits(a, b) for a, b in zip(parts, (given[9], scales, rope), strict=False)):
         return Verdict(float("inf"), 0.0, "bytes outside of the new entries")
     made_of = _made_of(channels, use_hadamard) * 2.0**-7
     variants = [(channels + sign * made_of).to(torch.bfloat16).to(torch.float32) for sign in (0, -1, 1)]
@@ -104,6 +101,8 @@ def plain_compress_flush(
     overlap: bool,
     layout_index: int,
     entries_per_page: int,
+    scales: Tensor | None,
+    rope: Tensor | None,
     use_hadamard: bool,
     round_once: bool,
     epsilon: float,
@@ -114,7 +113,7 @@ def plain_compress_flush(
     tokens, requests, head_dim = kv.shape[0], start_positions.shape[0], layout.head_dim
     kv, score = kv.to(torch.float32), score.to(torch.float32)
     index = torch.arange(tokens, device=device)
-    request = torch.searchsorted(query_starts[1:], index.to(torch.int32), right=True)
+    request = (index[:, None] >= query_starts[1:]).sum(dim=1).clamp(max=requests - 1)
     first, start = query_starts[request].to(torch.int64), start_positions[request]
     position = start + index - first
     score = score + ape[position % ratio]
@@ -150,10 +149,11 @@ def plain_compress_flush(
     slots = page.to(torch.int64)
     if slot_mapping is None:
         slots = slots * entries_per_page + at % entries_per_page
-    write_entries(pages, slots, channels, layout, entries_per_page, Quantization(*quantization))
+    pool = Pages(pages, scales, rope, layout, entries_per_page)
+    write_entries(pool, slots, channels, Quantization(*quantization))
     kept = place_of(request, position)
     flat_state[kept] = torch.stack((kv, score), dim=1)
-    return state, pages
+    return tuple(tensor for tensor in (state, pages, scales, rope) if tensor is not None)
 
 
 def compress_flush_bytes(
@@ -187,18 +187,22 @@ def compress_flush_bytes(
 def judge_unpack_entries(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
     """To the bit: a product of two short numbers is exact."""
     expected = torch.empty_like(results[0])
-    pages, slots, layout, entries_per_page = to_cpu(arguments)
-    unpack_entries(pages, slots, layout, entries_per_page, expected)
+    pages, slots, layout, entries_per_page, scales, rope = to_cpu(arguments)
+    unpack_entries(pages, slots, layout, entries_per_page, scales, rope, expected)
     return Verdict(float((results[0].view(torch.int32) != expected.view(torch.int32)).sum()), 0.0, "wrong numbers")
 
 
-def plain_unpack_entries(pages: Tensor, slots: Tensor, layout: int, entries_per_page: int) -> tuple[Tensor, ...]:
+def plain_unpack_entries(
+    pages: Tensor, slots: Tensor, layout: int, entries_per_page: int, scales: Tensor | None, rope: Tensor | None
+) -> tuple[Tensor, ...]:
     """As an engine would write it: no check of the slots."""
-    inside = slots.clamp(0, pages.shape[0] * entries_per_page - 1).to(torch.int64)
-    return (read_entries(pages, inside, LAYOUTS_BY_INDEX[layout], entries_per_page),)
+    pool = Pages(pages, scales, rope, LAYOUTS_BY_INDEX[layout], entries_per_page)
+    return (read_entries(pool, slots.clamp(0, pool.count - 1).to(torch.int64)),)
 
 
-def unpack_entries_bytes(pages: Tensor, slots: Tensor, layout: int, entries_per_page: int) -> int:
+def unpack_entries_bytes(
+    pages: Tensor, slots: Tensor, layout: int, entries_per_page: int, scales: Tensor | None, rope: Tensor | None
+) -> int:
     page_layout = LAYOUTS_BY_INDEX[layout]
     return int(slots.shape[0]) * (page_layout.entry_bytes + 4 * page_layout.head_dim + slots.element_size())
 
@@ -228,7 +232,28 @@ class Layer:
 
 CSA = Layer("CSA", "fp8_ds_mla", 4, True)
 HCA = Layer("HCA", "fp8_ds_mla", 128, False)
+SPLIT = Layer("CSA", "split", 4, True)
 INDEXER = Layer("indexer", "indexer_mxfp4", 4, True, hadamard=True)
+
+
+def pool_of(layout: PageLayout, pages: int, entries_per_page: int, byte: int) -> Pages:
+    """A pool filled with a byte."""
+
+    def filled(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        size = torch.empty(0, dtype=dtype).element_size()
+        return torch.full((*shape[:-1], shape[-1] * size), byte, dtype=torch.uint8).view(dtype)
+
+    if not layout.separate:
+        return Pages(filled(pages, layout.page_bytes(entries_per_page)), None, None, layout, entries_per_page)
+    shape = (pages, entries_per_page)
+    single = layout.groups == 1
+    return Pages(
+        filled(*shape, layout.value_bytes, dtype=getattr(torch, layout.element) if single else torch.uint8),
+        filled(*shape, *(() if single else (layout.groups,)), dtype=getattr(torch, layout.scale)),
+        filled(*shape, ROPE_DIM, dtype=torch.bfloat16) if layout.rest_bytes else None,
+        layout,
+        entries_per_page,
+    )
 
 
 def compress_flush_case(
@@ -252,8 +277,7 @@ def compress_flush_case(
         kv, score = torch.randn(2, tokens, width, generator=generator)
         state = torch.randn(requests, layer.rows, 2, width, generator=generator)
         angle = torch.arange(columns * entries_per_page * layer.ratio)[:, None] * 0.7 ** torch.arange(32)
-        pages = torch.full((requests * columns, layout.page_bytes(entries_per_page)), POISON_BYTE, dtype=torch.uint8)
-        pages = pages * 0 if zero_pages else pages
+        pool = pool_of(layout, requests * columns, entries_per_page, 0 if zero_pages else POISON_BYTE)
         return (
             kv,
             3 * score,
@@ -264,20 +288,22 @@ def compress_flush_case(
             torch.randperm(requests, generator=generator).to(torch.int32)[:, None],
             1 + 0.1 * torch.randn(layout.head_dim, generator=generator),
             torch.cat((angle.cos(), angle.sin()), dim=1),
-            pages,
+            pool.pages,
             torch.randperm(requests * columns, generator=generator).to(torch.int32).view(requests, columns),
             None,
             layer.ratio,
             layer.overlap,
             layout.index,
             entries_per_page,
+            pool.scales,
+            pool.rope,
             layer.hadamard,
             False,
             1e-6,
             layout.amax_floor,
             0.0,
             False,
-            False,
+            layout.exact_scale,
         )
 
     return Case(
@@ -307,16 +333,14 @@ def unpack_case(layout: str, entries: int, entries_per_page: int, valid: bool = 
         page_layout = PAGE_LAYOUTS[layout]
         page_count = -(-entries // entries_per_page)
         channels = torch.randn(page_count * entries_per_page, page_layout.head_dim, generator=generator)
-        pages = torch.zeros(page_count, page_layout.page_bytes(entries_per_page), dtype=torch.uint8)
+        pool = pool_of(page_layout, page_count, entries_per_page, 0)
         every = torch.arange(page_count * entries_per_page)
-        quantization = Quantization(page_layout.amax_floor)
-        write_entries(
-            pages, every, channels.to(torch.bfloat16).to(torch.float32), page_layout, entries_per_page, quantization
-        )
+        quantization = Quantization(page_layout.amax_floor, exact_scale=page_layout.exact_scale)
+        write_entries(pool, every, channels.to(torch.bfloat16).to(torch.float32), quantization)
         slots = torch.randperm(page_count * entries_per_page, generator=generator)[:entries]
         if not valid:
             slots[entries // 3 :: 5] = -1
-        return pages, slots, page_layout.index, entries_per_page
+        return pool.pages, slots, page_layout.index, entries_per_page, pool.scales, pool.rope
 
     return Case(
         "unpack_entries",
@@ -334,6 +358,7 @@ CASES = (
         compress_flush_case("prefill, 8192 tokens", layer, (0,), (8192,), benched=True, large=True)
         for layer in (CSA, HCA, INDEXER)
     ),
+    decode_case(SPLIT, 64),
     compress_flush_case(
         "one token", Layer("m 1", "indexer_fp8", 1, False), (0,), (1,), entries_per_page=1, zero_pages=True
     ),
@@ -346,6 +371,9 @@ CASES = (
     compress_flush_case(
         "mixed", Layer("m 4", "indexer_mxfp4", 4, True, hadamard=True), (2, 7), (3, 9), entries_per_page=5
     ),
+    compress_flush_case("mixed", Layer("m 4", "split", 4, True), (2, 7), (3, 9), entries_per_page=5),
+    compress_flush_case("mixed", Layer("m 128", "split", 128, False), (126, 0), (3, 1), entries_per_page=2),
+    compress_flush_case("mixed", Layer("m 4", "split_indexer", 4, True), (2, 7), (3, 9), entries_per_page=5),
     *(unpack_case(layout, 11, 4, valid=False) for layout in PAGE_LAYOUTS),
     unpack_case("indexer_mxfp4", 2, 2),
     unpack_case("fp8_ds_mla", 4096, ENTRIES_PER_PAGE, benched=True),

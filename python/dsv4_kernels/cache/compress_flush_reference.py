@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4_kernels.cache.page_layouts import LAYOUTS_BY_INDEX, PageLayout, Quantization, read_entries, write_entries
+from dsv4_kernels.cache.page_layouts import (
+    LAYOUTS_BY_INDEX,
+    Pages,
+    Quantization,
+    read_entries,
+    write_entries,
+)
 
 ROPE_DIM = 64
 INT32_MAX = 2**31 - 1
@@ -154,13 +160,11 @@ def finished_entries(
     state_table: Tensor,
     norm_weight: Tensor,
     cos_sin: Tensor,
-    pages: Tensor,
+    pages: Pages,
     block_table: Tensor | None,
     slot_mapping: Tensor | None,
     ratio: int,
     overlap: bool,
-    layout: PageLayout,
-    entries_per_page: int,
     use_hadamard: bool,
     round_once: bool,
     epsilon: float,
@@ -181,14 +185,14 @@ def finished_entries(
         assert slot_mapping is not None
         slots = slot_mapping.to(torch.int64)[last.index]
     else:
-        column = block // entries_per_page
+        column = block // pages.entries_per_page
         inside = column < block_table.shape[1]
         page = torch.full_like(block, -1)
         page[inside] = block_table.to(torch.int64)[last.request[inside], column[inside]]
-        slots = torch.where(page < 0, -1, page * entries_per_page + block % entries_per_page)
-    written = (slots >= 0) & (slots < pages.shape[0] * entries_per_page) & (block * ratio < cos_sin.shape[0])
+        slots = torch.where(page < 0, -1, page * pages.entries_per_page + block % pages.entries_per_page)
+    written = (slots >= 0) & (slots < pages.count) & (block * ratio < cos_sin.shape[0])
     last, slots, block = last.select(written), slots[written], block[written]
-    values, scores, complete = window_rows(kv, score, rows, last, ratio, overlap, layout.head_dim)
+    values, scores, complete = window_rows(kv, score, rows, last, ratio, overlap, pages.layout.head_dim)
     entries = pooled(values[complete], scores[complete])
     positions = block[complete] * ratio
     channels = finished(entries, norm_weight, cos_sin[positions], use_hadamard, round_once, epsilon)
@@ -216,6 +220,8 @@ def compress_flush(
     overlap: bool,
     layout: int,
     entries_per_page: int,
+    scales: Tensor | None,
+    rope: Tensor | None,
     hadamard: bool,
     round_once: bool,
     epsilon: float,
@@ -224,7 +230,7 @@ def compress_flush(
     fp4_ties_toward_zero: bool,
     exact_scale: bool,
 ) -> None:
-    page_layout = LAYOUTS_BY_INDEX[layout]
+    pool = Pages(pages, scales, rope, LAYOUTS_BY_INDEX[layout], entries_per_page)
     slots, channels = finished_entries(
         kv,
         score,
@@ -235,23 +241,29 @@ def compress_flush(
         state_table,
         norm_weight,
         cos_sin,
-        pages,
+        pool,
         block_table,
         slot_mapping,
         ratio,
         overlap,
-        page_layout,
-        entries_per_page,
         hadamard,
         round_once,
         epsilon,
     )
     quantization = Quantization(amax_floor, scale_floor, fp4_ties_toward_zero, exact_scale)
-    write_entries(pages, slots, channels, page_layout, entries_per_page, quantization)
+    write_entries(pool, slots, channels, quantization)
 
 
-def unpack_entries(pages: Tensor, slots: Tensor, layout: int, entries_per_page: int, out: Tensor) -> None:
-    slots = slots.to(torch.int64)
-    inside = (slots >= 0) & (slots < pages.shape[0] * entries_per_page)
+def unpack_entries(
+    pages: Tensor,
+    slots: Tensor,
+    layout: int,
+    entries_per_page: int,
+    scales: Tensor | None,
+    rope: Tensor | None,
+    out: Tensor,
+) -> None:
+    pool, slots = Pages(pages, scales, rope, LAYOUTS_BY_INDEX[layout], entries_per_page), slots.to(torch.int64)
+    inside = (slots >= 0) & (slots < pool.count)
     out.fill_(torch.nan)
-    out[inside] = read_entries(pages, slots[inside], LAYOUTS_BY_INDEX[layout], entries_per_page).to(out.dtype)
+    out[inside] = read_entries(pool, slots[inside]).to(out.dtype)

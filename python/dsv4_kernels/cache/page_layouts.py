@@ -1,7 +1,8 @@
 """How pages hold entries: the layouts of public engines, and from channels to bytes and back.
 
 A page holds the values of its entries one after another, then the scales of its entries one after another, then padding
-that no op touches. The table itself is the library's (csrc/cache/page_layout.h).
+that no op touches. In a separate layout, scales and values in bfloat16 are tensors of their own. The table itself is
+the library's (csrc/cache/page_layout.h).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class PageLayout:
     head_dim: channels of an entry. quantized_dims: how many are quantised, the first ones; the rest is bfloat16.
     element: dtype of the quantised channels. group: channels that share a scale. scale: dtype of that.
     value_bytes, scale_bytes: of an entry, the latter with padding. page_alignment: a page's bytes are a multiple of it.
-    amax_floor: what the models' code takes for a group's largest magnitude at least.
+    separate: whether pages hold quantised channels alone, and scales and the rest are tensors of their own.
+    amax_floor: what the layout's own code takes for a group's largest magnitude at least.
+    exact_scale: whether it leaves a float32 scale as it is, and does not round it up to a power of two.
     """
 
     name: str
@@ -37,7 +40,9 @@ class PageLayout:
     value_bytes: int
     scale_bytes: int
     page_alignment: int
+    separate: bool
     amax_floor: float
+    exact_scale: bool
 
     def page_bytes(self, entries: int) -> int:
         """Bytes of a page of so many entries."""
@@ -46,7 +51,17 @@ class PageLayout:
     @property
     def entry_bytes(self) -> int:
         """Bytes that an entry takes, without the page's padding."""
-        return self.value_bytes + self.scale_bytes
+        return self.value_bytes + self.scale_bytes + (self.rest_bytes if self.separate else 0)
+
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes of an entry's channels in bfloat16."""
+        return 2 * (self.head_dim - self.quantized_dims)
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Bytes of an entry's quantised channels."""
+        return self.value_bytes - (0 if self.separate else self.rest_bytes)
 
     @property
     def groups(self) -> int:
@@ -105,7 +120,7 @@ def decode_scales(scales: Tensor, layout: PageLayout) -> Tensor:
 
 
 def encode_values(values: Tensor, scales: Tensor, layout: PageLayout, quantization: Quantization) -> Tensor:
-    """[entries, value_bytes] uint8: the nearest codes under given scales, then the channels kept in bfloat16."""
+    """[entries, quantized_bytes + rest_bytes] uint8: nearest codes under given scales, then what stays bfloat16."""
     rest = values[:, layout.quantized_dims :].to(torch.bfloat16).contiguous().view(torch.uint8)
     if not layout.quantized_dims:
         return rest
@@ -120,7 +135,7 @@ def encode_values(values: Tensor, scales: Tensor, layout: PageLayout, quantizati
 
 def decode_values(values: Tensor, scales: Tensor, layout: PageLayout) -> Tensor:
     """[entries, head_dim] float32 of the bytes of entries."""
-    quantized_bytes = layout.value_bytes - 2 * (layout.head_dim - layout.quantized_dims)
+    quantized_bytes = layout.quantized_bytes
     rest = values[:, quantized_bytes:].contiguous().view(torch.bfloat16).to(torch.float32)
     if not layout.quantized_dims:
         return rest
@@ -133,33 +148,71 @@ def decode_values(values: Tensor, scales: Tensor, layout: PageLayout) -> Tensor:
     return torch.cat(((decoded.unflatten(1, (layout.groups, layout.group)) * scale).flatten(1), rest), dim=1)
 
 
-def entry_places(slots: Tensor, layout: PageLayout, entries_per_page: int) -> tuple[Tensor, Tensor, Tensor]:
-    """From entries, counted over all pages, to page [entries, 1] and the columns of its values and of its scales."""
-    page, slot = (slots // entries_per_page).unsqueeze(1), (slots % entries_per_page).unsqueeze(1)
-    values = torch.arange(layout.value_bytes, device=slots.device)
-    scales = torch.arange(layout.written_scale_bytes, device=slots.device)
-    return (
-        page,
-        slot * layout.value_bytes + values,
-        entries_per_page * layout.value_bytes + slot * layout.scale_bytes + scales,
-    )
+@dataclass(frozen=True)
+class Pages:
+    """The tensors of a pool, as ops take them: pages, and of separate layouts scales and rope."""
+
+    pages: Tensor
+    scales: Tensor | None
+    rope: Tensor | None
+    layout: PageLayout
+    entries_per_page: int
+
+    @property
+    def count(self) -> int:
+        """Entries of all pages."""
+        return self.pages.shape[0] * self.entries_per_page
+
+    def _columns(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From entries to page [entries, 1] and the columns of its values and of its scales."""
+        page, slot = (slots // self.entries_per_page).unsqueeze(1), (slots % self.entries_per_page).unsqueeze(1)
+        values = torch.arange(self.layout.value_bytes, device=slots.device)
+        scales = torch.arange(self.layout.written_scale_bytes, device=slots.device)
+        return (
+            page,
+            slot * self.layout.value_bytes + values,
+            self.entries_per_page * self.layout.value_bytes + slot * self.layout.scale_bytes + scales,
+        )
+
+    def _parts(self) -> list[Tensor]:
+        """The tensors of a separate layout as bytes, a row an entry: a view."""
+        tensors = [tensor for tensor in (self.pages, self.rope, self.scales) if tensor is not None]
+        return [t.view(torch.uint8).reshape(self.count, -1) if t.numel() else t.new_empty(0, 0) for t in tensors]
+
+    def put(self, slots: Tensor, values: Tensor, scales: Tensor) -> None:
+        """Writes bytes: of values, quantised ones first, and of scales [entries, bytes]."""
+        if not self.layout.separate:
+            page, value_columns, scale_columns = self._columns(slots)
+            self.pages[page, value_columns] = values
+            if self.layout.groups:
+                self.pages[page, scale_columns] = scales
+            return
+        sizes = [self.layout.quantized_bytes, *([self.layout.rest_bytes] if self.rope is not None else [])]
+        for part, rows in zip(self._parts(), (*values.split(sizes, dim=1), scales), strict=True):
+            part[slots] = rows
+
+    def get(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """What put() takes."""
+        if not self.layout.separate:
+            page, value_columns, scale_columns = self._columns(slots)
+            return self.pages[page, value_columns], self.pages[page, scale_columns]
+        rows = [part[slots] for part in self._parts()]
+        return torch.cat(rows[:-1], dim=1), rows[-1]
 
 
-def write_entries(
-    pages: Tensor, slots: Tensor, values: Tensor, layout: PageLayout, entries_per_page: int, quantization: Quantization
-) -> None:
-    """Quantises entries [entries, head_dim] float32, bfloat16 numbers, into pages. Slots must be in range."""
-    page, value_columns, scale_columns = entry_places(slots, layout, entries_per_page)
+def write_entries(pages: Pages, slots: Tensor, values: Tensor, quantization: Quantization) -> None:
+    """Quantises entries [entries, head_dim] float32, bfloat16 numbers, into pages. Slots, which count the entries of
+    all pages, must be in range.
+    """
+    layout = pages.layout
     scales = scales_of(values, layout, quantization) if layout.groups else values.new_empty(0)
-    pages[page, value_columns] = encode_values(values, scales, layout, quantization)
-    if layout.groups:
-        pages[page, scale_columns] = scales.flatten(1)
-
-
-def read_entries(pages: Tensor, slots: Tensor, layout: PageLayout, entries_per_page: int) -> Tensor:
-    """[entries, head_dim] float32. Slots must be in range."""
-    page, value_columns, scale_columns = entry_places(slots, layout, entries_per_page)
-    scales = pages[page, scale_columns]
-    return decode_values(
-        pages[page, value_columns], scales.unflatten(1, (layout.groups, -1)) if layout.groups else scales, layout
+    pages.put(
+        slots, encode_values(values, scales, layout, quantization), scales.flatten(1) if layout.groups else scales
     )
+
+
+def read_entries(pages: Pages, slots: Tensor) -> Tensor:
+    """[entries, head_dim] float32. Slots must be in range."""
+    values, scales = pages.get(slots)
+    layout = pages.layout
+    return decode_values(values, scales.unflatten(1, (layout.groups, -1)) if layout.groups else scales, layout)
