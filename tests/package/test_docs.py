@@ -160,9 +160,11 @@ def test_page_that_names_what_is_not_there_is_refused(page: str, complaint: str,
 
 def test_page_layouts_are_those_of_the_library() -> None:
     text = (ROOT / "docs" / "families" / "cache.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
-    wanted = [(one.name, one.head_dim, one.entry_bytes, one.page_alignment) for one in PAGE_LAYOUTS.values()]
-    assert [(name, *map(int, numbers)) for name, *numbers in rows] == wanted
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+)(, apart)? \|", text, re.MULTILINE)
+    wanted = [
+        (one.name, one.head_dim, one.entry_bytes, one.page_alignment, one.separate) for one in PAGE_LAYOUTS.values()
+    ]
+    assert [(name, *map(int, numbers), apart != "") for name, *numbers, apart in rows] == wanted
 
 
 def test_table_of_ops_is_of_the_images(images: list[dict[str, Any]], root: Path) -> None:
