@@ -179,12 +179,10 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, 
   if (!started) __cluster_barrier_wait();
 }
 
-namespace {
-
 constexpr int64_t kShortBlocks = 16;  // of a multiprocessor: enough to choose from
 
 template <typename T>
-dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
+static dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
   if (call.window() <= kShortWindow) {
     const int64_t most = target.device->multiprocessors * kShortBlocks;
     call.tokens_a_task = static_cast<int32_t>(blocks_for(call.tokens, most));
@@ -202,7 +200,6 @@ dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
   return launch_long(std::integral_constant<int, 2>{});
 }
 
-}  // namespace
 }  // namespace dsv4
 
 extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given, dsv4_stream stream) {

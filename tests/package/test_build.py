@@ -64,6 +64,13 @@ def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, build_python: Pat
     assert differing(wheel, other, ["dsv4_kernels/lib/libdsv4_kernels.so", module]) == []
 
 
+def test_cuda_sources_have_no_unnamed_namespace(root: Path) -> None:
+    """nvcc names it after the file's path, so the library would depend on the folder; static functions do the same."""
+    sources = [path for suffix in ("cu", "cuh") for path in (root / "csrc").rglob(f"*.{suffix}")]
+    assert sources
+    assert [path.name for path in sources if "\nnamespace {" in path.read_text()] == []
+
+
 def second_python(build_python: Path) -> Path | None:
     """A Python of another version than the build's, able to build a module; or None."""
     first = output(build_python, VERSION)
