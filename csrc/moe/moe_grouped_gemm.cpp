@@ -57,16 +57,16 @@ struct InterleavedChoice {
 
 // By weights (MXFP4, NVFP4), whether SwiGLU follows, and rows of a tile.
 constexpr InterleavedChoice kInterleavedChoices[2][2][3] = {
-    {{{aot::moe_gemm_interleaved_mxfp4_plain_16, 128},
+    {{{aot::moe_gemm_interleaved_mxfp4_plain_16, 64},
       {aot::moe_gemm_interleaved_mxfp4_plain_64, 128},
       {aot::moe_gemm_interleaved_mxfp4_plain_128, 256}},
-     {{aot::moe_gemm_interleaved_mxfp4_swiglu_16, 128},
+     {{aot::moe_gemm_interleaved_mxfp4_swiglu_16, 64},
       {aot::moe_gemm_interleaved_mxfp4_swiglu_64, 128},
       {aot::moe_gemm_interleaved_mxfp4_swiglu_128, 256}}},
-    {{{aot::moe_gemm_interleaved_nvfp4_plain_16, 128},
+    {{{aot::moe_gemm_interleaved_nvfp4_plain_16, 64},
       {aot::moe_gemm_interleaved_nvfp4_plain_64, 128},
       {aot::moe_gemm_interleaved_nvfp4_plain_128, 256}},
-     {{aot::moe_gemm_interleaved_nvfp4_swiglu_16, 128},
+     {{aot::moe_gemm_interleaved_nvfp4_swiglu_16, 64},
       {aot::moe_gemm_interleaved_nvfp4_swiglu_64, 128},
       {aot::moe_gemm_interleaved_nvfp4_swiglu_128, 256}}},
 };
