@@ -6,10 +6,13 @@
 #include "core/dtype.h"
 #include "core/launch.h"
 #include "device/reduce.cuh"
+#include "device/scan.cuh"
 
 namespace dsv4 {
 
-constexpr int kItems = 6;  // slots of a thread: 1024 tokens of 6 slots fill one block of 1024 threads
+constexpr int kItems = 6;               // slots of a thread in a round
+constexpr int kClusterBlocks = 8;       // of one cluster: as many as any device grants
+constexpr int kSlotsOfOneBlock = 1024;  // up to here a block is done sooner than a cluster
 
 struct Route {
   int32_t* tile_to_expert;
@@ -18,6 +21,7 @@ struct Route {
   int32_t* slot_to_row;
   int32_t* counts;
   int32_t slots;
+  int32_t part;   // slots of a block, a multiple of a warp's lanes
   int32_t tiles;  // room in the tile tables
   uint32_t experts;
   int32_t tile_size;
@@ -27,145 +31,174 @@ struct Route {
 constexpr int32_t kNone = -1;
 
 template <typename Id>
-__device__ int32_t local_expert(const Id* ids, int32_t slot, const Route& route) {
-  if (slot >= route.slots) return kNone;
+__device__ int32_t local_expert(const Id* ids, int32_t slot, int32_t end, const Route& route) {
+  if (slot >= end) return kNone;
   // Unsigned: what lies below the first expert becomes large, whatever it is.
   const uint64_t expert = static_cast<uint64_t>(static_cast<int64_t>(ids[slot])) - route.first_expert;
   return expert < route.experts ? static_cast<int32_t>(expert) : kNone;
 }
 
-// Sum of `value` over the threads before this one; every thread of the block must call it.
-template <int Warps>
-__device__ int32_t sum_before(int32_t value, int32_t (&of_warp)[Warps], int32_t* total) {
-  const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
-  int32_t sum = value;
+// The last expert whose tiles begin at `tile` or before: experts without tiles begin where the next one does.
+template <int Experts>
+__device__ int32_t expert_of(int32_t tile, const int32_t (&first_tile)[Experts]) {
+  int32_t expert = 0;
 #pragma unroll
-  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
-    const int32_t other = __shfl_up_sync(kFullWarp, sum, distance);
-    if (lane >= distance) sum += other;
-  }
-  if (lane == kWarpLanes - 1) of_warp[warp] = sum;
-  __syncthreads();
-  int32_t before = 0, all = 0;
-#pragma unroll
-  for (int i = 0; i < Warps; ++i) {
-    if (i == warp) before = all;
-    all += of_warp[i];
-  }
-  *total = all;
-  return before + sum - value;
+  for (int32_t step = Experts / 2; step > 0; step /= 2)
+    if (first_tile[expert + step] <= tile) expert += step;
+  return expert;
 }
 
-// Each block ranks its own part of the slots, a warp a run of them, and counts all other parts: so no block waits for
-// another, one launch does for any batch, and ranks follow the slots' order whatever order blocks run in.
-template <int Experts, int Warps, typename Id>
+// One block, or the blocks of one cluster with a part of the slots each: they count their slots by expert, learn from
+// each other's counts where the rows of their part begin, and rank their slots in rounds, a warp a run of them. So rows
+// follow the slots' order whatever order blocks and warps run in.
+template <int Warps, int ExpertsOfThread, typename Id>
 __global__ void __launch_bounds__(Warps* kWarpLanes) moe_sort_kernel(const Id* __restrict__ ids, Route route) {
   await_previous_grid();
   constexpr int kThreads = Warps * kWarpLanes;
-  constexpr int kExpertsOfThread = (Experts + kThreads - 1) / kThreads;
-  static_assert(kThreads * kItems < 65536, "ranks inside a block are 16 bits wide");
-  __shared__ uint16_t rank_of_warp[Warps][Experts];  // first the warp's count, then the ranks before the warp's first
-  __shared__ int32_t before[Experts];                // slots of the parts before this block's
-  __shared__ int32_t total[Experts];                 // slots of other parts, then of all
-  __shared__ int32_t first_tile[Experts];
-  __shared__ int32_t tiles_of_warp[Warps], slots_of_warp[Warps];
+  constexpr int kExperts = kThreads * ExpertsOfThread;
+  static_assert(kThreads * kItems < 65536, "ranks inside a round are 16 bits wide");
+  __shared__ uint16_t rank_of_warp[Warps][kExperts];  // first the warp's count, then the ranks before the warp's first
+  __shared__ int32_t count[kExperts];                 // slots of this block
+  __shared__ int32_t total[kExperts];                 // slots of all blocks
+  __shared__ int32_t first_tile[kExperts];
+  __shared__ int32_t next_row[kExperts];  // of this block's slots in this round
+  __shared__ uint32_t sum_of_warp[Warps];
   const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
-  const int32_t part = blockIdx.x * kThreads * kItems;
-  const int32_t first = part + warp * kWarpLanes * kItems + lane;
+  const uint32_t own_experts = threadIdx.x * ExpertsOfThread;  // the first of those whose counts this thread adds up
+  const int32_t part_first = blockIdx.x * route.part, part_end = min(part_first + route.part, route.slots);
 
-  int32_t expert[kItems], rank[kItems];
+  auto clear_ranks = [&] {
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) expert[i] = local_expert(ids, first + i * kWarpLanes, route);
-  for (uint32_t e = threadIdx.x; e < route.experts; e += kThreads) {
-    before[e] = total[e] = 0;
+    for (int i = 0; i < ExpertsOfThread; ++i)
 #pragma unroll
-    for (int w = 0; w < Warps; ++w) rank_of_warp[w][e] = 0;
+      for (int w = 0; w < Warps; ++w) rank_of_warp[w][own_experts + i] = 0;
+  };
+#pragma unroll
+  for (int i = 0; i < ExpertsOfThread; ++i) count[own_experts + i] = 0;
+  clear_ranks();
+  __syncthreads();
+  for (int32_t slot = part_first + threadIdx.x; slot < part_end; slot += kThreads) {
+    const int32_t e = local_expert(ids, slot, part_end, route);
+    if (e >= 0) atomicAdd(&count[e], 1);
   }
   __syncthreads();
 
-  const int32_t part_end = part + kThreads * kItems;
-  for (int32_t slot = threadIdx.x; slot < part; slot += kThreads) {
-    const int32_t e = local_expert(ids, slot, route);
-    if (e >= 0) atomicAdd(&before[e], 1);
-  }
-  for (int32_t slot = part_end + threadIdx.x; slot < route.slots; slot += kThreads) {
-    const int32_t e = local_expert(ids, slot, route);
-    if (e >= 0) atomicAdd(&total[e], 1);
-  }
+  int32_t before[ExpertsOfThread] = {}, all[ExpertsOfThread] = {};
+  if (gridDim.x == 1) {
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    if (first - lane + i * kWarpLanes >= route.slots) break;  // the same for the whole warp
-    const unsigned peers = __match_any_sync(kFullWarp, expert[i]);
-    const int32_t earlier = expert[i] >= 0 ? rank_of_warp[warp][expert[i]] : 0;
-    rank[i] = earlier + __popc(peers & ((1u << lane) - 1));
-    __syncwarp();
-    if (expert[i] >= 0 && lane == __ffs(peers) - 1)
-      rank_of_warp[warp][expert[i]] = static_cast<uint16_t>(earlier + __popc(peers));
-    __syncwarp();
+    for (int i = 0; i < ExpertsOfThread; ++i) all[i] = count[own_experts + i];
+  } else {
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+#pragma unroll
+    for (uint32_t block = 0; block < kClusterBlocks; ++block) {
+      const auto* there = static_cast<const int32_t*>(__cluster_map_shared_rank(count, block));
+#pragma unroll
+      for (int i = 0; i < ExpertsOfThread; ++i) {
+        const int32_t slots = there[own_experts + i];
+        all[i] += slots;
+        if (block < blockIdx.x) before[i] += slots;
+      }
+    }
+    __cluster_barrier_arrive();  // this thread reads no other block's memory any more
   }
-  __syncthreads();
+  uint32_t own_tiles = 0, own_slots = 0;
+#pragma unroll
+  for (int i = 0; i < ExpertsOfThread; ++i) {
+    own_tiles += (all[i] + route.tile_size - 1) / route.tile_size;
+    own_slots += all[i];
+  }
+  uint32_t tile_count, all_slots;
+  uint32_t tile = sum_before<kThreads>(own_tiles, sum_of_warp, &tile_count);
+  const int32_t all_tiles = static_cast<int32_t>(tile_count);
+  sum_before<kThreads>(own_slots, sum_of_warp, &all_slots);
+#pragma unroll
+  for (int i = 0; i < ExpertsOfThread; ++i) {
+    const uint32_t e = own_experts + i;
+    total[e] = all[i];
+    first_tile[e] = tile;
+    next_row[e] = tile * route.tile_size + before[i];
+    tile += (all[i] + route.tile_size - 1) / route.tile_size;
+  }
 
-  int32_t tiles[kExpertsOfThread], own_tiles = 0, own_slots = 0;
+  for (int32_t round = part_first; round < part_end; round += kThreads * kItems) {
+    const int32_t items = min(kItems, (part_end - round + kThreads - 1) / kThreads);
+    const int32_t first = round + warp * items * kWarpLanes + lane;
+    int32_t expert[kItems], rank[kItems];
 #pragma unroll
-  for (int i = 0; i < kExpertsOfThread; ++i) {
-    const uint32_t e = threadIdx.x * kExpertsOfThread + i;
-    tiles[i] = 0;
-    if (e >= route.experts) continue;
-    int32_t running = 0;
+    for (int i = 0; i < kItems; ++i)
+      expert[i] = i < items ? local_expert(ids, first + i * kWarpLanes, part_end, route) : kNone;
 #pragma unroll
-    for (int w = 0; w < Warps; ++w) {
-      const int32_t count = rank_of_warp[w][e];
-      rank_of_warp[w][e] = static_cast<uint16_t>(running);
-      running += count;
+    for (int i = 0; i < kItems; ++i) {
+      if (i >= items) break;
+      const unsigned peers = __match_any_sync(kFullWarp, expert[i]);
+      const int32_t earlier = expert[i] >= 0 ? rank_of_warp[warp][expert[i]] : 0;
+      rank[i] = earlier + __popc(peers & ((1u << lane) - 1));
+      __syncwarp();
+      if (expert[i] >= 0 && lane == __ffs(peers) - 1)
+        rank_of_warp[warp][expert[i]] = static_cast<uint16_t>(earlier + __popc(peers));
+      __syncwarp();
     }
-    running += before[e] + total[e];
-    total[e] = running;
-    tiles[i] = (running + route.tile_size - 1) / route.tile_size;
-    own_tiles += tiles[i];
-    own_slots += running;
-  }
-  int32_t all_tiles, all_slots;
-  int32_t tile = sum_before<Warps>(own_tiles, tiles_of_warp, &all_tiles);
-  sum_before<Warps>(own_slots, slots_of_warp, &all_slots);
+    __syncthreads();
+    int32_t in_round[ExpertsOfThread];
 #pragma unroll
-  for (int i = 0; i < kExpertsOfThread; ++i) {
-    const uint32_t e = threadIdx.x * kExpertsOfThread + i;
-    if (e < route.experts) first_tile[e] = tile;
-    tile += tiles[i];
+    for (int i = 0; i < ExpertsOfThread; ++i) {
+      uint16_t of_warp[Warps];
+#pragma unroll
+      for (int w = 0; w < Warps; ++w) of_warp[w] = rank_of_warp[w][own_experts + i];
+      in_round[i] = 0;
+#pragma unroll
+      for (int w = 0; w < Warps; ++w) {
+        rank_of_warp[w][own_experts + i] = static_cast<uint16_t>(in_round[i]);
+        in_round[i] += of_warp[w];
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      const int32_t slot = first + i * kWarpLanes;
+      if (i >= items || slot >= part_end) break;
+      int32_t row = kNone;
+      if (expert[i] >= 0) {
+        row = next_row[expert[i]] + rank_of_warp[warp][expert[i]] + rank[i];
+        route.row_to_slot[row] = slot;
+      }
+      route.slot_to_row[slot] = row;
+    }
+    if (round + kThreads * kItems >= part_end) break;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < ExpertsOfThread; ++i) next_row[own_experts + i] += in_round[i];
+    clear_ranks();
+    __syncthreads();
   }
-  __syncthreads();
+  __syncthreads();  // totals and first tiles are there, in a block without slots too
 
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int32_t slot = first + i * kWarpLanes;
-    if (slot >= route.slots) break;
-    const int32_t e = expert[i];
-    int32_t row = kNone;
-    if (e >= 0) {
-      row = first_tile[e] * route.tile_size + before[e] + rank_of_warp[warp][e] + rank[i];
-      route.row_to_slot[row] = slot;
+  // The tables of the tiles, and the padding behind an expert's last row: a thread a tile, a warp the padding of each.
+  for (int32_t from = (blockIdx.x * Warps + warp) * kWarpLanes; from < route.tiles;
+       from += gridDim.x * Warps * kWarpLanes) {
+    const int32_t tile = from + lane;
+    int32_t rows = route.tile_size;
+    if (tile < route.tiles) {
+      int32_t expert = kNone;
+      if (tile < all_tiles) {
+        expert = expert_of<kExperts>(tile, first_tile);
+        rows = min(rows, total[expert] - (tile - first_tile[expert]) * route.tile_size);
+      }
+      route.tile_to_expert[tile] = expert;
+      route.tile_rows[tile] = expert < 0 ? 0 : rows;
     }
-    route.slot_to_row[slot] = row;
-  }
-  // The tables of an expert's tiles, and the padding of its last one: a warp an expert, over all blocks.
-  for (uint32_t e = blockIdx.x * Warps + warp; e < route.experts; e += gridDim.x * Warps) {
-    const int32_t rows = total[e], from = first_tile[e];
-    const int32_t count = (rows + route.tile_size - 1) / route.tile_size;
-    for (int32_t i = lane; i < count; i += kWarpLanes) {
-      route.tile_to_expert[from + i] = e;
-      route.tile_rows[from + i] = min(route.tile_size, rows - i * route.tile_size);
+    for (unsigned padded = __ballot_sync(kFullWarp, rows < route.tile_size); padded; padded &= padded - 1) {
+      const int j = __ffs(padded) - 1;
+      for (int32_t i = __shfl_sync(kFullWarp, rows, j) + lane; i < route.tile_size; i += kWarpLanes)
+        route.row_to_slot[(from + j) * route.tile_size + i] = kNone;
     }
-    for (int32_t i = rows + lane; i < count * route.tile_size; i += kWarpLanes)
-      route.row_to_slot[from * route.tile_size + i] = kNone;
-  }
-  for (int32_t i = all_tiles + blockIdx.x * kThreads + threadIdx.x; i < route.tiles; i += gridDim.x * kThreads) {
-    route.tile_to_expert[i] = kNone;
-    route.tile_rows[i] = 0;
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     route.counts[0] = all_tiles;
     route.counts[1] = all_slots;
   }
+  if (gridDim.x > 1) __cluster_barrier_wait();  // no block ends while another reads its counts
 }
 
 constexpr int64_t kMaxExperts = 1024;
@@ -173,14 +206,14 @@ constexpr int64_t kMaxSlots = int64_t{1} << 30;  // rows with their padding stil
 
 static bool is_tile_size(int64_t rows) { return rows == 16 || rows == 32 || rows == 64 || rows == 128; }
 
-template <int Experts, int Warps>
-static dsv4_status launch_sort(const LaunchTarget& target, const dsv4_tensor& ids, const Route& route) {
-  constexpr int kThreads = Warps * kWarpLanes;
-  const uint32_t blocks = std::max(1u, blocks_for(route.slots, kThreads * kItems));
+template <int Warps, int ExpertsOfThread>
+static dsv4_status launch_sort(const LaunchTarget& target, const dsv4_tensor& ids, const Route& route,
+                               uint32_t blocks) {
   return with_index_type(ids.dtype, [&](auto id) {
     using Id = decltype(id);
-    return launch<moe_sort_kernel<Experts, Warps, Id>>(target, {blocks, kThreads}, static_cast<const Id*>(ids.data),
-                                                       route);
+    const Geometry geometry = {blocks, Warps * kWarpLanes, 0, blocks};
+    return launch<moe_sort_kernel<Warps, ExpertsOfThread, Id>>(target, geometry, static_cast<const Id*>(ids.data),
+                                                               route);
   });
 }
 }  // namespace dsv4
@@ -222,7 +255,11 @@ extern "C" dsv4_status dsv4_moe_sort(const dsv4_moe_sort_args* given, dsv4_strea
   route.experts = static_cast<uint32_t>(args.local_experts);
   route.tile_size = args.tile_size;
   route.first_expert = static_cast<uint64_t>(args.experts_start_idx);
-  // Counts of every warp and expert must fit in 48 KiB of shared memory.
-  return args.local_experts <= 512 ? launch_sort<512, 32>(target, args.topk_ids, route)
-                                   : launch_sort<1024, 16>(target, args.topk_ids, route);
+  const uint32_t blocks = route.slots <= kSlotsOfOneBlock ? 1 : kClusterBlocks;
+  route.part = static_cast<int32_t>(blocks_for(route.slots, int64_t{blocks} * kWarpLanes)) * kWarpLanes;
+  const bool several_rounds = route.part > 8 * kWarpLanes * kItems;
+  if (several_rounds && args.local_experts <= 512) return launch_sort<16, 1>(target, args.topk_ids, route, blocks);
+  if (args.local_experts <= 256) return launch_sort<8, 1>(target, args.topk_ids, route, blocks);
+  if (args.local_experts <= 512) return launch_sort<8, 2>(target, args.topk_ids, route, blocks);
+  return launch_sort<8, 4>(target, args.topk_ids, route, blocks);
 }
