@@ -8,6 +8,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def await_previous_grid():
-    """First in every kernel: lets the next one's blocks start, and waits until the previous one's memory is written."""
-    gdc_launch_dependents()
+    """First in every kernel: waits until the previous one's memory is written, then lets the next one's blocks start."""
     gdc_wait()
+    gdc_launch_dependents()

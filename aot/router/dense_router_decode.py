@@ -629,8 +629,8 @@ def dense_router_decode(
     max_tokens: cutlass.Constexpr,
 ) -> None:
     # The kernel's half of a launch (csrc/core/launch.h): first of all it waits for the one before it.
-    cute.arch.griddepcontrol_launch_dependents()
     cute.arch.griddepcontrol_wait()
+    cute.arch.griddepcontrol_launch_dependents()
 
     thread, _, _ = cute.arch.thread_idx()
     expert_tile, split, _ = cute.arch.block_idx()

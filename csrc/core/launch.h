@@ -19,11 +19,11 @@ struct Geometry {
 // hides the half microsecond that a launch takes. The kernel's half is that it first of all waits for that one to be
 // complete; the build refuses a kernel that does not (aot/images.py). In CUDA C++:
 #ifdef __CUDACC__
-// First in every kernel, by every thread: lets the next kernel's blocks start, and waits until all that came before in
-// the stream is complete and its memory visible.
+// First in every kernel, by every thread: waits until all that came before in the stream is complete and its memory
+// visible, then lets the next kernel's blocks start. In this order no more than one kernel waits in the multiprocessors.
 __device__ __forceinline__ void await_previous_grid() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 #endif
 

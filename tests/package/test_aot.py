@@ -257,7 +257,7 @@ WAITING = """
 {
     ld.param.b64 %rd1, [one_param_0];
     mov.u32 %r1, %tid.x;
-    griddepcontrol.launch_dependents;
+    ld.shared.b32 %r2, [scratch];
     griddepcontrol.wait;
     ld.global.b32 %r2, [%rd1];
 }
