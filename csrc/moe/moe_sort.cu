@@ -25,6 +25,7 @@ struct Route {
   int32_t tiles;  // room in the tile tables
   uint32_t experts;
   int32_t tile_size;
+  int32_t tile_shift;  // its logarithm
   uint64_t first_expert;
 };
 
@@ -62,6 +63,7 @@ __global__ void __launch_bounds__(Warps* kWarpLanes) moe_sort_kernel(const Id* _
   __shared__ int32_t total[kExperts];                 // slots of all blocks
   __shared__ int32_t first_tile[kExperts];
   __shared__ int32_t next_row[kExperts];  // of this block's slots in this round
+  __shared__ int32_t rows_of_tile[kThreads];
   __shared__ uint32_t sum_of_warp[Warps];
   const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
   const uint32_t own_experts = threadIdx.x * ExpertsOfThread;  // the first of those whose counts this thread adds up
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(Warps* kWarpLanes) moe_sort_kernel(const Id* _
   uint32_t own_tiles = 0, own_slots = 0;
 #pragma unroll
   for (int i = 0; i < ExpertsOfThread; ++i) {
-    own_tiles += (all[i] + route.tile_size - 1) / route.tile_size;
+    own_tiles += (all[i] + route.tile_size - 1) >> route.tile_shift;
     own_slots += all[i];
   }
   uint32_t tile_count, all_slots;
@@ -118,7 +120,7 @@ __global__ void __launch_bounds__(Warps* kWarpLanes) moe_sort_kernel(const Id* _
     total[e] = all[i];
     first_tile[e] = tile;
     next_row[e] = tile * route.tile_size + before[i];
-    tile += (all[i] + route.tile_size - 1) / route.tile_size;
+    tile += (all[i] + route.tile_size - 1) >> route.tile_shift;
   }
 
   for (int32_t round = part_first; round < part_end; round += kThreads * kItems) {
@@ -174,25 +176,25 @@ __global__ void __launch_bounds__(Warps* kWarpLanes) moe_sort_kernel(const Id* _
   }
   __syncthreads();  // totals and first tiles are there, in a block without slots too
 
-  // The tables of the tiles, and the padding behind an expert's last row: a thread a tile, a warp the padding of each.
-  for (int32_t from = (blockIdx.x * Warps + warp) * kWarpLanes; from < route.tiles;
-       from += gridDim.x * Warps * kWarpLanes) {
-    const int32_t tile = from + lane;
-    int32_t rows = route.tile_size;
-    if (tile < route.tiles) {
-      int32_t expert = kNone;
-      if (tile < all_tiles) {
-        expert = expert_of<kExperts>(tile, first_tile);
-        rows = min(rows, total[expert] - (tile - first_tile[expert]) * route.tile_size);
-      }
-      route.tile_to_expert[tile] = expert;
-      route.tile_rows[tile] = expert < 0 ? 0 : rows;
+  // The tables of the tiles, a thread a tile; then the padding behind the experts' last rows, a thread a row.
+  const int32_t tiles_of_block = (route.tiles + gridDim.x - 1) / gridDim.x;
+  const int32_t tiles_end = min(static_cast<int32_t>(blockIdx.x + 1) * tiles_of_block, route.tiles);
+  for (int32_t from = blockIdx.x * tiles_of_block; from < tiles_end; from += kThreads) {
+    const int32_t tiles = min(kThreads, tiles_end - from), own_tile = from + threadIdx.x;
+    if (threadIdx.x < tiles) {
+      const bool used = own_tile < all_tiles;
+      const int32_t expert = used ? expert_of<kExperts>(own_tile, first_tile) : kNone;
+      int32_t rows = 0;
+      if (used) rows = min(route.tile_size, total[expert] - (own_tile - first_tile[expert]) * route.tile_size);
+      route.tile_to_expert[own_tile] = expert;
+      route.tile_rows[own_tile] = rows;
+      rows_of_tile[threadIdx.x] = used ? rows : route.tile_size;  // rows of unused tiles are not written
     }
-    for (unsigned padded = __ballot_sync(kFullWarp, rows < route.tile_size); padded; padded &= padded - 1) {
-      const int j = __ffs(padded) - 1;
-      for (int32_t i = __shfl_sync(kFullWarp, rows, j) + lane; i < route.tile_size; i += kWarpLanes)
-        route.row_to_slot[(from + j) * route.tile_size + i] = kNone;
-    }
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < tiles << route.tile_shift; i += kThreads)
+      if ((i & (route.tile_size - 1)) >= rows_of_tile[i >> route.tile_shift])
+        route.row_to_slot[(static_cast<int64_t>(from) << route.tile_shift) + i] = kNone;
+    __syncthreads();
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     route.counts[0] = all_tiles;
@@ -254,6 +256,7 @@ extern "C" dsv4_status dsv4_moe_sort(const dsv4_moe_sort_args* given, dsv4_strea
   route.tiles = static_cast<int32_t>(tiles);
   route.experts = static_cast<uint32_t>(args.local_experts);
   route.tile_size = args.tile_size;
+  while (1 << route.tile_shift < args.tile_size) ++route.tile_shift;
   route.first_expert = static_cast<uint64_t>(args.experts_start_idx);
   const uint32_t blocks = route.slots <= kSlotsOfOneBlock ? 1 : kClusterBlocks;
   route.part = static_cast<int32_t>(blocks_for(route.slots, int64_t{blocks} * kWarpLanes)) * kWarpLanes;
