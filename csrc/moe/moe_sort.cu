@@ -53,7 +53,7 @@ __device__ int32_t expert_of(int32_t tile, const int32_t (&first_tile)[Experts])
 // each other's counts where the rows of their part begin, and rank their slots in rounds, a warp a run of them. So rows
 // follow the slots' order whatever order blocks and warps run in.
 template <int Warps, int ExpertsOfThread, typename Id>
-__global__ void __launch_bounds__(Warps* kWarpLanes) moe_sort_kernel(const Id* __restrict__ ids, Route route) {
+__global__ void __launch_bounds__(Warps* kWarpLanes, 1) moe_sort_kernel(const Id* __restrict__ ids, Route route) {
   await_previous_grid();
   constexpr int kThreads = Warps * kWarpLanes;
   constexpr int kExperts = kThreads * ExpertsOfThread;
