@@ -81,6 +81,7 @@ def measure(case: Case, device: str, best: Ceilings, with_compile: bool) -> dict
     sets = [first] + [fresh(first) for _ in range(count - 1)]
     moved_bytes, plain = case.yardstick.moved_bytes(*first), case.yardstick.plain
     row: dict[str, Any] = {
+        "family": family_of(case),
         "op": case.op,
         "case": case.name,
         **case.labels,
@@ -96,6 +97,11 @@ def measure(case: Case, device: str, best: Ceilings, with_compile: bool) -> dict
         compiled = torch.compile(plain)
         row["torch_compile_us"] = seconds_per_call([lambda: compiled(*first)], device) * 1e6
     return row
+
+
+def family_of(case: Case) -> str:
+    """The folder of the op, or of the function made of several."""
+    return case.function.__module__.split(".")[1] if isinstance(case, Composite) else OPS[case.op].family
 
 
 def calls_of(case: Case, sets: Sequence[tuple[Any, ...]]) -> list[Callable[[], object]]:

@@ -12,8 +12,8 @@ import torch
 
 COPY_BYTES = 1 << 30  # of the copy whose bandwidth is the ceiling; far beyond any cache
 GRAPH_CALLS = 50  # calls in one captured graph
-GRAPH_SECONDS = 0.02  # which a graph takes at most, but for one call of each function
-REPEATS = 25
+GRAPH_SECONDS = 0.01  # which a graph takes at most, but for one call of each function
+REPEATS = 15
 
 
 @dataclass(frozen=True)
