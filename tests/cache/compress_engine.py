@@ -199,8 +199,10 @@ class Engine:
         if self.options.get("hadamard"):
             made_of[:] = made_of.max(axis=1, keepdims=True)
         assert (np.abs(got - channels) <= 2.0**-6 * made_of).all()
+        # One value that lies within float32's error of the middle between two bfloat16 moves the norm by 2^-9 of its
+        # share, and with it the rounding of up to a dozen others of its entry.
         differ = (got != channels).mean()
-        assert differ <= 0.02 + 2 / got.size or self.options.get("hadamard"), differ
+        assert differ <= 0.02 + 16 / got.size or self.options.get("hadamard"), differ
         values, scales = oracle.encode(got, self.layout)
         for slot, value, scale in zip(slots, values, scales, strict=True):
             oracle.write(self.expected, slot, self.entries_per_page, self.layout, value, scale)
