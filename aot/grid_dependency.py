@@ -8,6 +8,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def await_previous_grid():
-    """First in every kernel: waits until the previous one's memory is written, then lets the next one's blocks start."""
+    """First in every kernel: waits until what came before is complete, then lets the next kernel start."""
     gdc_wait()
     gdc_launch_dependents()

@@ -20,7 +20,8 @@ struct Geometry {
 // complete; the build refuses a kernel that does not (aot/images.py). In CUDA C++:
 #ifdef __CUDACC__
 // First in every kernel, by every thread: waits until all that came before in the stream is complete and its memory
-// visible, then lets the next kernel's blocks start. In this order no more than one kernel waits in the multiprocessors.
+// visible, then lets the next kernel's blocks start. In this order no more than one kernel waits in the
+// multiprocessors.
 __device__ __forceinline__ void await_previous_grid() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
