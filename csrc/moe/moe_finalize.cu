@@ -8,7 +8,7 @@ namespace dsv4 {
 
 constexpr int kThreads = 256;
 constexpr int kVector = 8;  // columns of a thread: 16 bytes
-constexpr int kAtOnce = 8;  // rows that a thread asks for before it adds the first
+constexpr int kAtOnce = 6;  // rows that a thread asks for before it adds the first: as many as the models have
 
 struct alignas(16) Eight {
   __nv_bfloat16 values[kVector];
@@ -41,30 +41,32 @@ __device__ Eight load_eight(const __nv_bfloat16* row, int64_t column, int64_t co
 // A thread sums 8 columns of a token over its slots, in the slots' order: one rounding a product and sum, one at the
 // end.
 template <bool Aligned>
-__global__ void __launch_bounds__(kThreads) moe_finalize_kernel(Combination c) {
+__global__ void __launch_bounds__(kThreads, 3) moe_finalize_kernel(Combination c) {
   await_previous_grid();
   const int64_t token = blockIdx.x;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * kVector;
   if (column >= c.columns) return;
   float sum[kVector] = {};
   for (int from = 0; from < c.top_k; from += kAtOnce) {
-    Eight loaded[kAtOnce];
+    // All rows' numbers first, then all rows: a number that is looked up between two rows makes each wait for the last.
+    int32_t row[kAtOnce];
     float weight[kAtOnce];
-    bool present_row[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      present_row[i] = false;
-      if (from + i >= c.top_k) continue;
       const int64_t slot = token * c.top_k + from + i;
-      const int64_t row = c.slot_to_row[slot];
-      present_row[i] = row >= 0 && row < c.row_count;
-      if (!present_row[i]) continue;
-      weight[i] = c.weights ? c.weights[slot] : 1.0f;
-      loaded[i] = load_eight<Aligned>(c.rows + row * c.row_stride, column, c.columns);
+      const bool has_slot = from + i < c.top_k;
+      row[i] = has_slot ? c.slot_to_row[slot] : -1;
+      weight[i] = has_slot && c.weights ? c.weights[slot] : 1.0f;
+    }
+    Eight loaded[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (row[i] >= c.row_count) row[i] = -1;
+      if (row[i] >= 0) loaded[i] = load_eight<Aligned>(c.rows + int64_t{row[i]} * c.row_stride, column, c.columns);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (!present_row[i]) continue;
+      if (row[i] < 0) continue;
 #pragma unroll
       for (int j = 0; j < kVector; ++j) sum[j] = fmaf(weight[i], __bfloat162float(loaded[i].values[j]), sum[j]);
     }
