@@ -510,7 +510,7 @@ def test_host_memory_must_be_pinned() -> None:
         (lambda p: setattr(p, "tail", p.tail[:1]), "free_list_tail: expected shape [2], got [1]"),
         (lambda p: setattr(p, "overflow", p.overflow.repeat(2)), "overflow: expected shape [1], got [2]"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "change",
 )
 def test_refuses_what_does_not_fit_together(change: Callable[[Pools], None], text: str, device: str) -> None:
     pools = Pools(device, 3, 2, hidden=10)
