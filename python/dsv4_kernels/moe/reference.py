@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import number_formats
+from dsv4_kernels.moe import grouped_gemm_reference, quantize_reference
 from dsv4_kernels.moe.grouped_gemm_reference import moe_grouped_gemm
 from dsv4_kernels.moe.quantize_reference import (
     dequantize_blocks,
@@ -53,9 +54,7 @@ def squared_relu(x: Tensor) -> Tensor:
 def swiglu(x: Tensor, limit: float) -> Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit) in float64; NaN stays NaN."""
     gate, up = x.to(torch.float64).chunk(2, dim=-1)
-    if limit:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * torch.sigmoid(gate) * up
+    return grouped_gemm_reference.swiglu(gate, up, limit)
 
 
 def mxfp8(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,14 +107,12 @@ def blackwell_swizzle_32_4_4(scales: Tensor, out: Tensor) -> None:
     _, rows, columns = matrices.shape
     padded = matrices.new_zeros(matrices.shape[0], *out.shape[-2:])
     padded[:, :rows, :columns] = matrices
-    out.view(torch.uint8).copy_(_as_tiles(padded).permute(0, 1, 4, 3, 2, 5).reshape(out.shape))
+    out.view(torch.uint8).copy_(quantize_reference.swizzle_32_4_4(padded.flatten(0, 1)).reshape(out.shape))
 
 
 def blackwell_unswizzle_32_4_4(swizzled: Tensor, rows: int, columns: int, out: Tensor) -> None:
     padded = as_batch(swizzled)
-    count, padded_rows, padded_columns = padded.shape
-    tiles = padded.reshape(count, padded_rows // 128, padded_columns // 4, 32, 4, 4)
-    matrices = tiles.permute(0, 1, 4, 3, 2, 5).reshape(padded.shape)
+    matrices = quantize_reference.unswizzle(padded.flatten(0, 1)).reshape(padded.shape)
     out.view(torch.uint8).copy_(matrices[:, :rows, :columns].reshape(out.shape))
 
 
@@ -123,12 +120,6 @@ def as_batch(scales: Tensor) -> Tensor:
     """[matrices, rows, columns] bytes."""
     as_bytes = scales.view(torch.uint8)
     return as_bytes if as_bytes.dim() == 3 else as_bytes[None]
-
-
-def _as_tiles(padded: Tensor) -> Tensor:
-    """[matrices, rows, columns] as [matrices, tile down, quarter, row in quarter, tile across, column in tile]."""
-    count, rows, columns = padded.shape
-    return padded.reshape(count, rows // 128, 4, 32, columns // 4, 4)
 
 
 def assemble_scales_2d_side(
