@@ -27,7 +27,8 @@ from .coverage import missing_instructions
 from .faults import EmulatorFault, PtxSyntaxError, UnknownInstruction
 from .launch import emulate
 from .memory import Memory
-from .ptx_parser import Module, parse
+from .ptx_module import Module
+from .ptx_parser import parse
 from .tensor_map import TensorMap
 
 __all__ = [

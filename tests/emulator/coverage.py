@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .faults import PtxSyntaxError, UnknownInstruction
 from .program import Program, Scope, build_step
-from .ptx_parser import Module
+from .ptx_module import Module
 
 
 def missing_instructions(module: Module) -> list[str]:

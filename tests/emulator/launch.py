@@ -11,7 +11,7 @@ from .faults import EmulatorFault, LaneFault
 from .global_order import Writers
 from .memory import Memory
 from .program import Program, compile_program
-from .ptx_parser import Module
+from .ptx_module import Module
 from .registry import FINAL_CHECKS
 from .wave import Wave
 

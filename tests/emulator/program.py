@@ -14,7 +14,7 @@ from .calls import CallSite
 from .faults import LaneFault, PtxSyntaxError, UnknownInstruction
 from .instructions.tcgen05 import COLLECTIVE_FORMS
 from .memory import Memory
-from .ptx_parser import (
+from .ptx_module import (
     TYPE_BITS,
     Address,
     Function,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from .ptx_parser import TYPE_BITS, Instruction
+from .ptx_module import TYPE_BITS, Instruction
 
 if TYPE_CHECKING:
     from .program import Scope

@@ -8,7 +8,7 @@ import pytest
 
 from . import PtxSyntaxError, UnknownInstruction, parse
 from .harness import kernel, run
-from .ptx_parser import Address, Immediate, Pair, Register, Symbol, Vector
+from .ptx_module import Address, Immediate, Pair, Register, Symbol, Vector
 
 
 def body(text: str) -> list[object]:

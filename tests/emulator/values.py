@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .faults import PtxSyntaxError
-from .ptx_parser import Immediate
+from .ptx_module import Immediate
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

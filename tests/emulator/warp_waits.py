@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .faults import LaneFault
-from .ptx_parser import Instruction
+from .ptx_module import Instruction
 from .registry import Control, Members, Plain
 from .wave import Active, Stack, Wave
 

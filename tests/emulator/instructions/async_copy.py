@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..ptx_parser import Immediate, Instruction, Register
+from ..ptx_module import Immediate, Instruction, Register
 from ..registry import Plain, plain
 from .bulk_copy import bulk
 from .elementwise import allow

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..ptx_parser import Instruction, Vector
+from ..ptx_module import Instruction, Vector
 from ..registry import Plain
 from ..values import DTYPES
 from .elementwise import allow

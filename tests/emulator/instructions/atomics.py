@@ -10,7 +10,7 @@ import numpy as np
 from .. import number_formats as nf
 from ..faults import LaneFault
 from ..global_order import Observer, synchronises
-from ..ptx_parser import Instruction, Register, Sink, Vector
+from ..ptx_module import Instruction, Register, Sink, Vector
 from ..registry import Plain, plain
 from ..shared_memory import ATOMIC, NEVER
 from ..spaces import SHARED_WINDOW, SPACE_SHIFT

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..faults import LaneFault
-from ..ptx_parser import Instruction
+from ..ptx_module import Instruction
 from ..registry import Control, control
 from ..warp_waits import lane_bits
 from ..wave import Active as ActiveSet

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..ptx_parser import Immediate, Instruction
+from ..ptx_module import Immediate, Instruction
 from ..registry import Plain, plain
 from ..values import DTYPES
 from .elementwise import allow, elementwise

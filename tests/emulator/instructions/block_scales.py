@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import number_formats as nf
-from ..ptx_parser import Immediate, Instruction, Vector
+from ..ptx_module import Immediate, Instruction, Vector
 
 if TYPE_CHECKING:
     from ..program import Scope

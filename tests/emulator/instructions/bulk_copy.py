@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..faults import LaneFault
-from ..ptx_parser import Address, Immediate, Instruction, Vector
+from ..ptx_module import Address, Immediate, Instruction, Vector
 from ..registry import FINAL_CHECKS, Plain
 from ..tensor_map import TensorMap
 from .load_store import shared_place

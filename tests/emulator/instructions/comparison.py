@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..number_formats import bf16_to_f32, flush
-from ..ptx_parser import Instruction
+from ..ptx_module import Instruction
 from ..registry import Plain, plain
 from ..values import DTYPES
 from .elementwise import elementwise

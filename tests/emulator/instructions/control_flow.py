@@ -8,7 +8,7 @@ import numpy as np
 
 from ..calls import CallSite
 from ..faults import LaneFault
-from ..ptx_parser import Group, Instruction, Symbol
+from ..ptx_module import Group, Instruction, Symbol
 from ..registry import Control, Plain, control, plain
 
 if TYPE_CHECKING:

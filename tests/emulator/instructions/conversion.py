@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import number_formats as nf
-from ..ptx_parser import Instruction
+from ..ptx_module import Instruction
 from ..registry import Plain, plain
 from ..values import DTYPES
 from .elementwise import allow, elementwise

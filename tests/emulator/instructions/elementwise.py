@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..ptx_parser import Instruction, Operand
+from ..ptx_module import Instruction, Operand
 from ..registry import Plain
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..ptx_parser import Instruction
+from ..ptx_module import Instruction
 from ..registry import Plain, plain
 from ..values import DTYPES, wider
 from .elementwise import allow, elementwise

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..faults import LaneFault
 from ..global_order import Observer, synchronises
-from ..ptx_parser import Address, Instruction, Operand, Register, Symbol, Vector
+from ..ptx_module import Address, Instruction, Operand, Register, Symbol, Vector
 from ..registry import Plain, plain
 from ..spaces import LOCAL_WINDOW, RANK_SHIFT, SHARED_WINDOW, SPACE_SHIFT
 from ..values import DTYPES

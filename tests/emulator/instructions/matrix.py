@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import number_formats as nf
-from ..ptx_parser import Instruction, Vector
+from ..ptx_module import Instruction, Vector
 from ..registry import Collective, collective
 from .load_store import shared_place, subset
 from .warp import spread, warps_of

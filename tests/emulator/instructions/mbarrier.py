@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..faults import LaneFault
-from ..ptx_parser import Instruction, Sink
+from ..ptx_module import Instruction, Sink
 from ..registry import Plain, plain
 from .elementwise import allow
 from .load_store import shared_place

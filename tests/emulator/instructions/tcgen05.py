@@ -14,7 +14,7 @@ import numpy as np
 from .. import number_formats as nf
 from ..faults import LaneFault
 from ..matrix_descriptors import Descriptor
-from ..ptx_parser import Address, Immediate, Instruction, Vector
+from ..ptx_module import Address, Immediate, Instruction, Vector
 from ..registry import Collective, Plain, collective, plain
 from ..tensor_memory import LANES, Commit, tensor_memory_of
 from ..wave import InFlight

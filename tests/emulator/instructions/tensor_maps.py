@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..ptx_parser import Immediate, Instruction
+from ..ptx_module import Immediate, Instruction
 from ..registry import Plain, plain
 from ..tensor_map import ELEMENT_SIZES, SWIZZLES, place_of_field
 from .load_store import load_rows, store_rows

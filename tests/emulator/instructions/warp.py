@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import number_formats as nf
-from ..ptx_parser import Instruction
+from ..ptx_module import Instruction
 from ..registry import Collective, Members, Plain, collective, plain
 from ..values import DTYPES
 from ..warp_waits import lane_bits

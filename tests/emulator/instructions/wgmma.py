@@ -15,7 +15,7 @@ import numpy as np
 from .. import number_formats as nf
 from ..faults import LaneFault
 from ..matrix_descriptors import Descriptor
-from ..ptx_parser import Immediate, Instruction, Vector
+from ..ptx_module import Immediate, Instruction, Vector
 from ..registry import Collective, collective
 from ..wave import InFlight
 from .matrix import _C_COLUMN, _C_ROW, assemble_a, decoder
