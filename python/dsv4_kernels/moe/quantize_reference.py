@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import number_formats as formats
+from dsv4_kernels.moe.grouped_gemm_reference import swiglu
 
 PLAIN, DEINTERLEAVE, SWIGLU = range(3)  # dsv4_quantize_source of csrc/include/dsv4/moe.h
 E4M3, E2M1 = range(2)  # dsv4_element_format
@@ -16,7 +17,7 @@ TILE_ROWS = 128  # of the 32_4_4 layout
 
 
 def source_values(x: Tensor, source: int, granularity: int, limit: float, round_to_bfloat16: bool) -> Tensor:
-    """The float32 values [rows, columns] that are quantised."""
+    """The float32 values [rows, columns] that are quantised. SwiGLU is computed in float64 and rounded once."""
     wide = x.to(torch.float32)
     if source == PLAIN:
         return wide
@@ -26,17 +27,8 @@ def source_values(x: Tensor, source: int, granularity: int, limit: float, round_
     gate, up = pairs[:, :, 0].reshape(rows, half), pairs[:, :, 1].reshape(rows, half)
     if source == DEINTERLEAVE:
         return gate
-    value = swiglu(gate, up, limit)
+    value = swiglu(gate.to(torch.float64), up.to(torch.float64), limit).to(torch.float32)
     return value.to(torch.bfloat16).to(torch.float32) if round_to_bfloat16 else value
-
-
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit); limit 0: none. Formed in float64."""
-    gate, up = gate.to(torch.float64), up.to(torch.float64)
-    if limit > 0:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    value: Tensor = gate / (1 + torch.exp(-gate)) * up
-    return value.to(torch.float32)
 
 
 def largest_magnitude(values: Tensor, group: int) -> Tensor:
