@@ -30,12 +30,15 @@ struct Combination {
 
 template <bool Aligned>
 __device__ Eight load_eight(const __nv_bfloat16* row, int64_t column, int64_t columns) {
-  if constexpr (Aligned) return *reinterpret_cast<const Eight*>(row + column);
-  Eight result;
+  if constexpr (Aligned) {
+    return *reinterpret_cast<const Eight*>(row + column);
+  } else {
+    Eight result;
 #pragma unroll
-  for (int i = 0; i < kVector; ++i)
-    result.values[i] = column + i < columns ? row[column + i] : __float2bfloat16_rn(0.0f);
-  return result;
+    for (int i = 0; i < kVector; ++i)
+      result.values[i] = column + i < columns ? row[column + i] : __float2bfloat16_rn(0.0f);
+    return result;
+  }
 }
 
 // A thread sums 8 columns of a token over its slots, in the slots' order: one rounding a product and sum, one at the
