@@ -24,7 +24,7 @@ __device__ inline float max_or_nan(float a, float b) {
 
 // sqrt(log(1 + e^x)), the score function of DeepSeek-V4's gate, to about 2 units in the last place for x above -174,
 // where it leaves the normal range of float32. A gate computes it for every expert, so it is a third of the
-// instructions of sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))) and has no branch. aot/router/dense_router_decode.py
+// instructions of sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))) and has no branch. aot/router/device/activation.py
 // does the same.
 __device__ inline float sqrt_softplus(float x) {
   // root = e^(-|x|/2). The exponent is taken in two parts, for its rounding error would be the result's.
