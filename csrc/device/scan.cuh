@@ -1,9 +1,20 @@
-// Running sums over the threads of a block.
+// Running sums over the lanes of a warp and the threads of a block.
 #pragma once
 
 #include "device/reduce.cuh"
 
 namespace dsv4 {
+
+// The sum of the values of the warp's lanes up to this one. Every lane must call it.
+__device__ inline uint32_t sum_up_to_lane(uint32_t value) {
+  const int lane = threadIdx.x % kWarpLanes;
+#pragma unroll
+  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
+    const uint32_t below = __shfl_up_sync(kFullWarp, value, distance);
+    if (lane >= distance) value += below;
+  }
+  return value;
+}
 
 // The sum of the values of all threads before this one; *total: of all threads. Every thread of the block must call it.
 // warp_sums: shared memory, one for each warp.
@@ -11,12 +22,7 @@ template <int Threads>
 __device__ uint32_t sum_before(uint32_t value, uint32_t (&warp_sums)[Threads / kWarpLanes], uint32_t* total) {
   static_assert(Threads / kWarpLanes <= kWarpLanes, "one warp adds the sums of all");
   const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
-  uint32_t up_to = value;
-#pragma unroll
-  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
-    const uint32_t below = __shfl_up_sync(kFullWarp, up_to, distance);
-    if (lane >= distance) up_to += below;
-  }
+  const uint32_t up_to = sum_up_to_lane(value);
   __syncthreads();  // the sums of an earlier call have been read
   if (lane == kWarpLanes - 1) warp_sums[warp] = up_to;
   __syncthreads();

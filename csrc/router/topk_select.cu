@@ -6,6 +6,7 @@
 #include "device/ordered_key.cuh"
 #include "device/reduce.cuh"
 #include "device/row.cuh"
+#include "device/scan.cuh"
 #include "device/top_k.cuh"
 
 namespace dsv4 {
@@ -273,13 +274,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   // Entries come in any order: sorting them takes it away.
   const int lane = threadIdx.x % kWarpLanes;
-  const int own = Slots > 32 ? __popcll(chosen) : __popc(static_cast<uint32_t>(chosen));
-  int up_to = own;
-#pragma unroll
-  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
-    const int below = __shfl_up_sync(kFullWarp, up_to, distance);
-    if (lane >= distance) up_to += below;
-  }
+  const uint32_t own = Slots > 32 ? __popcll(chosen) : __popc(static_cast<uint32_t>(chosen));
+  const uint32_t up_to = sum_up_to_lane(own);
   uint32_t place = 0;
   if (lane == kWarpLanes - 1 && up_to > 0)
     place = atomicAdd(static_cast<uint32_t*>(__cluster_map_shared_rank(&shared.gathered, 0)), up_to);
