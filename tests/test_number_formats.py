@@ -44,6 +44,11 @@ def as_ml_dtypes(values: torch.Tensor, kind: type, largest: float) -> torch.Tens
         return torch.from_numpy(np.clip(values.numpy(), -largest, largest).astype(kind).view(np.uint8))
 
 
+def test_largest_magnitude_passes_nan_over() -> None:
+    rows = torch.tensor([[1.0, -3.0, math.nan], [math.nan, math.nan, math.nan], [-math.inf, 2.0, math.nan]])
+    assert formats.largest_magnitude(rows).tolist() == [3.0, 0.0, math.inf]
+
+
 def test_e2m1_codes() -> None:
     values = hard_values(FLOAT4_VALUES)
     values = values[~values.isnan()]

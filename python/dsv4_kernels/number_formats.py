@@ -23,6 +23,12 @@ E8M0_NAN = 0xFF
 _MIDPOINTS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
 
 
+def largest_magnitude(values: Tensor) -> Tensor:
+    """Over the last dimension, which is gone; NaN is passed over. What the scale of a group of values is taken from."""
+    sizes: Tensor = values.abs().nan_to_num(nan=0.0, posinf=torch.inf)
+    return sizes.amax(dim=-1)
+
+
 def encode_e2m1(values: Tensor, *, ties_to_even: bool = True) -> Tensor:
     """The nearest E2M1 codes, saturated to +-6.
 

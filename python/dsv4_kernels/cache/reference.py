@@ -169,25 +169,20 @@ def pool_rows(
     return request[in_pool], row[in_pool]
 
 
-def largest_magnitude(values: Tensor) -> Tensor:
-    """Over the last dimension, NaN left out."""
-    return values.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1, keepdim=True)
-
-
 def quantize_entry(values: Tensor) -> tuple[Tensor, Tensor]:
     """E4M3 codes of float32 rows, and the scale of each row."""
-    scale = (largest_magnitude(values) / number_formats.LARGEST_E4M3).clamp(min=LEAST_SCALE)
-    return number_formats.encode_e4m3(values / scale), scale[..., 0]
+    scale = (number_formats.largest_magnitude(values) / number_formats.LARGEST_E4M3).clamp(min=LEAST_SCALE)
+    return number_formats.encode_e4m3(values / scale[..., None]), scale
 
 
 def quantize_indexer_key(values: Tensor) -> tuple[Tensor, Tensor]:
     """Packed E2M1 codes of float32 rows, and the E4M3 codes of the scales of each 16."""
     groups = values.unflatten(-1, (-1, NVFP4_GROUP))
-    scale_codes = number_formats.encode_e4m3(largest_magnitude(groups) / number_formats.LARGEST_E2M1)
-    scale = number_formats.decode_e4m3(scale_codes)
+    scale_codes = number_formats.encode_e4m3(number_formats.largest_magnitude(groups) / number_formats.LARGEST_E2M1)
+    scale = number_formats.decode_e4m3(scale_codes)[..., None]
     codes = number_formats.encode_e2m1(groups / scale)
     codes = torch.where(scale == 0, torch.zeros_like(codes), codes)
-    return number_formats.pack_e2m1(codes.flatten(-2)), scale_codes[..., 0]
+    return number_formats.pack_e2m1(codes.flatten(-2)), scale_codes
 
 
 def as_rows(pool: Tensor) -> Tensor:

@@ -31,12 +31,6 @@ def source_values(x: Tensor, source: int, granularity: int, limit: float, round_
     return value.to(torch.bfloat16).to(torch.float32) if round_to_bfloat16 else value
 
 
-def largest_magnitude(values: Tensor, group: int) -> Tensor:
-    """[rows, columns] to [rows, columns / group]; NaN is passed over."""
-    size: Tensor = in_groups(values, group).abs().nan_to_num(nan=0.0, posinf=torch.inf)
-    return size.amax(dim=2)
-
-
 def in_groups(values: Tensor, group: int) -> Tensor:
     """[rows, columns] as [rows, columns / group, group]."""
     rows, columns = values.shape
@@ -45,7 +39,7 @@ def in_groups(values: Tensor, group: int) -> Tensor:
 
 def row_amax(values: Tensor) -> Tensor:
     """[rows, columns] to [rows]; NaN is passed over."""
-    return largest_magnitude(torch.nn.functional.pad(values, (0, 1)), values.shape[1] + 1)[:, 0]
+    return formats.largest_magnitude(torch.nn.functional.pad(values, (0, 1)))  # of no columns, 0
 
 
 def quantize_nvfp4(
@@ -68,7 +62,7 @@ def quantize_nvfp4(
     of_row, has_one = _global_scale_of_rows(global_scale, expert_ids, values.shape[0])
     other = 1.0 / of_row
     encode, decode = (of_row, other) if reciprocal_global_scale else (other, of_row)
-    amax = largest_magnitude(values, 16)
+    amax = formats.largest_magnitude(in_groups(values, 16))
     wanted = encode[:, None] * (amax * torch.tensor(1 / 6, dtype=torch.float32))
     scale = formats.encode_e4m3(torch.fmax(wanted, wanted.new_tensor(scale_floor)))
     decoded = formats.decode_e4m3(scale)
@@ -135,7 +129,7 @@ def quantize_mx(
     out_scale: Tensor,
 ) -> None:
     values = source_values(x, source, granularity, limit, round_to_bfloat16)
-    amax = largest_magnitude(values, 32)
+    amax = formats.largest_magnitude(in_groups(values, 32))
     fp4 = element_format == E2M1
     if round_scale_up:
         scale = formats.ceil_e8m0_of_amax(amax, amax_floor, formats.LARGEST_E2M1 if fp4 else formats.LARGEST_E4M3)

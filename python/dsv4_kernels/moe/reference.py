@@ -64,7 +64,7 @@ def mxfp8(value: Tensor) -> tuple[Tensor, Tensor]:
         value: float32. NaN is passed over by the largest magnitude; a group with an infinity becomes NaN.
     """
     groups = value.unflatten(-1, (-1, 32))
-    largest = torch.where(groups.isnan(), 0.0, groups.abs()).amax(dim=-1)
+    largest = number_formats.largest_magnitude(groups)
     scale = number_formats.ceil_e8m0_of_amax(largest, 0.0, number_formats.LARGEST_E4M3)
     codes = number_formats.encode_e4m3(groups * number_formats.reciprocal_e8m0(scale)[..., None])
     return codes.flatten(-2), scale
