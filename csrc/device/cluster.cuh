@@ -49,40 +49,6 @@ __device__ inline void store_to_block(float* place, float value, ByteBarrier* ba
       : "memory");
 }
 
-// The same for an entry of 8 bytes.
-__device__ inline void store_to_block(uint64_t* place, uint64_t value, ByteBarrier* barrier, uint32_t block) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote_place, remote_barrier;\n"
-      "mapa.shared::cluster.u32 remote_place, %0, %3;\n"
-      "mapa.shared::cluster.u32 remote_barrier, %2, %3;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [remote_place], %1, [remote_barrier];\n"
-      "}" ::"r"(shared_address(place)),
-      "l"(value), "r"(shared_address(barrier)), "r"(block)
-      : "memory");
-}
-
-// What this thread wrote to shared memory, before add_to_block() reads it or writes over it. A barrier of the block
-// follows.
-__device__ inline void hand_to_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Adds `count` counters to those of the same variable as `place` in the cluster's block number `block`, and counts
-// their bytes at that block's barrier. By one thread; the memory of `from` must last until then.
-__device__ inline void add_to_block(uint32_t* place, const uint32_t* from, int count, ByteBarrier* barrier,
-                                    uint32_t block) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote_place, remote_barrier;\n"
-      "mapa.shared::cluster.u32 remote_place, %0, %4;\n"
-      "mapa.shared::cluster.u32 remote_barrier, %3, %4;\n"
-      "cp.reduce.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes.add.u32 [remote_place], [%1], %2, "
-      "[remote_barrier];\n"
-      "}" ::"r"(shared_address(place)),
-      "r"(shared_address(from)), "r"(count * static_cast<int>(sizeof(uint32_t))), "r"(shared_address(barrier)),
-      "r"(block)
-      : "memory");
-}
-
 // By the receiving block: returns when all expected bytes are there, once in the life of the barrier. As for bulk
 // copies the default scope, the block, is enough: what was stored lies in its own shared memory.
 __device__ inline void wait_for_bytes(ByteBarrier* barrier) {

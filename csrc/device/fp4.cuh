@@ -80,9 +80,4 @@ __device__ inline float decode_e2m1(uint32_t code) {
   return __uint_as_float((code & 8u) << 28 | (code & 7u) << 22) * 0x1p126f;
 }
 
-__device__ inline void decode_e2m1x8(uint32_t codes, float (&values)[8]) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) values[i] = decode_e2m1(codes >> 4 * i);
-}
-
 }  // namespace dsv4

@@ -23,10 +23,6 @@ REGISTER_DTYPES = {1: np.dtype("?"), 8: np.dtype("u1"), 16: np.dtype("u2"), 32: 
                    128: np.dtype("u8")}  # fmt: skip
 
 
-INTEGER_TYPES = ("u8", "s8", "b8", "u16", "s16", "u32", "s32", "u64", "s64", "b16", "b32", "b64", "pred")
-FLOAT_TYPES = ("f16", "f16x2", "bf16", "bf16x2", "f32", "f32x2", "f64")
-
-
 def immediate(operand: Immediate, dtype: np.dtype[Any], type_name: str) -> Array:
     """A literal as an array of one element of the type."""
     value = operand.value

@@ -28,7 +28,6 @@ from dsv4_kernels.op_table import OPS
 
 COLD_BYTES = 256 << 20  # of inputs taken in turn: several times the largest L2
 MAX_SETS = 50
-MAX_SET_BYTES = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,11 +34,6 @@ COLLECTIVE_FORMS = ("alloc", "dealloc", "relinquish_alloc_permit", "ld", "st", "
 _NUMBER_OF_BYTES = 32  # of K that an instruction multiplies, for every kind
 
 
-def is_collective(instruction: Instruction) -> bool:
-    """Whether whole warps execute it; the other forms are issued by single threads."""
-    return instruction.qualifiers[0] in COLLECTIVE_FORMS
-
-
 @plain("tcgen05")
 def single(instruction: Instruction, scope: Scope) -> Plain:
     """The forms that one thread issues: mma, cp, commit and fences"""
