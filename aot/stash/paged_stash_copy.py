@@ -10,26 +10,7 @@ import triton.language as tl
 
 from aot.declare import TritonKernel
 from aot.grid_dependency import await_previous_grid
-
-
-@triton.jit
-def tokens_of(num_tokens, rows):
-    """The number of rows to move: what the device says, but never more than there are."""
-    return tl.minimum(tl.maximum(tl.load(num_tokens), 0), rows)
-
-
-@triton.jit
-def arrives_last(arrivals):
-    """Whether every other program of the grid has been here before. Leaves the counter at 0 for the next launch.
-
-    What a program has read before, the last one may overwrite.
-    """
-    tl.debug_barrier()
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    last = tl.atomic_add(arrivals, 1, sem="acq_rel") == programs - 1
-    if last:
-        tl.store(arrivals, 0)
-    return last
+from aot.stash.device.pages import arrives_last, move_bytes, tokens_of
 
 
 @triton.jit
@@ -37,15 +18,6 @@ def free_pages(head, tail, capacity, pages):
     """Pages that can be taken: none from a list whose numbers contradict each other."""
     sound = (capacity >= 1) & (capacity <= pages) & (head >= 0) & (tail >= head) & (tail - head <= capacity)
     return tl.where(sound, tail - head, 0)
-
-
-@triton.jit
-def move_bytes(source, target, size, BLOCK: tl.constexpr):
-    """target[:size] = source[:size], shared by the programs of axis 1."""
-    column = tl.arange(0, BLOCK)
-    for offset in tl.range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
-        inside = column < size - offset
-        tl.store(target + offset + column, tl.load(source + offset + column, mask=inside), mask=inside)
 
 
 @triton.jit

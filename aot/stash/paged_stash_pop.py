@@ -10,7 +10,7 @@ import triton.language as tl
 
 from aot.declare import TritonKernel
 from aot.grid_dependency import await_previous_grid
-from aot.stash.paged_stash_copy import arrives_last, move_bytes, tokens_of
+from aot.stash.device.pages import arrives_last, move_bytes, tokens_of
 
 
 @triton.jit
