@@ -11,19 +11,7 @@ namespace dsv4 {
 
 constexpr int32_t kNoExpert = -1;  // the id of a slot that routes nowhere
 
-// An array of int32 or int64, told apart when it is read: for kernels that read few indices, one image for both.
-struct IndexArray {
-  const void* data;
-  bool wide;
-
-  __device__ int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
-
-inline IndexArray index_array(const dsv4_tensor& tensor) { return {tensor.data, tensor.dtype == DSV4_INT64}; }
-
-// The table row of a token, or -1 for padding and for ids outside the table. TokenIds: a pointer or an IndexArray.
+// The table row of a token, or -1 for padding and for ids outside the table. TokenIds: a pointer or Indices.
 template <typename TokenIds>
 __device__ inline int64_t lookup_row(TokenIds token_ids, const bool* padding_mask, int64_t token, int64_t vocab) {
   const int64_t id = token_ids[token];

@@ -2,6 +2,7 @@
 #include "core/launch.h"
 #include "device/activation.cuh"
 #include "device/cluster.cuh"
+#include "device/indices.cuh"
 #include "device/reduce.cuh"
 #include "router/hash_lookup.cuh"
 
@@ -40,7 +41,7 @@ __device__ inline void add_products(float (&sums)[8], uint4 a, const uint4 (&row
 // than one block a multiprocessor has the compiler spend registers on loads in flight instead of saving them.
 template <int Blocks>
 __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kTokenThreads / Blocks, 1)
-    hash_router_fused_kernel(IndexArray token_ids, IndexArray table, const bool* __restrict__ padding_mask,
+    hash_router_fused_kernel(Indices token_ids, Indices table, const bool* __restrict__ padding_mask,
                              const char* __restrict__ hidden, const char* __restrict__ weight,
                              float* __restrict__ weights, int32_t* __restrict__ ids, int64_t vocab, int64_t experts,
                              int64_t hidden_stride, uint32_t weight_stride, int chunks, int top_k, int group,
@@ -168,8 +169,8 @@ extern "C" dsv4_status dsv4_hash_router_fused(const dsv4_hash_router_fused_args*
   return with_constant(blocks_per_token(*target.device, tokens), [&](auto blocks) {
     constexpr int kBlocks = decltype(blocks)::value;
     return launch<hash_router_fused_kernel<kBlocks>>(
-        target, {static_cast<uint32_t>(tokens * kBlocks), kTokenThreads / kBlocks}, index_array(args.token_ids),
-        index_array(args.hash_lut), static_cast<const bool*>(args.padding_mask.data),
+        target, {static_cast<uint32_t>(tokens * kBlocks), kTokenThreads / kBlocks}, indices_of(args.token_ids),
+        indices_of(args.hash_lut), static_cast<const bool*>(args.padding_mask.data),
         static_cast<const char*>(args.hidden.data), static_cast<const char*>(args.weight.data),
         static_cast<float*>(args.out_weights.data), static_cast<int32_t*>(args.out_ids.data), extent(args.hash_lut, 0),
         experts, hidden_stride, weight_stride, chunks, top_k, group_for(top_k), args.renormalize != 0, args.scale,
