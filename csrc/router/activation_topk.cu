@@ -8,6 +8,7 @@
 #include "device/reduce.cuh"
 #include "device/row.cuh"
 #include "device/top_k.cuh"
+#include "router/weigh_slot.cuh"
 
 namespace dsv4 {
 
@@ -106,11 +107,10 @@ __global__ void __launch_bounds__(kThreads, Lanes == kWarpLanes ? 1 : 8)
   const Chosen chosen =
       group_top_k<Lanes>(values, experts, gate.top_k, lane, all_sums[group], all_scores[group], scratch[group]);
 
-  const float score = isnan(chosen.payload) ? 0.0f : chosen.payload;
   // The same order for any number of lanes: those from k on add zeros.
-  const float denominator = sum_over_group(score, gate.top_k <= kFewResults ? kFewResults : Lanes) + gate.epsilon;
+  const float weight = weigh_slot(chosen.payload, gate.top_k <= kFewResults ? kFewResults : Lanes, gate.renormalize,
+                                  gate.scale, gate.epsilon);
   if (lane >= gate.top_k || token != own_token) return;
-  const float weight = (gate.renormalize && denominator != 0.0f ? score / denominator : score) * gate.scale;
   const int64_t out = token * gate.top_k + lane;
   const int64_t id = padding ? int64_t{-1} : chosen.column;
   gate.weights[out] = padding ? 0.0f : weight;

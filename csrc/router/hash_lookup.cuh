@@ -1,11 +1,9 @@
-// What the hash routing ops share: the rule for which table row a token takes, the checks of the arguments for it, and
-// the way from scores to weights.
+// What the hash routing ops share: the rule for which table row a token takes, and the checks of the arguments for it.
 #pragma once
 
 #include <dsv4/router.h>
 
 #include "core/check.h"
-#include "device/reduce.cuh"
 
 namespace dsv4 {
 
@@ -24,14 +22,6 @@ inline int group_for(int top_k) {
   int group = 1;
   while (group < top_k) group *= 2;
   return group;
-}
-
-// The weight of a slot from its score, 0 where there is none; `group` neighbouring lanes hold the token's slots. Every
-// lane of the warp must call it.
-__device__ inline float weigh_slot(float score, int group, bool renormalize, float scale, float epsilon) {
-  if (isnan(score)) score = 0.0f;
-  const float denominator = sum_over_group(score, group) + epsilon;
-  return (renormalize && denominator != 0.0f ? score / denominator : score) * scale;
 }
 
 // Args is the struct of a hash routing op; returns k.

@@ -5,6 +5,7 @@
 #include "device/indices.cuh"
 #include "device/reduce.cuh"
 #include "router/hash_lookup.cuh"
+#include "router/weigh_slot.cuh"
 
 namespace dsv4 {
 

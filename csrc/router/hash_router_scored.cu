@@ -1,9 +1,9 @@
-#include <cuda_bf16.h>
-
 #include "core/dtype.h"
 #include "core/launch.h"
 #include "device/activation.cuh"
+#include "device/row.cuh"
 #include "router/hash_lookup.cuh"
+#include "router/weigh_slot.cuh"
 
 namespace dsv4 {
 
@@ -38,10 +38,6 @@ __global__ void hash_router_scored_kernel(const TokenId* __restrict__ token_ids,
   weights[out] = weight;
 }
 
-template <typename Function>
-static dsv4_status with_logit_type(int32_t dtype, Function&& function) {
-  return dtype == DSV4_BFLOAT16 ? function(__nv_bfloat16{}) : function(float{});
-}
 }  // namespace dsv4
 
 extern "C" dsv4_status dsv4_hash_router_scored(const dsv4_hash_router_scored_args* given, dsv4_stream stream) {
@@ -59,7 +55,7 @@ extern "C" dsv4_status dsv4_hash_router_scored(const dsv4_hash_router_scored_arg
   const int group = group_for(top_k);
   return with_index_type(args.token_ids.dtype, [&](auto token_id) {
     return with_index_type(args.hash_lut.dtype, [&](auto entry) {
-      return with_logit_type(args.logits.dtype, [&](auto logit) {
+      return with_row_type(args.logits.dtype, [&](auto logit) {
         using TokenId = decltype(token_id);
         using Entry = decltype(entry);
         using Logit = decltype(logit);
