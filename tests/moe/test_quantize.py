@@ -256,6 +256,15 @@ def test_fp8_per_token_nan_and_infinity(device: str) -> None:
     assert as_bytes(data)[1].tolist() == [0] * 4 + [0x7F] + [0] * 11
 
 
+def test_values_of_fp8_per_token(device: str) -> None:
+    """Every code under three scales: one product, rounded once."""
+    data = torch.arange(256, dtype=torch.uint8).expand(3, 256).contiguous()
+    scale = torch.tensor([1.0, 0.3, 2.0**-120])
+    got = moe.dequantize_fp8_per_token(data.to(device), scale.to(device), dtype=torch.float32).cpu().numpy()
+    expected = moe_values(data, "e4m3").reshape(3, 256) * scale.numpy()[:, None]
+    assert np.array_equal(got, expected, equal_nan=True)
+
+
 # Layouts and rows.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from typing import Any
 
 import pytest
@@ -79,9 +80,17 @@ def test_pages_for() -> None:
     assert pages_for(65) == 2
     assert pages_for(1000, 3, factor=1.5, page_size=128) == 3 * 12
     assert pages_for(0, 5) == 0
-    for options in ({"factor": -1.0}, {"factor": float("nan")}, {"page_size": 0}, {"tensors": -1}):
-        with pytest.raises(InvalidArgumentError):
-            pages_for(10, **options)  # type: ignore[arg-type]
+    for name, value, least in (("factor", -1.0, 0), ("factor", math.nan, 0), ("page_size", 0, 1), ("tensors", -1, 0)):
+        text = f"pages_for: {name}: expected a finite number from {least}, got {value}"
+        with pytest.raises(InvalidArgumentError, match=text):
+            pages_for(10, **{name: value})  # type: ignore[arg-type]
+
+
+def test_bytes(device: str) -> None:
+    """Of pages of 16 rows of 32 bfloat16; beside the pages, device memory holds their lists."""
+    stash = small(device, 4, 3)
+    assert stash.host_bytes == 3 * 1024
+    assert 4 * 1024 < stash.device_bytes < 5 * 1024
 
 
 @pytest.mark.parametrize(

@@ -89,14 +89,14 @@ def pages_for(expected_tokens: int, tensors: int = 1, *, factor: float = 1.0, pa
         factor: room for imbalance; 1.0 for none.
         page_size: as given to PagedStash.
     """
-    for name, value, good in (
-        ("expected_tokens", expected_tokens, expected_tokens >= 0),
-        ("tensors", tensors, tensors >= 0),
-        ("factor", factor, math.isfinite(factor) and factor >= 0),
-        ("page_size", page_size, page_size >= 1),
+    for name, value, least in (
+        ("expected_tokens", expected_tokens, 0),
+        ("tensors", tensors, 0),
+        ("factor", factor, 0),
+        ("page_size", page_size, 1),
     ):
-        if not good:
-            raise InvalidArgumentError(f"pages_for: {name}: expected a number that is not negative, got {value}")
+        if not least <= value < math.inf:
+            raise InvalidArgumentError(f"pages_for: {name}: expected a finite number from {least}, got {value}")
     return tensors * math.ceil(expected_tokens * factor / page_size)
 
 
