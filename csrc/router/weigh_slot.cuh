@@ -10,7 +10,9 @@ namespace dsv4 {
 __device__ inline float weigh_slot(float score, int group, bool renormalize, float scale, float epsilon) {
   if (isnan(score)) score = 0.0f;
   const float denominator = sum_over_group(score, group) + epsilon;
-  return (renormalize && denominator != 0.0f ? score / denominator : score) * scale;
+  // A division of 0 takes the slow way that denormals take, and the lanes of a group that have no slot would take it.
+  const bool divides = renormalize && denominator != 0.0f && score != 0.0f;
+  return (divides ? score / denominator : score) * scale;
 }
 
 }  // namespace dsv4
