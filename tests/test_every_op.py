@@ -67,7 +67,14 @@ def test_judges_reject_wrong_results(case: Case) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_opcheck(op: str, real_device: str) -> None:
+def test_opcheck(op: str, real_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # opcheck sees by allclose whether an argument was changed, which torch has not for FP8.
+    allclose = torch.allclose
+
+    def by_bits_if_fp8(a: torch.Tensor, b: torch.Tensor, **options: object) -> bool:
+        return same_bits(a, b) if a.is_floating_point() and a.element_size() == 1 else allclose(a, b, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch, "allclose", by_bits_if_fp8)
     arguments = small_case(op).arguments(real_device)
     overloads = getattr(torch.ops.dsv4, op)
     torch.library.opcheck(overloads.default, fresh(arguments))

@@ -1,7 +1,4 @@
-"""moe_grouped_gemm: each tile's rows times the FP4 weights of its expert, with SwiGLU at the end or without.
-
-The weights of an expert are [columns, inner], K-contiguous as in the checkpoints: the product is x . w^T.
-"""
+"""moe_grouped_gemm: each tile's rows times the FP4 weights of its expert, with SwiGLU at the end or without."""
 
 from __future__ import annotations
 
@@ -12,58 +9,40 @@ import triton.language as tl
 
 from aot.declare import TritonKernel
 from aot.grid_dependency import await_previous_grid
+from aot.moe.device.grouped_product import PRODUCT_SCALARS, grouped_product, product_constants, product_inputs
 from aot.moe.device.interleaved_weights import interleaved_kernel
 
 
 @triton.jit
-def load_and_multiply(
-    accumulator,  # [LANES, COLUMNS], or [COLUMNS, LANES] with WEIGHTS_FIRST
-    x,  # [LANES, INNER], or half of it where it is packed FP4
-    x_scale,
-    w,  # [COLUMNS, INNER / 2]
-    w_scale,  # [COLUMNS, INNER / GROUP]
-    X_FORMAT: tl.constexpr,
-    WEIGHTS_FIRST: tl.constexpr,
-):
-    if X_FORMAT == "bf16":
-        result = tl.dot_scaled(x, None, X_FORMAT, w.T, w_scale, "e2m1", accumulator)
-    elif WEIGHTS_FIRST:
-        result = tl.dot_scaled(w, w_scale, "e2m1", x.T, x_scale, X_FORMAT, accumulator)
-    else:
-        result = tl.dot_scaled(x, x_scale, X_FORMAT, w.T, w_scale, "e2m1", accumulator)
-    return result
-
-
-@triton.jit
 def moe_grouped_gemm_kernel(
-    x,  # [x_rows, inner]
-    x_scale,  # [x_rows, inner / GROUP], of quantised x
-    weight,  # [experts, columns or 2 columns (gate, up), inner / 2]
-    weight_scale,  # [experts, columns or 2 columns, inner / GROUP]
+    x,
+    x_scale,
+    weight,
+    weight_scale,
     tile_to_expert,  # [tiles]
-    row_to_slot,  # [tiles * ROWS]
-    alpha,  # [experts, alphas]
-    slot_weights,  # [x_rows * top_k]
+    row_to_slot,
+    alpha,
+    slot_weights,
     out,  # [tiles * ROWS, columns]
-    x_stride,  # elements from row to row; bytes where x is packed FP4
+    x_stride,
     out_stride,
-    columns,
+    columns,  # this and the rest as in grouped_product
     inner,
     experts,
     x_rows,
-    top_k,  # slot s reads row s // top_k of x; 0: row r of a tile reads row r of x
-    alphas,  # of an expert: 0, 1, or 2: one for the gate, one for up
-    weighted,  # whether rows are multiplied by their slots' weights
+    top_k,
+    alphas,
+    weighted,
     column_blocks,
     limit,
     ROWS: tl.constexpr,
-    LANES: tl.constexpr,  # rows of the product, ROWS or more
+    LANES: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
     X_FORMAT: tl.constexpr,
     SWIGLU: tl.constexpr,
-    X_PACK: tl.constexpr,  # values in an element of x
+    X_PACK: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
 ):
     """A block a tile and COLUMNS columns; the columns of a tile run side by side, so that they share its rows."""
@@ -72,76 +51,37 @@ def moe_grouped_gemm_kernel(
     expert = tl.load(tile_to_expert + tile)
     if (expert < 0) | (expert >= experts):
         return
-    place = tl.arange(0, LANES)
-    row = tile * ROWS + place
-    slot = tl.load(row_to_slot + row, mask=place < ROWS, other=-1)
-    source = tl.where(top_k > 0, slot // tl.maximum(top_k, 1), row)
-    valid = (slot >= 0) & (source < x_rows)
-    source = tl.where(valid, source, 0).to(tl.int64)  # padding multiplies row 0 and stores nothing
-
-    column = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    in_columns = column < columns
-    x_inner = tl.arange(0, INNER // X_PACK)
-    w_inner = tl.arange(0, INNER // 2)
-    group = tl.arange(0, INNER // GROUP)
-    groups = inner // GROUP
-    weight_row = expert.to(tl.int64) * (columns * (2 if SWIGLU else 1)) + tl.where(in_columns, column, 0)
-    x_at = x + source[:, None] * x_stride + x_inner[None, :]
-    x_scale_at = x_scale + source[:, None] * groups + group[None, :]
-    w_at = weight + weight_row[:, None] * (inner // 2) + w_inner[None, :]
-    w_scale_at = weight_scale + weight_row[:, None] * groups + group[None, :]
-    up_w = columns.to(tl.int64) * (inner // 2)
-    up_scale = columns.to(tl.int64) * groups
-
-    if WEIGHTS_FIRST:
-        sums = tl.zeros((COLUMNS, LANES), dtype=tl.float32)
-        up_sums = tl.zeros((COLUMNS, LANES), dtype=tl.float32)
-    else:
-        sums = tl.zeros((LANES, COLUMNS), dtype=tl.float32)
-        up_sums = tl.zeros((LANES, COLUMNS), dtype=tl.float32)
-    for first in range(0, inner, INNER):
-        in_x = x_inner[None, :] < (inner - first) // X_PACK
-        in_w = w_inner[None, :] < (inner - first) // 2
-        in_group = group[None, :] < (inner - first) // GROUP
-        xs = tl.load(x_at, mask=in_x, other=0.0)
-        ws = tl.load(w_at, mask=in_w, other=0)
-        ws_scale = tl.load(w_scale_at, mask=in_group, other=0.0)
-        xs_scale = ws_scale
-        if X_FORMAT != "bf16":
-            xs_scale = tl.load(x_scale_at, mask=in_group, other=0.0)
-        sums = load_and_multiply(sums, xs, xs_scale, ws, ws_scale, X_FORMAT, WEIGHTS_FIRST)
-        if SWIGLU:
-            ws = tl.load(w_at + up_w, mask=in_w, other=0)
-            ws_scale = tl.load(w_scale_at + up_scale, mask=in_group, other=0.0)
-            up_sums = load_and_multiply(up_sums, xs, xs_scale, ws, ws_scale, X_FORMAT, WEIGHTS_FIRST)
-        x_at += INNER // X_PACK
-        x_scale_at += INNER // GROUP
-        w_at += INNER // 2
-        w_scale_at += INNER // GROUP
-
-    factor = 1.0
-    up_factor = 1.0
-    if alphas > 0:
-        factor = tl.load(alpha + expert * alphas)
-        up_factor = tl.load(alpha + expert * alphas + alphas - 1)
-    value = sums * factor
-    if SWIGLU:
-        up = up_sums * up_factor
-        # Comparisons and not minimum(): NaN stays NaN.
-        value = tl.where(value > limit, limit, value)
-        up = tl.where(up > limit, limit, up)
-        up = tl.where(up < -limit, -limit, up)
-        value = value / (1.0 + tl.exp(-value)) * up
-    if WEIGHTS_FIRST:
-        value = value.T
-    if weighted != 0:
-        value *= tl.load(slot_weights + tl.where(valid, slot, 0))[:, None]
+    value, row, valid, column = grouped_product(
+        x,
+        x_scale,
+        weight,
+        weight_scale,
+        row_to_slot,
+        alpha,
+        slot_weights,
+        x_stride,
+        columns,
+        inner,
+        x_rows,
+        top_k,
+        alphas,
+        weighted,
+        limit,
+        tile,
+        tl.program_id(0) % column_blocks,
+        expert,
+        ROWS,
+        LANES,
+        COLUMNS,
+        INNER,
+        GROUP,
+        X_FORMAT,
+        SWIGLU,
+        X_PACK,
+        WEIGHTS_FIRST,
+    )
     at = out + row.to(tl.int64)[:, None] * out_stride + column[None, :]
-    tl.store(at, value.to(tl.bfloat16), mask=valid[:, None] & in_columns[None, :])
-
-
-SCALE_TYPES = {32: "uint8", 16: "fp8e4m3"}
-X_TYPES = {"bf16": "bf16", "e4m3": "fp8e4m3", "e2m1": "uint8"}
+    tl.store(at, value.to(tl.bfloat16), mask=valid[:, None] & (column < columns)[None, :])
 
 
 def kernel(
@@ -156,47 +96,17 @@ def kernel(
     warps_on: dict[str, int] | None = None,
 ) -> TritonKernel:
     """One specialisation: moe_gemm_<x>_<weights>_<swiglu or plain>_<rows>."""
-    group = {"mxfp4": 32, "nvfp4": 16}[weights]
-    scale = SCALE_TYPES[group]
     return TritonKernel(
         moe_grouped_gemm_kernel,
         name=f"moe_gemm_{x_format}_{weights}_{'swiglu' if swiglu else 'plain'}_{rows}",
         arguments={
-            "x": f"const {X_TYPES[x_format]}*",
-            "x_scale": f"const {scale}*",
-            "weight": "const uint8*",
-            "weight_scale": f"const {scale}*",
-            "tile_to_expert": "const int32*",
-            "row_to_slot": "const int32*",
-            "alpha": "const float32*",
-            "slot_weights": "const float32*",
+            **product_inputs(x_format, weights),
             "out": "bf16*",
             "x_stride": "int64",
             "out_stride": "int64",
-            "columns": "int32",
-            "inner": "int32",
-            "experts": "int32",
-            "x_rows": "int32",
-            "top_k": "int32",
-            "alphas": "int32",
-            "weighted": "int32",
-            "column_blocks": "int32",
-            "limit": "float32",
+            **PRODUCT_SCALARS,
         },
-        constants={
-            "ROWS": rows,
-            # On sm_100a, scales of fewer than 32 rows leave part of what the instruction reads unwritten.
-            "LANES": rows if x_format == "bf16" else max(rows, 32),
-            "COLUMNS": columns,
-            "INNER": inner,
-            "GROUP": group,
-            "X_FORMAT": x_format,
-            "SWIGLU": swiglu,
-            "X_PACK": 2 if x_format == "e2m1" else 1,
-            # Few rows would leave most of a matrix instruction's 64 or 128 idle. Of bfloat16 rows the compiler itself
-            # puts the weights first on sm_90a, and then also overlaps the rows' loads.
-            "WEIGHTS_FIRST": x_format != "bf16" and rows < 128,
-        },
+        constants=product_constants(x_format, weights, swiglu, rows, columns, inner),
         aligned=("x", "x_scale", "weight", "weight_scale", "out", "x_stride", "out_stride", "columns", "inner"),
         num_warps=warps,
         num_stages=stages,

@@ -80,6 +80,28 @@ void bind_moe(py::module_& module) {
     args.limit = limit;
     return call(dsv4_moe_grouped_gemm, args, x);
   });
+  module.def("moe_grouped_gemm_quantized",
+             [](const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const Tensor& tile_to_expert,
+                const Tensor& row_to_slot, const Tensor& x_scale, const Tensor& global_scale, const Tensor& alpha,
+                const Tensor& slot_weights, int32_t top_k, float limit, bool swizzle, const Tensor& out,
+                const Tensor& out_scale) {
+    dsv4_moe_grouped_gemm_quantized_args args = {};
+    args.x = x.view;
+    args.weight = weight.view;
+    args.weight_scale = weight_scale.view;
+    args.tile_to_expert = tile_to_expert.view;
+    args.row_to_slot = row_to_slot.view;
+    args.x_scale = x_scale.view;
+    args.global_scale = global_scale.view;
+    args.alpha = alpha.view;
+    args.slot_weights = slot_weights.view;
+    args.out = out.view;
+    args.out_scale = out_scale.view;
+    args.top_k = top_k;
+    args.limit = limit;
+    args.swizzle = swizzle;
+    return call(dsv4_moe_grouped_gemm_quantized, args, x);
+  });
   module.def("moe_finalize", [](const Tensor& rows, const Tensor& slot_to_row, const Tensor& weights,
                                 const Tensor& shared, const Tensor& out) {
     dsv4_moe_finalize_args args = {};

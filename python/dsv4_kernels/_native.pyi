@@ -226,6 +226,22 @@ def moe_grouped_gemm(
     limit: float,
     out: Tensor,
 ) -> bool: ...
+def moe_grouped_gemm_quantized(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    tile_to_expert: Tensor,
+    row_to_slot: Tensor,
+    x_scale: Tensor,
+    global_scale: Tensor | None,
+    alpha: Tensor | None,
+    slot_weights: Tensor | None,
+    top_k: int,
+    limit: float,
+    swizzle: bool,
+    out: Tensor,
+    out_scale: Tensor,
+) -> bool: ...
 def blackwell_swizzle_32_4_4(scales: Tensor, out: Tensor) -> bool: ...
 def blackwell_unswizzle_32_4_4(swizzled: Tensor, rows: int, columns: int, out: Tensor) -> bool: ...
 def assemble_scales_2d_side(

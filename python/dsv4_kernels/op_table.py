@@ -5,6 +5,8 @@ Torch registration, public functions, selftest and the tests' parametrisation re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dsv4_kernels import _native
@@ -253,6 +255,13 @@ _add(
 )
 
 
+def _blocks(shape: tuple[int, int], group: int, codes_per_byte: int, swizzle: bool) -> tuple[OutputSpec, ...]:
+    """Codes and the scales of blocks of them, both as bytes."""
+    rows, columns = shape
+    scales = _swizzled(rows, columns // group) if swizzle else (rows, columns // group)
+    return ((rows, columns // codes_per_byte), torch.uint8), (scales, torch.uint8)
+
+
 def _expert_rows(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -279,6 +288,27 @@ _add(
         "float limit=0.0",
         ("out",),
         _expert_rows,
+    )
+)
+
+
+def _quantized_expert_rows(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, tile_to_expert: torch.Tensor, *rest: Any
+) -> tuple[OutputSpec, ...]:
+    shape = rest[0].shape[0], weight.shape[-2] // 2
+    swizzle = rest[-1] is True  # the last argument, and the only bool
+    return _blocks(shape, 32, 1, swizzle) if x.dtype == torch.float8_e4m3fn else _blocks(shape, 16, 2, swizzle)
+
+
+_add(
+    Op(
+        "moe",
+        "moe_grouped_gemm_quantized",
+        "Tensor x, Tensor weight, Tensor weight_scale, Tensor tile_to_expert, Tensor row_to_slot, Tensor x_scale, "
+        "Tensor? global_scale=None, Tensor? alpha=None, Tensor? slot_weights=None, int top_k=0, float limit=0.0, "
+        "bool swizzle=False",
+        ("out", "out_scale"),
+        _quantized_expert_rows,
     )
 )
 _add(
@@ -316,13 +346,6 @@ def _values_shape(x: torch.Tensor, source: int) -> tuple[int, int]:
     """Rows and columns of the values that an op quantises."""
     rows, columns = x.shape
     return rows, columns if source == 0 else columns // 2
-
-
-def _blocks(shape: tuple[int, int], group: int, codes_per_byte: int, swizzle: bool) -> tuple[OutputSpec, ...]:
-    """Codes and the scales of blocks of them, both as bytes."""
-    rows, columns = shape
-    scales = _swizzled(rows, columns // group) if swizzle else (rows, columns // group)
-    return ((rows, columns // codes_per_byte), torch.uint8), (scales, torch.uint8)
 
 
 # The least amax that a global scale is made for, 448 * 6 * 2^-110: neither the scale nor its reciprocal, nor their

@@ -8,7 +8,15 @@ import pytest
 import torch
 from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.checkpoint import CheckpointError
-from dsv4_kernels.moe import Nvfp4MoE
+from dsv4_kernels.moe import (
+    Nvfp4MoE,
+    moe_finalize,
+    moe_sort,
+    quantize_mxfp8,
+    quantize_nvfp4,
+    run_fused_swiglu_grouped_gemm,
+    run_nvfp4_grouped_gemm,
+)
 from safetensors.torch import save_file
 
 from tests.launches import observed
@@ -180,11 +188,67 @@ def test_four_launches(architecture: str) -> None:
 
 
 @pytest.mark.parametrize(("activations", "nvfp4"), [("nvfp4", True), ("mxfp8", False)])
-def test_six_launches_with_quantised_activations(activations: str, nvfp4: bool) -> None:
+def test_five_launches_with_quantised_activations(activations: str, nvfp4: bool) -> None:
     layer = module(nvfp4, activations=activations)
     with observed("sm_100a") as launches:
         layer.run(*routed(3))
-    assert len(launches) == 6
+    assert len(launches) == 5
+
+
+@pytest.mark.parametrize("activations", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("tokens", [3, 20, 100])
+@pytest.mark.parametrize("weight_before_second", [False, True])
+def test_quantising_within_the_first_product_changes_no_bit(
+    activations: str, tokens: int, weight_before_second: bool, real_device: str
+) -> None:
+    """The layer against its steps, the rows between the products in bfloat16 and quantised by an op of their own."""
+    nvfp4 = activations == "nvfp4"
+    layer = module(
+        nvfp4, real_device, activations=activations, swiglu_limit=2.0, weight_before_second=weight_before_second
+    )
+    hidden, weights, ids = (value.to(real_device) for value in routed(tokens))
+    if nvfp4:
+        layer.compute_activation_global_scales(hidden, weights, ids)
+
+    def quantised(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scales = quantize_nvfp4(x, scale) if nvfp4 else quantize_mxfp8(x)
+        return codes.view(torch.uint8) if nvfp4 else codes, scales
+
+    routes = moe_sort(ids, EXPERTS, layer.tile_size(tokens))
+    maps = routes.tile_to_expert, routes.row_to_slot
+    x, x_scale = quantised(hidden, layer.l1_activation_scale)
+    factor = layer.l1_alpha * layer.l1_activation_scale if nvfp4 else None
+    early, late = (weights, None) if weight_before_second else (None, weights)
+    inner = run_fused_swiglu_grouped_gemm(
+        x, layer.l1_weight, layer.l1_scale, *maps, x_scale=x_scale, alpha=factor, slot_weights=early, top_k=TOP_K,
+        limit=2.0,
+    )  # fmt: skip
+    inner, inner_scale = quantised(inner, layer.l2_activation_scale)
+    factor = layer.l2_alpha * layer.l2_activation_scale if nvfp4 else None
+    rows = run_nvfp4_grouped_gemm(inner, layer.l2_weight, layer.l2_scale, *maps, x_scale=inner_scale, alpha=factor)
+    assert torch.equal(layer.run(hidden, weights, ids), moe_finalize(rows, routes.slot_to_row, late))
+
+
+@pytest.mark.parametrize(("activations", "nvfp4"), [("bfloat16", False), ("nvfp4", True), ("mxfp8", False)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_workspace_is_what_a_call_allocates(activations: str, nvfp4: bool, fused: bool) -> None:
+    """Routes, codes and rows between the launches; the unfused path's own work in torch comes on top."""
+    layer = module(nvfp4, activations=activations)
+    layer.set_fused_swiglu(fused)
+    tokens = 30
+    ids = routed(tokens)[2]
+    routes = moe_sort(ids, EXPERTS, layer.tile_size(tokens))
+    rows = routes.row_to_slot.shape[0]
+    bytes_of = {"bfloat16": lambda width: 2 * width, "nvfp4": lambda width: width // 2 + width // 16,
+                "mxfp8": lambda width: width + width // 32}[activations]  # fmt: skip
+    expected_bytes = sum(value.nbytes for value in routes) + rows * 2 * HIDDEN
+    if activations != "bfloat16":
+        expected_bytes += tokens * bytes_of(HIDDEN)
+    if not fused:
+        expected_bytes += rows * 4 * INNER
+    if fused or activations != "bfloat16":
+        expected_bytes += rows * bytes_of(INNER)
+    assert layer.workspace_bytes(tokens) == expected_bytes
 
 
 def test_traces_whole(real_device: str) -> None:

@@ -133,6 +133,38 @@ typedef struct dsv4_moe_grouped_gemm_args {
 
 DSV4_API dsv4_status dsv4_moe_grouped_gemm(const dsv4_moe_grouped_gemm_args* args, dsv4_stream stream);
 
+/* dsv4_moe_grouped_gemm of quantised x with swiglu, its results quantised in turn, as x is: NVFP4 of NVFP4, MXFP8 of
+ * MXFP8. To the bit what dsv4_quantize_nvfp4 (ties to even, no floor) and dsv4_quantize_mx (E4M3, round_scale_up, no
+ * floor) make of the bfloat16 that dsv4_moe_grouped_gemm would give; the second product reads it with top_k 0.
+ *
+ * Codes of rows that dsv4_moe_grouped_gemm does not write are not written. Their scales: one row after another, not
+ * written either; with swizzle 0, as is all padding, so that all of out_scale is written. */
+typedef struct dsv4_moe_grouped_gemm_quantized_args {
+  size_t struct_size; /* sizeof(dsv4_moe_grouped_gemm_quantized_args) */
+  dsv4_tensor x;      /* [x_rows, K / 2] packed FP4 or [x_rows, K] float8_e4m3fn; rows may be strided */
+  dsv4_tensor weight; /* [experts, 2 N, K / 2], and up to slot_weights as in dsv4_moe_grouped_gemm_args with
+                         swiglu, but not interleaved */
+  dsv4_tensor weight_scale;
+  dsv4_tensor tile_to_expert; /* [tiles] int32 */
+  dsv4_tensor row_to_slot;    /* [tiles * T] int32 */
+  dsv4_tensor x_scale;
+  dsv4_tensor global_scale; /* of NVFP4 results: one float32, rank 0 or 1, amax / (448 * 6), finite and above 0; else
+                               absent */
+  dsv4_tensor alpha;        /* optional */
+  dsv4_tensor slot_weights; /* optional; rows are multiplied by them before they are rounded */
+  dsv4_tensor out;          /* [tiles * T, N / 2] uint8 or float4_e2m1fn_x2, or [tiles * T, N] uint8 or
+                               float8_e4m3fn; on a multiple of 16 bytes */
+  dsv4_tensor out_scale;    /* [tiles * T, N / 16] uint8 or float8_e4m3fn, or [tiles * T, N / 32] uint8 or
+                               float8_e8m0fnu; with swizzle rounded up to multiples of 128 and 4; on a multiple of 16
+                               bytes */
+  int32_t top_k;            /* 0 to 32 */
+  float limit;              /* of swiglu; 0 or less: none */
+  int32_t swizzle;          /* scales in the order 32_4_4, of the matrix of all rows */
+} dsv4_moe_grouped_gemm_quantized_args;
+
+DSV4_API dsv4_status dsv4_moe_grouped_gemm_quantized(const dsv4_moe_grouped_gemm_quantized_args* args,
+                                                     dsv4_stream stream);
+
 /* out[t] = bfloat16(sum over k, in order, of weights[t, k] * rows[slot_to_row[t, k]], plus shared[t]), in float32. A
  * row that is negative or beyond the rows contributes nothing. */
 typedef struct dsv4_moe_finalize_args {

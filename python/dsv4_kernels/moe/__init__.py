@@ -10,6 +10,7 @@ from dsv4_kernels.moe.activations import (
 from dsv4_kernels.moe.expert_parallel import ExpertParallelMoE
 from dsv4_kernels.moe.grouped_gemm import (
     moe_grouped_gemm,
+    moe_grouped_gemm_quantized,
     run_fused_swiglu_grouped_gemm,
     run_nvfp4_grouped_gemm,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "max_tiles",
     "moe_finalize",
     "moe_grouped_gemm",
+    "moe_grouped_gemm_quantized",
     "moe_sort",
     "pad_and_swizzle_single",
     "padded_squared_relu",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dsv4_kernels.op_table import OPS
 
 _moe_grouped_gemm = OPS["moe_grouped_gemm"]
+_moe_grouped_gemm_quantized = OPS["moe_grouped_gemm_quantized"]
 
 
 def moe_grouped_gemm(
@@ -71,6 +73,77 @@ def moe_grouped_gemm(
     return result
 
 
+def moe_grouped_gemm_quantized(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    tile_to_expert: Tensor,
+    row_to_slot: Tensor,
+    x_scale: Tensor,
+    global_scale: Tensor | None = None,
+    alpha: Tensor | None = None,
+    slot_weights: Tensor | None = None,
+    top_k: int = 0,
+    limit: float = 0.0,
+    swizzle: bool = False,
+    *,
+    out: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """moe_grouped_gemm with swiglu, its results quantised in the same kernel to the format that x has.
+
+    To the bit what quantize_nvfp4 (of NVFP4 x) or quantize_mxfp8 (of MXFP8 x) make of the bfloat16 result of
+    run_fused_swiglu_grouped_gemm, so that the second product can read it: its x and x_scale, with top_k 0.
+
+    Args:
+        x: NVFP4 [x_rows, K / 2] or MXFP8 [x_rows, K], as in moe_grouped_gemm.
+        weight: [experts, 2 N, K / 2] as in moe_grouped_gemm; not interleaved.
+        weight_scale: as in moe_grouped_gemm.
+        tile_to_expert: as in moe_grouped_gemm.
+        row_to_slot: as in moe_grouped_gemm.
+        x_scale: as in moe_grouped_gemm.
+        global_scale: of NVFP4 results: one float32 on the device, finite and above 0, amax / (448 * 6), as in
+            quantize_nvfp4. None with MXFP8.
+        alpha: as in moe_grouped_gemm.
+        slot_weights: [x_rows, top_k] float32 to multiply each row by before it is rounded to bfloat16 and quantised.
+        top_k: as in moe_grouped_gemm.
+        limit: of swiglu; 0 or less means none.
+        swizzle: scales in the order 32_4_4 (see blackwell_swizzle_32_4_4) of the matrix of all rows, for products of
+            cuBLAS and CUTLASS. False: one row after another, as the products of this package read them.
+        out: NVFP4 [tiles * T, N / 2] uint8 or float4_e2m1fn_x2, MXFP8 [tiles * T, N] uint8 or float8_e4m3fn to write
+            to, on a multiple of 16 bytes.
+        out_scale: NVFP4 [tiles * T, N / 16] uint8 or float8_e4m3fn, MXFP8 [tiles * T, N / 32] uint8 or float8_e8m0fnu
+            to write to, with swizzle rounded up to multiples of 128 and 4; on a multiple of 16 bytes.
+
+    Returns:
+        out, out_scale. Rows without a slot: codes are not written, undefined in an allocated out. Their scales neither,
+        but for the swizzled order: there they and all padding are 0.
+    """
+    data, scale = _moe_grouped_gemm_quantized(
+        (
+            x,
+            weight,
+            weight_scale,
+            tile_to_expert,
+            row_to_slot,
+            x_scale,
+            global_scale,
+            alpha,
+            slot_weights,
+            top_k,
+            float(limit),
+            swizzle,
+        ),
+        (out, out_scale),
+    )
+    fp8 = x.dtype == torch.float8_e4m3fn
+    if out is None:
+        data = data.view(torch.float8_e4m3fn if fp8 else torch.float4_e2m1fn_x2)
+    if out_scale is None:
+        scale = scale.view(torch.float8_e8m0fnu if fp8 else torch.float8_e4m3fn)
+    return data, scale
+
+
 def run_nvfp4_grouped_gemm(
     x: Tensor,
     weight: Tensor,
@@ -104,9 +177,10 @@ def run_fused_swiglu_grouped_gemm(
     limit: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Both products of an expert's first layer, clamp and SwiGLU in one kernel. See moe_grouped_gemm.
+    """Both products of an expert's first layer, clamp and SwiGLU in one kernel, into bfloat16. See moe_grouped_gemm.
 
     weight and weight_scale hold gate rows (w1), then up rows (w3). Both are clamped before silu, as the models do.
+    moe_grouped_gemm_quantized does the same into NVFP4 or MXFP8.
     """
     return moe_grouped_gemm(
         x, weight, weight_scale, tile_to_expert, row_to_slot, x_scale, alpha, slot_weights, top_k, True, limit, out=out

@@ -1,15 +1,20 @@
-"""Cases of moe_grouped_gemm."""
+"""Cases of moe_grouped_gemm and moe_grouped_gemm_quantized."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsv4_kernels import number_formats as formats
 from dsv4_kernels.cases import Case, Verdict, Yardstick, is_poison, to_cpu
 from dsv4_kernels.moe import grouped_gemm_reference as reference
 from dsv4_kernels.moe.interleaved_weights import SIGNS, interleave_weights
+from dsv4_kernels.moe.quantize_cases import encode_mx, encode_nvfp4, plain_scales, unpack
+from dsv4_kernels.moe.quantize_reference import E4M3, unswizzle
+from dsv4_kernels.moe.quantized_gemm_reference import quantized
 from dsv4_kernels.moe.routing_cases import uniform_ids
 from dsv4_kernels.op_table import OPS
 from dsv4_kernels.presets import PRESETS, Preset
@@ -86,19 +91,19 @@ def plain_gemm(
     return (out,)
 
 
-def judge_gemm(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
-    """Against float64: what rounding to bfloat16 and SUM_ERROR of the operands' sizes allow; padding stays poisoned."""
-    given = to_cpu(arguments)
-    x, weight, _, tile_to_expert, row_to_slot, _, alpha, weights, _, swiglu, limit = given
-    exact = torch.full(results[0].shape, torch.nan, dtype=torch.float64)
+def exact_and_allowed(given: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of moe_grouped_gemm's arguments on the CPU: results in float64, the error that rounding to bfloat16 and SUM_ERROR
+    of the operands' sizes allow, and which rows there are.
+    """
+    x, weight, _, tile_to_expert, row_to_slot, _, alpha, weights, top_k, swiglu, limit = given
+    columns = weight.shape[-2] // 2 if swiglu else weight.shape[-2]
+    exact = torch.full((row_to_slot.shape[0], columns), torch.nan, dtype=torch.float64)
     OPS["moe_grouped_gemm"].reference(*given, exact)
-    written = ~exact.isnan().all(dim=1)
-    touched = int((~is_poison(results[0][~written])).sum())
-    if touched:
-        return Verdict(float(touched), 0.0, "touched elements")
+    written = torch.zeros(exact.shape[0], dtype=torch.bool)
+    written[reference.rows_of_experts(tile_to_expert, row_to_slot, top_k, x.shape[0], weight.shape[0])[0]] = True
 
     # The same product of absolute values bounds the sums; SwiGLU's derivatives are at most 1.1 times the other factor.
-    sizes = torch.zeros((results[0].shape[0], weight.shape[-2]), dtype=torch.float64)
+    sizes = torch.zeros((exact.shape[0], weight.shape[-2]), dtype=torch.float64)
     absolute = list(given)
     absolute[:2] = [x.abs() if x.dtype == torch.bfloat16 else without_sign(x), without_sign(weight)]
     absolute[6:8], absolute[9] = [None, None], False
@@ -117,9 +122,74 @@ def judge_gemm(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: t
     if weights is not None:
         slots = row_to_slot.clamp(0).to(torch.int64)
         sizes = sizes * weights.abs().reshape(-1)[slots, None]
-    allowed = exact.abs() * 2.0**-8 + sizes * SUM_ERROR + 2.0**-126
+    return exact, exact.abs() * 2.0**-8 + sizes * SUM_ERROR + 2.0**-126, written
+
+
+def judge_gemm(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
+    """Against float64; padding stays poisoned."""
+    exact, allowed, written = exact_and_allowed(to_cpu(arguments))
+    touched = int((~is_poison(results[0][~written])).sum())
+    if touched:
+        return Verdict(float(touched), 0.0, "touched elements")
     error = ((results[0].to(torch.float64) - exact).abs() / allowed)[written]
     return Verdict(float(error.max()) if error.numel() else 0.0, 1.0, "error over what rounding allows")
+
+
+def of_product(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None, bool]:
+    """moe_grouped_gemm's arguments of moe_grouped_gemm_quantized's; the global scale; whether scales are swizzled."""
+    *maps, x_scale, global_scale, alpha, slot_weights, top_k, limit, swizzle = arguments
+    return (*maps, x_scale, alpha, slot_weights, top_k, True, limit), global_scale, swizzle
+
+
+def plain_quantized(*arguments: Any) -> tuple[Tensor, ...]:
+    """As an engine without such a kernel: products into bfloat16, then quantised."""
+    product, global_scale, swizzle = of_product(arguments)
+    (values,) = plain_gemm(*product)
+    wide = values.to(torch.float32)
+    if global_scale is None:
+        data, scale = encode_mx(wide, E4M3, True, 0.0, True)
+    else:
+        data, scale = encode_nvfp4(wide, global_scale, None, False, True, 0.0)
+    return data, plain_scales(scale, swizzle, None)
+
+
+def judge_quantized(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
+    """Scales and codes are right for some bfloat16 values that the product may give; codes under the scale they have.
+
+    What has no row: codes and scales stay poisoned, swizzled scales are 0.
+    """
+    product, global_scale, swizzle = of_product(to_cpu(arguments))
+    exact, allowed, written = exact_and_allowed(product)
+    data, scale = (result.view(torch.uint8) for result in results)
+    groups = exact.shape[1] // (32 if global_scale is None else 16)
+    if swizzle:
+        scale = unswizzle(scale)
+        rows, padding = scale[: exact.shape[0], :groups], scale.clone()
+        padding[: exact.shape[0], :groups][written] = 0
+        wrong = int((padding != 0).sum())
+    else:
+        rows, wrong = scale, int((~is_poison(scale[~written])).sum())
+    wrong += int((~is_poison(data[~written])).sum())
+    low, high = exact[written] - allowed[written], exact[written] + allowed[written]
+    # Least and largest magnitudes in turn give the least and the largest scales.
+    least = torch.where((low < 0) & (high > 0), 0.0, torch.minimum(low.abs(), high.abs()))
+    largest = torch.maximum(low.abs(), high.abs())
+    got = rows[written]
+    bounds = [quantized(size.to(torch.float32), global_scale)[1] for size in (least, largest)]
+    wrong += int(((got < bounds[0]) | (got > bounds[1])).sum())
+    fp4 = global_scale is not None
+    if global_scale is not None:
+        decoded = formats.decode_e4m3(got)
+        factor = torch.where(decoded == 0, 0.0, 1.0 / (decoded * global_scale.reshape(-1)))
+    else:
+        factor = formats.reciprocal_e8m0(got)
+    codes = []
+    for values in (low, high):
+        scaled = (values * factor.to(torch.float64).repeat_interleave(exact.shape[1] // groups, dim=1)).float()
+        codes.append(formats.pack_e2m1(formats.encode_e2m1(scaled)) if fp4 else formats.encode_e4m3(scaled))
+    at_least, at_most, found = (unpack(value, fp4) for value in (*codes, data[written]))
+    wrong += int(((found < at_least) | (found > at_most)).sum())
+    return Verdict(float(wrong), 0.0, "wrong or touched bytes")
 
 
 def without_sign(codes: Tensor) -> Tensor:
@@ -141,8 +211,18 @@ def gemm_bytes(
     return experts * of_expert + min(rows, x.shape[0]) * x.shape[1] * x.element_size() + rows * columns * 2
 
 
+def quantized_bytes(*arguments: Any) -> int:
+    """As gemm_bytes, with codes and scales written in place of bfloat16."""
+    product, global_scale, _ = of_product(arguments)
+    rows = int((product[4] >= 0).sum())
+    columns: int = product[1].shape[-2] // 2
+    written = columns + columns // 32 if global_scale is None else columns // 2 + columns // 16
+    return gemm_bytes(*product) + rows * (written - 2 * columns)
+
+
 # Hundreds of tiles in a Python loop: unrolled, torch.compile would take minutes for each problem.
 GEMM = Yardstick(torch.compiler.disable(plain_gemm), judge_gemm, gemm_bytes)
+QUANTIZED = Yardstick(torch.compiler.disable(plain_quantized), judge_quantized, quantized_bytes)
 
 
 def random_weights(experts: int, rows: int, inner: int, nvfp4: bool, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -219,6 +299,30 @@ def gemm_case(
     )
 
 
+def quantized_case(
+    name: str,
+    tokens: int,
+    experts: int,
+    columns: int,
+    inner: int,
+    tile_size: int,
+    nvfp4: bool,
+    *,
+    swizzle: bool = False,
+    **options: Any,
+) -> Case:
+    """gemm_case with SwiGLU of NVFP4 or MXFP8, its results quantised; NVFP4 under the scale of values up to 8."""
+    x_format = "nvfp4" if nvfp4 else "mxfp8"
+    case = gemm_case(name, tokens, experts, columns, inner, tile_size, x_format, nvfp4, swiglu=True, **options)
+
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        *maps, x_scale, alpha, weights, top_k, _, limit = case.make(generator)
+        global_scale = torch.tensor([8.0 / (6 * 448)]) if nvfp4 else None
+        return (*maps, x_scale, global_scale, alpha, weights, top_k, limit, swizzle)
+
+    return dataclasses.replace(case, op="moe_grouped_gemm_quantized", make=make, yardstick=QUANTIZED)
+
+
 def preset_cases(preset: Preset, tokens: int, tile_size: int, nvfp4: bool = False) -> tuple[Case, Case]:
     """Both products of a layer."""
     hidden, inter = preset.hidden_size, preset.expert_intermediate
@@ -230,6 +334,23 @@ def preset_cases(preset: Preset, tokens: int, tile_size: int, nvfp4: bool = Fals
     )
     second = gemm_case(f"{name}, second", tokens, preset.experts, hidden, inter, tile_size, from_slots=False, **common)
     return first, second
+
+
+def quantized_preset_case(preset: Preset, tokens: int, tile_size: int, nvfp4: bool) -> Case:
+    """The first product of a layer with quantised activations."""
+    return quantized_case(
+        f"{preset.name}, {'NVFP4' if nvfp4 else 'MXFP8'}",
+        tokens,
+        preset.experts,
+        preset.expert_intermediate,
+        preset.hidden_size,
+        tile_size,
+        nvfp4,
+        top_k=preset.top_k,
+        limit=10.0,
+        dropped=0.0,
+        benched=True,
+    )
 
 
 FLASH = PRESETS["v4-flash"]
@@ -283,9 +404,24 @@ CASES = (
     gemm_case("W4A8 SwiGLU", 9, 3, 64, 128, 16, "mxfp8", swiglu=True, limit=3.0, weighted=True),
     gemm_case("W4A8, tiles of 128", 80, 2, 64, 64, 128, "mxfp8", from_slots=False),
     gemm_case("W4A8 SwiGLU, tiles of 128", 80, 2, 64, 64, 128, "mxfp8", swiglu=True),
+    quantized_case("NVFP4, no padding", 16, 1, 64, 64, 16, True, top_k=1, dropped=0.0),
+    quantized_case("NVFP4", 9, 3, 128, 128, 16, True, limit=3.0, alphas=2, weighted=True),
+    quantized_case("NVFP4, swizzle", 20, 3, 192, 192, 16, True, alphas=1, swizzle=True),
+    quantized_case("NVFP4, tiles of 64", 50, 2, 64, 64, 64, True),
+    quantized_case("NVFP4, tiles of 64, swizzle", 50, 2, 64, 64, 64, True, swizzle=True),
+    quantized_case("NVFP4, tiles of 128", 80, 2, 64, 64, 128, True, swizzle=True, weighted=True),
+    quantized_case("MXFP8", 9, 3, 192, 128, 16, False, limit=3.0, weighted=True),
+    quantized_case("MXFP8, swizzle", 20, 3, 192, 192, 16, False, alphas=2, swizzle=True),
+    quantized_case("MXFP8, tiles of 128", 80, 2, 64, 64, 128, False),
+    quantized_case("MXFP8, tiles of 128, swizzle", 80, 2, 64, 64, 128, False, swizzle=True),
     *preset_cases(FLASH, 1, 16),
     *preset_cases(FLASH, 128, 16),
     *preset_cases(FLASH, 128, 16, nvfp4=True),
     *preset_cases(FLASH, 8192, 128),
     *preset_cases(FLASH, 8192, 128, nvfp4=True),
+    *(
+        quantized_preset_case(FLASH, tokens, tile_size, nvfp4)
+        for nvfp4 in (True, False)
+        for tokens, tile_size in ((128, 16), (8192, 128))
+    ),
 )

@@ -77,6 +77,17 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
+def rows_of_experts(
+    tile_to_expert: Tensor, row_to_slot: Tensor, top_k: int, x_rows: int, experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows that are written, what rows of x they read, and their experts."""
+    source, present = sources(row_to_slot, top_k, x_rows)
+    tile_size = row_to_slot.shape[0] // max(tile_to_expert.shape[0], 1)
+    expert = tile_to_expert.to(torch.int64).repeat_interleave(tile_size)
+    rows = (present & (expert >= 0) & (expert < experts)).nonzero()[:, 0]
+    return rows, source[rows], expert[rows]
+
+
 def moe_grouped_gemm(
     x: Tensor,
     weight: Tensor,
@@ -92,15 +103,11 @@ def moe_grouped_gemm(
     out: Tensor,
 ) -> None:
     """In float64, rounded once; out may be float64."""
-    experts, tiles = weight.shape[0], tile_to_expert.shape[0]
-    source, present = sources(row_to_slot, top_k, x.shape[0])
-    expert_of_row = tile_to_expert.to(torch.int64).repeat_interleave(row_to_slot.shape[0] // max(tiles, 1))
-    for expert in expert_of_row[present].unique().tolist():
-        if not 0 <= expert < experts:
-            continue
-        rows = (present & (expert_of_row == expert)).nonzero()[:, 0]
-        taken = source[rows]
-        values = dequantize(x[taken], None if x_scale is None else x_scale[taken])
+    written, source, expert_of_row = rows_of_experts(tile_to_expert, row_to_slot, top_k, x.shape[0], weight.shape[0])
+    for expert in expert_of_row.unique().tolist():
+        rows, taken = written[expert_of_row == expert], source[expert_of_row == expert]
+        rows_of_x = x.view(torch.uint8)[taken].view(x.dtype)  # torch takes no rows of packed FP4
+        values = dequantize(rows_of_x, None if x_scale is None else x_scale[taken])
         result = values @ expert_weights(weight[expert], weight_scale[expert]).T
         factor = torch.ones(1, dtype=torch.float64) if alpha is None else alpha[expert].to(torch.float64).reshape(-1)
         if with_swiglu:

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from dsv4_kernels.checkpoint import CheckpointError, check_tensor, read_tensor
 from dsv4_kernels.errors import InvalidArgumentError
-from dsv4_kernels.moe.grouped_gemm import moe_grouped_gemm, run_fused_swiglu_grouped_gemm, run_nvfp4_grouped_gemm
+from dsv4_kernels.moe.grouped_gemm import (
+    moe_grouped_gemm,
+    moe_grouped_gemm_quantized,
+    run_fused_swiglu_grouped_gemm,
+    run_nvfp4_grouped_gemm,
+)
 from dsv4_kernels.moe.grouped_gemm_reference import gate_and_up
 from dsv4_kernels.moe.interleaved_weights import can_interleave, interleave_weights
 from dsv4_kernels.moe.quantize import (
@@ -39,9 +44,9 @@ class Nvfp4MoE(nn.Module):
 
     An expert is w2 . (silu(min(w1 . x, limit)) * clamp(w3 . x, -limit, limit)), sums in float32, as the DeepSeek-V4
     models have it. Weights are NVFP4 or MXFP4, whichever is prepared. A forward is four launches (moe_sort, two grouped
-    products, moe_finalize), or six where activations are quantised: each token once, and the rows between the products.
-    Nothing is synchronised or copied to the host, so it captures in a CUDA graph whose replays follow new routes, and
-    traces under torch.compile(fullgraph=True).
+    products, moe_finalize), or five where activations are quantised: each token once, before; the rows between the
+    products by the first one itself. Nothing is synchronised or copied to the host, so it captures in a CUDA graph
+    whose replays follow new routes, and traces under torch.compile(fullgraph=True).
 
     Intermediate results are torch tensors: the allocator reuses their memory from layer to layer on one stream, and
     keeps streams apart. workspace_bytes() says how much a call needs.
@@ -124,7 +129,9 @@ class Nvfp4MoE(nn.Module):
         self._limit = float(limit or 0.0)
 
     def set_fused_swiglu(self, enabled: bool) -> None:
-        """Whether SwiGLU is part of the first product (the default) or follows it in torch, from bfloat16."""
+        """Whether SwiGLU, and quantising its results for the second product, is part of the first product (the
+        default), or follows it: SwiGLU in torch, from bfloat16.
+        """
         self._fused = enabled
 
     def tile_size(self, tokens: int) -> int:
@@ -135,11 +142,16 @@ class Nvfp4MoE(nn.Module):
         return 64 if rows <= ROWS_FOR_TILES_OF_64 and self.activations != "mxfp8" else 128
 
     def workspace_bytes(self, tokens: int) -> int:
-        """Bytes of intermediate results of a call with so many tokens: routes, both products' rows."""
+        """Bytes of intermediate results of a call with so many tokens: routes, quantised tokens, products' rows."""
         tile_size = self.tile_size(tokens)
         tiles = max_tiles(tokens * self.top_k, self.num_experts, tile_size)
-        inner = self.intermediate_size * (1 if self._fused else 2)
-        return tiles * (8 + tile_size * (4 + 2 * (inner + self.hidden_size))) + tokens * self.top_k * 4 + 8
+        quantised = {"nvfp4": (8 + 1) / 16, "mxfp8": (32 + 1) / 32}.get(self.activations, 0.0)  # codes and their scale
+        if not self._fused:
+            inner = (4 + quantised) * self.intermediate_size
+        else:
+            inner = (quantised or 2) * self.intermediate_size
+        token = quantised * self.hidden_size + 4 * self.top_k
+        return int(tiles * (8 + tile_size * (4 + inner + 2 * self.hidden_size)) + tokens * token) + 8
 
     def prepare_weights_from_stacked(
         self,
@@ -319,8 +331,7 @@ class Nvfp4MoE(nn.Module):
         routes = moe_sort(topk_ids, self.num_experts, self.tile_size(hidden.shape[0]), self.experts_start_idx)
         inner_weights = topk_weights if self.weight_before_second else None
         x, x_scale = self._quantized(hidden, self.l1_activation_scale)
-        inner = self._first(x, x_scale, routes, topk_ids.shape[1], inner_weights, self._l1_factor)
-        inner, inner_scale = self._quantized(inner, self.l2_activation_scale)
+        inner, inner_scale = self._between(x, x_scale, routes, topk_ids.shape[1], inner_weights)
         rows = run_nvfp4_grouped_gemm(
             inner,
             self.l2_weight,
@@ -339,6 +350,28 @@ class Nvfp4MoE(nn.Module):
         if self.activations == "mxfp8":
             return quantize_mxfp8(x)
         return x, None
+
+    def _between(
+        self, x: Tensor, x_scale: Tensor | None, routes: SortedRoutes, top_k: int, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows between the products as the second one reads them, and their scales."""
+        if x_scale is None or not self._fused:
+            rows = self._first(x, x_scale, routes, top_k, weights, self._l1_factor)
+            return self._quantized(rows, self.l2_activation_scale)
+        codes, scales = moe_grouped_gemm_quantized(
+            x,
+            self.l1_weight,
+            self.l1_scale,
+            routes.tile_to_expert,
+            routes.row_to_slot,
+            x_scale,
+            self.l2_activation_scale if self.activations == "nvfp4" else None,
+            self._l1_factor,
+            weights,
+            top_k,
+            self._limit,
+        )
+        return (codes.view(torch.uint8) if self.activations == "nvfp4" else codes), scales
 
     def _first(
         self,

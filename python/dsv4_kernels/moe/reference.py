@@ -15,6 +15,7 @@ from dsv4_kernels.moe.quantize_reference import (
     quantize_nvfp4,
     quantize_nvfp4_gpu_fused,
 )
+from dsv4_kernels.moe.quantized_gemm_reference import moe_grouped_gemm_quantized
 from dsv4_kernels.moe.routing_reference import moe_finalize, moe_sort
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "dequantize_blocks",
     "moe_finalize",
     "moe_grouped_gemm",
+    "moe_grouped_gemm_quantized",
     "moe_sort",
     "padded_squared_relu",
     "padded_swiglu",
