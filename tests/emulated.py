@@ -96,8 +96,11 @@ class Call:
 
 
 @contextmanager
-def emulated(architecture: str, seed: int = 0) -> Iterator[list[str]]:
-    """Inside, ops given host tensors launch their kernels in the emulator. Yields the symbols that were launched."""
+def emulated(architecture: str, seed: int = 0, multiprocessors: int | None = None) -> Iterator[list[str]]:
+    """Inside, ops given host tensors launch their kernels in the emulator. Yields the symbols that were launched.
+
+    multiprocessors: fewer than a device has let a small call choose what a large one does.
+    """
     library = load_library()
     symbols: list[str] = []
     faults: list[BaseException] = []
@@ -127,7 +130,8 @@ def emulated(architecture: str, seed: int = 0) -> Iterator[list[str]]:
         return call
 
     original = Op.native
-    assert library.dsv4_observe_launches(architecture.encode(), ARCHITECTURES[architecture], observer, None) == 0
+    count = multiprocessors or ARCHITECTURES[architecture]
+    assert library.dsv4_observe_launches(architecture.encode(), count, observer, None) == 0
     Op.native = property(native)  # type: ignore[assignment]
     try:
         yield symbols

@@ -15,17 +15,35 @@ constexpr int kMaxHeadDim = 512;
 constexpr int kMaxThreads = kMaxHeadDim / kChannels;
 
 constexpr int kShortWindow = 8;
-constexpr int kShortRows = 4;  // that a thread has in flight: more take more code, which costs more than a second turn
+constexpr int kShortRows = 4;  // that a thread has in flight
 
-// Windows of up to 8 rows: a thread has four channels of all of them, and a block is one token, or a few in turn where
-// there are thousands.
-template <typename T>
-__global__ void __launch_bounds__(kMaxThreads, 3) compress_flush_kernel(const __grid_constant__ CompressFlush call) {
+// What a second group of threads has pooled; see PooledRows.
+struct HandedOver {
+  Four<float> top[kMaxThreads];
+  Four<float> sum[kMaxThreads];
+  Four<float> value[kMaxThreads];
+};
+
+// Windows of up to 8 rows: a thread has four channels of them, and a block is one token, or a few in turn where there
+// are thousands. Where blocks are few and their latency is the time, a second group of threads pools every other row,
+// and then stores tokens while the first finishes the entry.
+template <typename T, int Groups>
+__global__ void __launch_bounds__(Groups* kMaxThreads, Groups == 1 ? 3 : 1)
+    compress_flush_kernel(const __grid_constant__ CompressFlush call) {
   await_previous_grid();
-  __shared__ RowPlace places[kShortWindow];
+  // Each warp finds the places by itself, and none waits for another; but where there are many blocks, their number of
+  // instructions is the time.
+  constexpr bool kEachWarp = Groups > 1;
+  __shared__ RowPlace all_places[kEachWarp ? Groups * kMaxThreads / kWarpLanes : 1][kShortWindow];
+  __shared__ HandedOver handed_over;
   __shared__ alignas(16) float scratch[kScratch];
-  const int thread = threadIdx.x, channel = kChannels * thread;
+  const int group_threads = blockDim.x / Groups;
+  const int group = Groups == 1 ? 0 : threadIdx.x / group_threads;
+  const int thread = threadIdx.x - group * group_threads, channel = kChannels * thread;
   const int last = min(static_cast<int>(blockIdx.x + 1) * call.tokens_a_task, call.tokens);
+  const int finder = kEachWarp ? threadIdx.x % kWarpLanes : threadIdx.x;
+  RowPlace* const places = all_places[kEachWarp ? threadIdx.x / kWarpLanes : 0];
+  bool first = true;
   for (int token = blockIdx.x * call.tokens_a_task; token < last;) {
     const Request request = find_request(call, token);
     const int end = min(request.end, last);
@@ -37,32 +55,51 @@ __global__ void __launch_bounds__(kMaxThreads, 3) compress_flush_kernel(const __
     int next = token + (~request.position(token) & (call.ratio() - 1));
     for (; next < end; next += call.ratio()) {
       const int block = request.position(next) >> call.ratio_bits;
-      const Place place = destination(call, request, next, block);
+      const int64_t loaded = load_destination(call, request, next, block);
       const Finish finish = load_finish(call, block, channel);
+      if (!first) __syncthreads();  // until the last token's rows and sums have been read
+      first = false;
       bool complete = true;
-      if (thread < kShortWindow) {
-        places[thread] = find_row<T>(call, request, block, thread);
-        complete = places[thread].kind != RowPlace::kMissing;
+      if (finder < kShortWindow) {
+        const RowPlace place = find_row<T>(call, request, block, finder);
+        complete = !place.is(RowPlace::kMissing);
+        places[finder] = place;
       }
-      complete = __syncthreads_and(complete);
+      complete = kEachWarp ? __all_sync(kFullWarp, complete) : __syncthreads_and(complete);
+      if (kEachWarp) __syncwarp();
       PooledRows pooled;
 #pragma unroll 1
-      for (int row = 0; row < call.window(); row += kShortRows) {
-        const auto rows = load_rows<T, kShortRows>(places, row, 1, channel);
+      for (int row = group; row < call.window(); row += Groups * kShortRows) {
+        const auto rows = load_rows<T, kShortRows>(call, places, row, Groups, channel);
         pooled.add(rows.score, rows.kv);
       }
-      store_tokens<T>(call, request, token, next + 1, thread, blockDim.x);
-      store_successors<T>(call, request, block, places, 0, 1, channel);
+      store_successors<T>(call, request, block, places, group, Groups, channel);
+      if (Groups > 1) {
+        if (group > 0) {
+          handed_over.top[thread] = reinterpret_cast<const Four<float>&>(pooled.top);
+          handed_over.sum[thread] = reinterpret_cast<const Four<float>&>(pooled.sum);
+          handed_over.value[thread] = reinterpret_cast<const Four<float>&>(pooled.value);
+        }
+        __syncthreads();
+      }
+      if (group == Groups - 1) store_tokens<T>(call, request, token, next + 1, thread, group_threads);
       token = next + 1;
-      if (complete && place.exists() && int64_t{block} << call.ratio_bits < call.positions) {
+      const Place place = destination(call, loaded, block);
+      if (group == 0 && complete && place.exists() && int64_t{block} << call.ratio_bits < call.positions) {
+        if (Groups > 1) {
+          PooledRows other;
+          reinterpret_cast<Four<float>&>(other.top) = handed_over.top[thread];
+          reinterpret_cast<Four<float>&>(other.sum) = handed_over.sum[thread];
+          reinterpret_cast<Four<float>&>(other.value) = handed_over.value[thread];
+          pooled.merge(other);
+        }
         float values[kChannels];
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) values[i] = pooled.result(i);
         finish_entry(call, place, finish, channel, values, scratch);
       }
-      __syncthreads();  // before the next token's rows and sums
     }
-    store_tokens<T>(call, request, token, end, thread, blockDim.x);
+    store_tokens<T>(call, request, token, end, threadIdx.x, blockDim.x);
     token = end;
   }
 }
@@ -111,6 +148,7 @@ template <typename T, int Blocks>
 __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, kLongBlocks)
     compress_flush_long_kernel(const __grid_constant__ CompressFlush call) {
   await_previous_grid();
+  constexpr int kEntryThreads = Blocks * kSlice / kChannels;
   __shared__ RowPlace places[kLongestWindow];
   __shared__ Slices slices;
   // Of the first block; the next entry comes while one is finished.
@@ -138,20 +176,22 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, 
       const int block = request.position(next) >> call.ratio_bits;
       bool complete = true;
       if (thread < call.window()) {
-        places[thread] = find_row<T>(call, request, block, thread);
-        complete = places[thread].kind != RowPlace::kMissing;
+        const RowPlace place = find_row<T>(call, request, block, thread);
+        complete = !place.is(RowPlace::kMissing);
+        places[thread] = place;
       }
       complete = __syncthreads_and(complete);
       PooledRows pooled;
 #pragma unroll 1
       for (int row = group; row < call.window(); row += kGroups * kRowsAtOnce) {
-        const auto rows = load_rows<T, kRowsAtOnce>(places, row, kGroups, channel);
+        const auto rows = load_rows<T, kRowsAtOnce>(call, places, row, kGroups, channel);
         pooled.add(rows.score, rows.kv);
       }
       store_successors<T>(call, request, block, places, group, kGroups, channel);
       // On their way while the sums meet; before, their registers are wanted for rows.
-      Place place = destination(call, request, next, block);
-      const Finish finish = load_finish(call, block, kChannels * thread);
+      Place place = destination(call, load_destination(call, request, next, block), block);
+      Finish finish;
+      if (thread < kEntryThreads) finish = load_finish(call, block, kChannels * thread);
       slices.top[group][group_thread] = reinterpret_cast<const Four<float>&>(pooled.top);
       slices.sum[group][group_thread] = reinterpret_cast<const Four<float>&>(pooled.sum);
       slices.value[group][group_thread] = reinterpret_cast<const Four<float>&>(pooled.value);
@@ -165,10 +205,9 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, 
       store_tokens<T>(call, request, token, next + 1, row_thread, Blocks * kSliceThreads);
       token = next + 1;
       __cluster_barrier_wait();
-      if (rank == 0 && place.exists()) {
-        float values[kChannels] = {};
-        if (thread < Blocks * kSlice / kChannels)
-          reinterpret_cast<Four<float>&>(values) = reinterpret_cast<const Four<float>*>(entry[turn % 2])[thread];
+      if (rank == 0 && thread < kEntryThreads && place.exists()) {
+        float values[kChannels];
+        reinterpret_cast<Four<float>&>(values) = reinterpret_cast<const Four<float>*>(entry[turn % 2])[thread];
         finish_entry(call, place, finish, kChannels * thread, values, scratch);
       }
       ++turn;
@@ -184,10 +223,12 @@ constexpr int64_t kShortBlocks = 16;  // of a multiprocessor: enough to choose f
 template <typename T>
 static dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
   if (call.window() <= kShortWindow) {
-    const int64_t most = target.device->multiprocessors * kShortBlocks;
-    call.tokens_a_task = static_cast<int32_t>(blocks_for(call.tokens, most));
-    const uint32_t threads = call.head_dim / kChannels;
-    return launch<compress_flush_kernel<T>>(target, {blocks_for(call.tokens, call.tokens_a_task), threads}, call);
+    const int64_t multiprocessors = target.device->multiprocessors;
+    call.tokens_a_task = static_cast<int32_t>(blocks_for(call.tokens, multiprocessors * kShortBlocks));
+    const uint32_t blocks = blocks_for(call.tokens, call.tokens_a_task), threads = call.head_dim / kChannels;
+    if (int64_t{blocks} * threads <= multiprocessors * kMaxThreads)  // all run at once
+      return launch<compress_flush_kernel<T, 2>>(target, {blocks, 2 * threads}, call);
+    return launch<compress_flush_kernel<T, 1>>(target, {blocks, threads}, call);
   }
   const auto launch_long = [&](auto blocks) {
     constexpr int kBlocks = decltype(blocks)::value;

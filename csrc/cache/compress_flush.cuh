@@ -212,44 +212,61 @@ __device__ inline void store_tokens(const CompressFlush& call, const Request& re
   }
 }
 
-// Where the entry of a block goes.
-__device__ inline Place destination(const CompressFlush& call, const Request& request, int token, int block) {
-  if (!call.block_table) return call.pages.place(call.slot_mapping[token]);
+// What names the place of a block's entry: a page of the table, or an entry of the mapping. The place itself is
+// computed from it later, since who computes waits for the load.
+__device__ inline int64_t load_destination(const CompressFlush& call, const Request& request, int token, int block) {
+  if (!call.block_table) return call.slot_mapping[token];
   const int column = call.pages.entries.quotient(block);
-  if (column >= call.blocks_a_request) return {-1, 0};
-  const int64_t page = call.block_table[request.index * int64_t{call.blocks_a_request} + column];
-  return {page < call.pages.count ? page : -1, block - column * static_cast<int>(call.pages.entries.value)};
+  if (column >= call.blocks_a_request) return -1;
+  return call.block_table[request.index * int64_t{call.blocks_a_request} + column];
 }
 
-// Where a row of a block's window is. Found by one thread for all: it is much the longer part of a load.
+__device__ inline Place destination(const CompressFlush& call, int64_t loaded, int block) {
+  if (!call.block_table) return call.pages.place(loaded);
+  const int column = call.pages.entries.quotient(block);
+  return {loaded < call.pages.count ? loaded : -1, block - column * static_cast<int>(call.pages.entries.value)};
+}
+
+// Where a row of a block's window is. Found by one thread for all of its warp or block: it is much the longer part of a
+// load.
 struct alignas(16) RowPlace {
-  enum Kind : int64_t { kNowhere, kCall, kState, kMissing };
+  enum Flags : int32_t {
+    kExists = 1,    // else before position 0, beyond the window, or missing
+    kFromCall = 2,  // else from the state
+    kHasScore = 4,
+    kHasBias = 8,
+    kMissing = 16,  // in a state page that there is not
+  };
 
   const void* kv;  // the entry's first channel
   const void* score;
-  const float* bias;  // only of a row that the call brings
-  Kind kind;          // kNowhere: before position 0 or beyond the window; kMissing: in a state page that there is not
+  int32_t flags;
+  int32_t bias;  // an element of ape
+
+  __device__ bool is(int set) const { return (flags & set) == set; }
+  __device__ bool in_state() const { return (flags & (kExists | kFromCall)) == kExists; }
 };
 
+// Both kinds of row are computed and one is chosen: lanes that branch take both ways, one after the other.
 template <typename T>
 __device__ inline RowPlace find_row(const CompressFlush& call, const Request& request, int block, int row) {
   const int position = ((block + 1) << call.ratio_bits) - call.window() + row;
   const int column = call.overlap && row >= call.ratio() ? call.head_dim : 0;
-  RowPlace place = {};
-  if (row >= call.window() || position < 0) return place;
-  if (position >= request.start) {
-    const int64_t token = request.first + (position - request.start);
-    place.kind = RowPlace::kCall;
-    place.kv = static_cast<const T*>(call.kv) + token * call.kv_stride + column;
-    if (call.score) place.score = static_cast<const T*>(call.score) + token * call.score_stride + column;
-    if (call.ape) place.bias = call.ape + (position & (call.ratio() - 1)) * call.width + column;
-  } else if (const float* const state = state_row(call, request, position)) {
-    place.kind = RowPlace::kState;
-    place.kv = state + column;
-    place.score = state + column + call.width;
-  } else {
-    place.kind = RowPlace::kMissing;
-  }
+  const bool within = row < call.window() && position >= 0;
+  const bool from_call = position >= request.start;
+  const float* const state = state_row(call, request, max(position, 0));
+  const int64_t token = request.first + (position - request.start);
+  const int state_flags = state ? RowPlace::kExists | RowPlace::kHasScore : RowPlace::kMissing;
+  const int call_flags = RowPlace::kExists | RowPlace::kFromCall | (call.score ? RowPlace::kHasScore : 0) |
+                         (call.ape ? RowPlace::kHasBias : 0);
+  RowPlace place;
+  place.kv = from_call ? static_cast<const void*>(static_cast<const T*>(call.kv) + token * call.kv_stride + column)
+                       : state + column;
+  place.score = from_call
+                    ? static_cast<const void*>(static_cast<const T*>(call.score) + token * call.score_stride + column)
+                    : state + column + call.width;
+  place.flags = !within ? 0 : from_call ? call_flags : state_flags;
+  place.bias = (position & (call.ratio() - 1)) * call.width + column;
   return place;
 }
 
@@ -261,23 +278,33 @@ struct Rows {
 };
 
 template <typename T, int Count>
-__device__ inline Rows<Count> load_rows(const RowPlace* places, int row, int step, int channel) {
+__device__ inline Rows<Count> load_rows(const CompressFlush& call, const RowPlace* places, int row, int step,
+                                        int channel) {
+  // All places before the first row: to read one while rows are on their way would wait for those.
+  RowPlace found[Count];
+  if (Count > 2) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) found[i] = places[row + i * step];
+    __syncwarp();  // keeps the compiler to that order
+  }
   TokenChannels loaded[Count];
   bool from_call[Count];
 #pragma unroll
   for (int i = 0; i < Count; ++i) {
-    const RowPlace place = places[row + i * step];
-    from_call[i] = place.kind == RowPlace::kCall;
+    const RowPlace place = Count > 2 ? found[i] : places[row + i * step];
+    __builtin_assume(__isGlobal(place.kv) && __isGlobal(place.score));
+    from_call[i] = place.is(RowPlace::kFromCall);
+    const bool exists = place.is(RowPlace::kExists), has_score = place.is(RowPlace::kExists | RowPlace::kHasScore);
     loaded[i].kv = loaded[i].bias = {};
-    loaded[i].score = place.kv ? Four<float>{} : masked_scores();
+    loaded[i].score = exists ? Four<float>{} : masked_scores();
     if (std::is_same_v<T, float> || !from_call[i]) {
-      if (place.kv) loaded[i].kv = load_channels(static_cast<const float*>(place.kv) + channel);
-      if (place.score) loaded[i].score = load_channels(static_cast<const float*>(place.score) + channel);
+      if (exists) loaded[i].kv = load_channels(static_cast<const float*>(place.kv) + channel);
+      if (has_score) loaded[i].score = load_channels(static_cast<const float*>(place.score) + channel);
     } else {
-      load_raw(static_cast<const T*>(place.kv) + channel, &loaded[i].kv);
-      if (place.score) load_raw(static_cast<const T*>(place.score) + channel, &loaded[i].score);
+      if (exists) load_raw(static_cast<const T*>(place.kv) + channel, &loaded[i].kv);
+      if (has_score) load_raw(static_cast<const T*>(place.score) + channel, &loaded[i].score);
     }
-    if (place.bias) load_raw(place.bias + channel, &loaded[i].bias);
+    if (place.is(RowPlace::kExists | RowPlace::kHasBias)) load_raw(call.ape + place.bias + channel, &loaded[i].bias);
   }
   Rows<Count> rows;
 #pragma unroll
@@ -300,7 +327,7 @@ __device__ inline void store_successors(const CompressFlush& call, const Request
   if (window_start + int64_t{capacity} >= request.end_position()) return;
 #pragma unroll 1
   for (; row < window; row += step) {
-    if (places[row].kind != RowPlace::kState) continue;
+    if (!places[row].in_state()) continue;
     const uint32_t position = window_start + row;
     const uint32_t turns = call.capacity.quotient(request.end_position() - 1 - position);
     if (turns == 0) continue;
@@ -315,14 +342,13 @@ __device__ inline void store_successors(const CompressFlush& call, const Request
   }
 }
 
-// The sum over the first warp of the block, or over its first four, which have 512 channels. `scratch` is read until
-// the next barrier.
+// The sum over one warp, or over the first four of the block, which have 512 channels. `scratch` is read until the next
+// barrier.
 __device__ inline float sum_over_entry(float value, float* scratch, bool four_warps) {
   value = sum_over_group(value, kWarpLanes);
   if (!four_warps) return value;
-  const int warp = threadIdx.x / kWarpLanes;
-  if (warp < 4 && threadIdx.x % kWarpLanes == 0) scratch[warp] = value;
-  __syncthreads();
+  if (threadIdx.x % kWarpLanes == 0) scratch[threadIdx.x / kWarpLanes] = value;
+  await_four_warps();
   const float4 sums = *reinterpret_cast<const float4*>(scratch);
   return sums.x + sums.y + sums.z + sums.w;
 }
@@ -338,7 +364,6 @@ constexpr int kRopeDim = 64;
 
 __device__ inline Finish load_finish(const CompressFlush& call, int block, int channel) {
   Finish finish = {};
-  if (channel >= call.head_dim) return finish;  // a thread that has no part in it
   finish.weight = load_channels(call.norm_weight + channel);
   const int rotated = channel - (call.head_dim - kRopeDim);
   const int64_t position = static_cast<int64_t>(block) << call.ratio_bits;
@@ -367,7 +392,7 @@ __device__ inline void hadamard_128(float (&v)[kChannels]) {
 }
 
 // From the compressed channels of a block to its place in the pages: norm, rotation, Hadamard, quantisation. By the
-// first head_dim / 4 threads of the block; the others call it too, for the barriers. `scratch`: kScratch floats.
+// first head_dim / 4 threads of the block, one or four warps. `scratch`: kScratch floats.
 constexpr int kScratch = 8;  // a sum and a maximum of four warps
 
 __device__ inline void finish_entry(const CompressFlush& call, const Place& place, const Finish& finish, int channel,
@@ -386,8 +411,7 @@ __device__ inline void finish_entry(const CompressFlush& call, const Place& plac
     v[i] = v[i] * scale * finish.weight.values[i];
     if (rounds) v[i] = round_to_bfloat16(v[i]);
   }
-  const bool has_part = channel < call.head_dim;
-  if (has_part && channel >= call.head_dim - kRopeDim) {
+  if (channel >= call.head_dim - kRopeDim) {
     const float cosines[] = {finish.cosine.x, finish.cosine.y}, sines[] = {finish.sine.x, finish.sine.y};
 #pragma unroll
     for (int pair = 0; pair < kChannels / 2; ++pair) {
@@ -405,7 +429,7 @@ __device__ inline void finish_entry(const CompressFlush& call, const Place& plac
   }
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) v[i] = round_to_bfloat16(v[i]);
-  store_entry(call.layout, call.quantization, call.pages, place, channel, v, has_part, scratch + kScratch / 2);
+  store_entry(call.layout, call.quantization, call.pages, place, channel, v, scratch + kScratch / 2);
 }
 
 }  // namespace dsv4

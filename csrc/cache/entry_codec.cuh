@@ -163,30 +163,30 @@ __device__ inline float max_over_group(float value, int group) {
   return value;
 }
 
-// The same over the first four warps of the block. `scratch`, 16-byte aligned, is read until the next barrier.
+// A barrier of the block's first four warps alone.
+__device__ inline void await_four_warps() { asm volatile("barrier.sync 1, 128;" ::: "memory"); }
+
+// The largest over the first four warps of the block. `scratch`, 16-byte aligned, is read until the next barrier.
 __device__ inline float max_over_four_warps(float value, float* scratch) {
   value = max_over_group(value, kWarpLanes);
-  const int warp = threadIdx.x / kWarpLanes;
-  if (warp < 4 && threadIdx.x % kWarpLanes == 0) scratch[warp] = value;
-  __syncthreads();
+  if (threadIdx.x % kWarpLanes == 0) scratch[threadIdx.x / kWarpLanes] = value;
+  await_four_warps();
   const float4 all = *reinterpret_cast<const float4*>(scratch);
   return fmaxf(fmaxf(all.x, all.y), fmaxf(all.z, all.w));
 }
 
-// Writes channels `channel` to `channel + 3` of an entry. Every thread of the block must call it, with values that are
-// bfloat16 already; those without `write`, which have none, store nothing. `scratch` is for max_over_four_warps().
+// Writes channels `channel` to `channel + 3` of an entry, values that are bfloat16 already. Every thread of the entry
+// must call it. `scratch` is for max_over_four_warps().
 __device__ inline void store_entry(const PageLayout& layout, const Quantization& quantization, const Pages& pages,
-                                   const Place& place, int channel, const float (&values)[kChannels], bool write,
-                                   float* scratch) {
+                                   const Place& place, int channel, const float (&values)[kChannels], float* scratch) {
   float amax = 0.0f;
-  if (write && channel < layout.quantized_dims)
+  if (channel < layout.quantized_dims)
     amax = fmaxf(fmaxf(fabsf(values[0]), fabsf(values[1])), fmaxf(fabsf(values[2]), fabsf(values[3])));
   const int lanes = layout.group / kChannels;
   if (lanes > kWarpLanes)
     amax = max_over_four_warps(amax, scratch);
   else
     amax = max_over_group(amax, lanes);
-  if (!write) return;
   if (channel >= layout.quantized_dims) {
     uint8_t* const rest = pages.rest.at(place) + 2 * (channel - layout.quantized_dims);
     *reinterpret_cast<uint2*>(rest) = pack_bfloat16(values);

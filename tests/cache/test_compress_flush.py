@@ -11,6 +11,7 @@ from dsv4_kernels.cache import PAGE_LAYOUTS, compress_flush
 
 from tests.cache import compress_oracle as oracle
 from tests.cache.compress_engine import Engine
+from tests.emulated import ARCHITECTURES, emulated, ptx_folder
 
 # ratio, overlap: the models' kinds of layers, and those between.
 KINDS = [(1, False), (2, False), (2, True), (4, False), (4, True), (128, False)]
@@ -45,6 +46,19 @@ def test_prefill_and_decode_mixed(ratio: int, overlap: bool, wide: bool, device:
     one.step([(a, 3), (b, ratio + 1), (c, 0), (d, 1)], padding=2)
     one.step([(b, 1), (a, 3 * ratio + 5), (d, 2), (c, 5)], padding=1)
     one.step([(d, 1), (c, 0), (b, 2 * ratio), (a, 1)])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layout", ["bf16", "indexer_bf16"])
+def test_several_tokens_a_block(layout: str, architecture: str) -> None:
+    """What thousands of tokens do on a whole device, tens do on one multiprocessor: a block takes a few in turn."""
+    ptx_folder()
+    with emulated(architecture, multiprocessors=1) as symbols:
+        one = engine(4, True, "cpu", layout)
+        a, b = one.request(0), one.request(1)
+        one.step([(a, 29), (b, 5)], padding=1)
+        one.step([(b, 1), (a, 2)])
+    assert len(set(symbols)) == (1 if layout == "bf16" else 2), symbols
 
 
 @pytest.mark.parametrize("start", [0, 3, 6])
