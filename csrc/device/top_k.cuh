@@ -7,14 +7,17 @@
 
 namespace dsv4 {
 
-constexpr int kFewResults = 8;  // up to which the results are found by counting; no more than kBests
-constexpr int kBests = 16;
+// To find k results a row is divided into 2 k parts or more: 16, and by a whole warp also 32 and 64.
+constexpr int kFewResults = 8;
+constexpr int kFewParts = 2 * kFewResults;
+constexpr int kMostParts = 2 * kWarpLanes;
 
 template <int Lanes>
 struct TopKScratch {  // shared memory of a group
-  uint64_t candidates[Lanes];
+  static constexpr int kParts = Lanes == kWarpLanes ? kMostParts : kFewParts;
+  uint64_t candidates[kParts];
   uint64_t ranked[Lanes];
-  float bests[kBests];
+  float bests[kParts];
 };
 
 constexpr uint32_t kNoColumn = 0xffffffffu;
@@ -73,6 +76,105 @@ __device__ Chosen group_top_k_by_rounds(const float (&values)[Slots], int length
   return {chosen, chosen == kNoColumn ? 0.0f : payloads[chosen]};
 }
 
+// A value that is reached by k columns at least, and seldom by many more: the k-th best of the parts' best values. -inf
+// if that many parts have none. k is at most Parts.
+template <int Lanes, int Parts, int Slots>
+__device__ inline float limit_of_best(const float (&values)[Slots], int top_k, int lane, float* bests) {
+  constexpr int kLaneParts = Parts > Lanes ? Parts / Lanes : 1;  // parts of a lane
+  constexpr int kPartLanes = Parts > Lanes ? 1 : Lanes / Parts;  // lanes of a part, 1 or 2
+  float own[kLaneParts];
+#pragma unroll
+  for (float& best : own) best = -INFINITY;
+#pragma unroll
+  for (int slot = 0; slot < Slots; ++slot) {
+    float& best = own[slot * kLaneParts / Slots];
+    best = fmaxf(best, values[slot]);  // fmaxf passes NaN over
+  }
+  if constexpr (kPartLanes == 2) own[0] = fmaxf(own[0], __shfl_xor_sync(kFullWarp, own[0], 1));
+#pragma unroll
+  for (int i = 0; i < kLaneParts; ++i) bests[lane / kPartLanes * kLaneParts + i] = own[i];
+  __syncwarp();
+  int better[kLaneParts] = {};
+#pragma unroll
+  for (int i = 0; i < Parts; i += kFour) {
+    const Four<float> four = *reinterpret_cast<const Four<float>*>(bests + i);
+#pragma unroll
+    for (const float other : four.values)
+#pragma unroll
+      for (int part = 0; part < kLaneParts; ++part) better[part] += other > own[part];
+  }
+  // The least of those that fewer than k are better than.
+  float limit = better[0] < top_k ? own[0] : INFINITY;
+#pragma unroll
+  for (int part = 1; part < kLaneParts; ++part)
+    if (better[part] < top_k) limit = fminf(limit, own[part]);
+  if constexpr (Lanes == kWarpLanes) {
+    limit = value_of_key(__reduce_max_sync(kFullWarp, descending_key(limit)));
+  } else {
+#pragma unroll
+    for (int distance = Lanes / 2; distance > 0; distance /= 2)
+      limit = fminf(limit, __shfl_xor_sync(kFullWarp, limit, distance));
+  }
+  return limit;
+}
+
+// As group_top_k(), for up to Parts results: the few columns that reach limit_of_best() are ranked by counting. False,
+// for the whole warp, if they are too many, since many values are equal, or too few, since few are numbers.
+template <int Lanes, int Parts, int Slots>
+__device__ bool group_top_k_by_parts(const float (&values)[Slots], int length, int top_k, int lane, const float* row,
+                                     const float* payloads, TopKScratch<Lanes>& scratch, Chosen* chosen) {
+  constexpr int kEach = Parts > kFewParts ? 2 : 1;         // candidates that a lane ranks
+  constexpr int kMostOfLane = Parts > kFewParts ? 15 : 7;  // of a lane's columns, seldom more
+  const float limit = limit_of_best<Lanes, Parts>(values, top_k, lane, scratch.bests);
+  uint32_t reached = 0;  // a bit for each slot
+#pragma unroll
+  for (int slot = 0; slot < Slots; ++slot)
+    if (values[slot] >= limit) reached |= 1u << slot;
+  // Place of this lane's first candidate, and how many there are of all.
+  const int count = __popc(reached);
+  int place = 0, total = 0;
+#pragma unroll
+  for (int bit = 1; bit <= kMostOfLane; bit *= 2) {
+    const unsigned lanes = ballot_of_group<Lanes>(count & bit);
+    place += __popc(lanes & ((1u << lane) - 1)) * bit;
+    total += __popc(lanes) * bit;
+  }
+  if (__any_sync(kFullWarp, count > kMostOfLane || total > Lanes * kEach || total < min(top_k, length))) return false;
+
+  for (; reached; reached &= reached - 1) {
+    const uint32_t column = group_column<Lanes>(lane, __ffs(reached) - 1);
+    scratch.candidates[place++] = make_entry(descending_key(row[column]), column);
+  }
+  __syncwarp();
+  uint64_t own[kEach];
+  float payload[kEach] = {};
+  int rank[kEach] = {};
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    own[i] = kNoEntry;
+    if (lane + i * Lanes < total) {
+      own[i] = scratch.candidates[lane + i * Lanes];
+      payload[i] = payloads[entry_column(own[i])];
+    }
+  }
+  for (int other = 0; other < total; ++other) {
+    const uint64_t entry = scratch.candidates[other];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) rank[i] += entry < own[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i)
+    if (lane + i * Lanes < total && (kEach == 1 || rank[i] < Lanes))
+      scratch.ranked[rank[i]] = make_entry(__float_as_uint(payload[i]), entry_column(own[i]));
+  __syncwarp();
+  *chosen = {kNoColumn, 0.0f};
+  if (lane < min(total, top_k)) {
+    const uint64_t ranked = scratch.ranked[lane];
+    *chosen = {entry_column(ranked), __uint_as_float(entry_key(ranked))};
+  }
+  return true;
+}
+
 // Lane j gets the column of rank j, and its payload; kNoColumn if there are no more than j columns or from top_k on.
 // Best is the largest value, of equal ones the lowest column; NaN is behind every number. Every lane of the warp must
 // call it.
@@ -82,71 +184,16 @@ __device__ Chosen group_top_k_by_rounds(const float (&values)[Slots], int length
 template <int Lanes, int Slots>
 __device__ Chosen group_top_k(const float (&values)[Slots], int length, int top_k, int lane, const float* row,
                               const float* payloads, TopKScratch<Lanes>& scratch) {
-  // Each round over the slots of a lane costs more than all else. For few results: k values are at least as good as the
-  // k-th best of 16 parts' best ones, and seldom many more are. Those few, one for each lane, are ranked by counting.
-  if (top_k > kFewResults) return group_top_k_by_rounds<Lanes>(values, length, top_k, lane, payloads);
-
-  float best = -INFINITY;
-#pragma unroll
-  for (int slot = 0; slot < Slots; ++slot) best = fmaxf(best, values[slot]);  // fmaxf passes NaN over
-  if constexpr (Lanes > kBests) best = fmaxf(best, __shfl_xor_sync(kFullWarp, best, 1));
-  scratch.bests[lane / (Lanes / kBests)] = best;
-  __syncwarp();
-  int better = 0;
-#pragma unroll
-  for (int i = 0; i < kBests; i += kFour) {
-    const Four<float> four = *reinterpret_cast<const Four<float>*>(scratch.bests + i);
-#pragma unroll
-    for (const float other : four.values) better += other > best;
-  }
-  // The least of those that fewer than k are better than.
-  float limit = better < top_k ? best : INFINITY;
-  if constexpr (Lanes == kWarpLanes) {
-    limit = value_of_key(__reduce_max_sync(kFullWarp, descending_key(limit)));
-  } else {
-#pragma unroll
-    for (int distance = Lanes / 2; distance > 0; distance /= 2)
-      limit = fminf(limit, __shfl_xor_sync(kFullWarp, limit, distance));
-  }
-
-  uint32_t reached = 0;  // a bit for each slot
-#pragma unroll
-  for (int slot = 0; slot < Slots; ++slot)
-    if (values[slot] >= limit) reached |= 1u << slot;
-  // Place of this lane's first candidate, and how many there are of all.
-  const int count = __popc(reached);
-  int place = 0, total = 0;
-#pragma unroll
-  for (int bit = 1; bit <= 4; bit *= 2) {
-    const unsigned lanes = ballot_of_group<Lanes>(count & bit);
-    place += __popc(lanes & ((1u << lane) - 1)) * bit;
-    total += __popc(lanes) * bit;
-  }
-  // Many equal values, or few numbers.
-  if (__any_sync(kFullWarp, count >= 8 || total > Lanes || total < min(top_k, length)))
-    return group_top_k_by_rounds<Lanes>(values, length, top_k, lane, payloads);
-
-  for (; reached; reached &= reached - 1) {
-    const uint32_t column = group_column<Lanes>(lane, __ffs(reached) - 1);
-    scratch.candidates[place++] = make_entry(descending_key(row[column]), column);
-  }
-  __syncwarp();
-  uint64_t own = kNoEntry;
-  float payload = 0.0f;
-  if (lane < total) {
-    own = scratch.candidates[lane];
-    payload = payloads[entry_column(own)];
-  }
-  int rank = 0;
-  for (int i = 0; i < total; ++i) rank += scratch.candidates[i] < own;
-  if (lane < total) scratch.ranked[rank] = make_entry(__float_as_uint(payload), entry_column(own));
-  __syncwarp();
-  Chosen chosen = {kNoColumn, 0.0f};
-  if (lane < min(total, top_k)) {
-    const uint64_t ranked = scratch.ranked[lane];
-    chosen = {entry_column(ranked), __uint_as_float(entry_key(ranked))};
-  }
-  return chosen;
+  constexpr bool kMany = TopKScratch<Lanes>::kParts == kMostParts;
+  Chosen chosen;
+  bool found;
+  if (!kMany || top_k <= kFewResults)
+    found = group_top_k_by_parts<Lanes, kFewParts>(values, length, top_k, lane, row, payloads, scratch, &chosen);
+  else if (top_k <= kMostParts / 4)
+    found = group_top_k_by_parts<Lanes, kMostParts / 2>(values, length, top_k, lane, row, payloads, scratch, &chosen);
+  else
+    found = group_top_k_by_parts<Lanes, kMostParts>(values, length, top_k, lane, row, payloads, scratch, &chosen);
+  return found ? chosen : group_top_k_by_rounds<Lanes>(values, length, top_k, lane, payloads);
 }
 
 }  // namespace dsv4

@@ -102,7 +102,18 @@ def test_ties(columns: int, k: int, device: str) -> None:
     check(torch.stack([row.to(torch.float32) for row in rows]), k, device)
 
 
-@pytest.mark.parametrize("k", [5, 40, 300])
+@pytest.mark.parametrize("k", [3, 8, 9, 17, 32])
+@pytest.mark.parametrize("columns", [256, 700])
+def test_best_that_lie_together(columns: int, k: int, device: str) -> None:
+    """In order; the best with one lane of a warp; as many equal ones as are ranked at once, and one more."""
+    column = torch.arange(columns)
+    rows = [column, -column, (column // 4 % 32 == 3) * 1000 - column]
+    rows += [(column < several) * 1 for several in (32, 33, 64, 65)]
+    rows += [(column % 5 < 2) * (column < 160) * 500 + column % 3]
+    check(torch.stack([row.to(torch.float32) for row in rows]), k, device)
+
+
+@pytest.mark.parametrize("k", [5, 20, 40, 300])
 @pytest.mark.parametrize("columns", [150, 5000])
 def test_not_numbers_and_infinities(columns: int, k: int, device: str) -> None:
     """NaN is behind -infinity, but before the filling."""

@@ -20,6 +20,7 @@ FUSED_TOKENS = (1, 16, 64)
 ACTIVATION_TOKENS = (1, 64, 128, 1024, 8192)
 TOPK_SHAPES = (
     *((rows, columns, 6) for columns in (256, 384) for rows in (1, 128, 1024, 8192)),
+    *((rows, 256, 32) for rows in (1, 8192)),
     (64, 32768, 6),
     (64, 32768, 512),
     (64, 32768, 2048),
