@@ -172,14 +172,16 @@ def select_experts(
         weight = scores[chosen]
         if weight != weight:
             weight = Float32(0.0)
+    total = weight
     if renormalize != 0:
-        total = weight
         for power in cutlass.range_constexpr(5):
             total += cute.arch.shuffle_sync_bfly(total, 1 << power)
         if total == 0.0:
             total = Float32(1.0)
-        weight = weight / (total + epsilon)
     if lane < top_k:
+        # Only here: a division of 0 takes the slow way that denormals take, and lanes without a choice would take it.
+        if renormalize != 0:
+            weight = weight / (total + epsilon)
         output = Int64(token) * top_k + lane
         (out_weights + output).store(weight * scale)
         (out_ids + output).store(Int32(chosen))
