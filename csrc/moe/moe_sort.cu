@@ -52,7 +52,7 @@ __device__ int32_t expert_of(int32_t tile, const int32_t (&first_tile)[Experts])
 // One block, or the blocks of one cluster with a part of the slots each: they count their slots by expert, learn from
 // each other's counts where the rows of their part begin, and rank their slots in rounds, a warp a run of them. So rows
 // follow the slots' order whatever order blocks and warps run in.
-template <int Warps, int ExpertsOfThread, typename Id>
+template <int Warps, int ExpertsOfThread, bool OneRound, typename Id>
 __global__ void __launch_bounds__(Warps* kWarpLanes, 1) moe_sort_kernel(const Id* __restrict__ ids, Route route) {
   await_previous_grid();
   constexpr int kThreads = Warps * kWarpLanes;
@@ -75,15 +75,57 @@ __global__ void __launch_bounds__(Warps* kWarpLanes, 1) moe_sort_kernel(const Id
 #pragma unroll
       for (int w = 0; w < Warps; ++w) rank_of_warp[w][own_experts + i] = 0;
   };
+  // Ranks a round's slots within this block; count_of_own are the round's slots of this thread's experts.
+  int32_t expert[kItems], rank[kItems], count_of_own[ExpertsOfThread];
+  auto items_of = [&](int32_t round) { return min(kItems, (part_end - round + kThreads - 1) / kThreads); };
+  auto first_of = [&](int32_t round) { return round + warp * items_of(round) * kWarpLanes + lane; };
+  auto rank_slots = [&](int32_t round) {
+    const int32_t items = items_of(round), first = first_of(round);
 #pragma unroll
-  for (int i = 0; i < ExpertsOfThread; ++i) count[own_experts + i] = 0;
-  clear_ranks();
-  __syncthreads();
-  for (int32_t slot = part_first + threadIdx.x; slot < part_end; slot += kThreads) {
-    const int32_t e = local_expert(ids, slot, part_end, route);
-    if (e >= 0) atomicAdd(&count[e], 1);
+    for (int i = 0; i < kItems; ++i)
+      expert[i] = i < items ? local_expert(ids, first + i * kWarpLanes, part_end, route) : kNone;
+    clear_ranks();
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (i >= items) break;
+      const unsigned peers = __match_any_sync(kFullWarp, expert[i]);
+      const int32_t earlier = expert[i] >= 0 ? rank_of_warp[warp][expert[i]] : 0;
+      rank[i] = earlier + __popc(peers & ((1u << lane) - 1));
+      __syncwarp();
+      if (expert[i] >= 0 && lane == __ffs(peers) - 1)
+        rank_of_warp[warp][expert[i]] = static_cast<uint16_t>(earlier + __popc(peers));
+      __syncwarp();
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < ExpertsOfThread; ++i) {
+      uint16_t of_warp[Warps];
+#pragma unroll
+      for (int w = 0; w < Warps; ++w) of_warp[w] = rank_of_warp[w][own_experts + i];
+      count_of_own[i] = 0;
+#pragma unroll
+      for (int w = 0; w < Warps; ++w) {
+        rank_of_warp[w][own_experts + i] = static_cast<uint16_t>(count_of_own[i]);
+        count_of_own[i] += of_warp[w];
+      }
+    }
+  };
+
+  if constexpr (OneRound) {  // ranking counts the slots too
+    rank_slots(part_first);
+#pragma unroll
+    for (int i = 0; i < ExpertsOfThread; ++i) count[own_experts + i] = count_of_own[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < ExpertsOfThread; ++i) count[own_experts + i] = 0;
+    __syncthreads();
+    for (int32_t slot = part_first + threadIdx.x; slot < part_end; slot += kThreads) {
+      const int32_t e = local_expert(ids, slot, part_end, route);
+      if (e >= 0) atomicAdd(&count[e], 1);
+    }
+    __syncthreads();
   }
-  __syncthreads();
 
   int32_t before[ExpertsOfThread] = {}, all[ExpertsOfThread] = {};
   if (gridDim.x == 1) {
@@ -124,38 +166,9 @@ __global__ void __launch_bounds__(Warps* kWarpLanes, 1) moe_sort_kernel(const Id
   }
 
   for (int32_t round = part_first; round < part_end; round += kThreads * kItems) {
-    const int32_t items = min(kItems, (part_end - round + kThreads - 1) / kThreads);
-    const int32_t first = round + warp * items * kWarpLanes + lane;
-    int32_t expert[kItems], rank[kItems];
-#pragma unroll
-    for (int i = 0; i < kItems; ++i)
-      expert[i] = i < items ? local_expert(ids, first + i * kWarpLanes, part_end, route) : kNone;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if (i >= items) break;
-      const unsigned peers = __match_any_sync(kFullWarp, expert[i]);
-      const int32_t earlier = expert[i] >= 0 ? rank_of_warp[warp][expert[i]] : 0;
-      rank[i] = earlier + __popc(peers & ((1u << lane) - 1));
-      __syncwarp();
-      if (expert[i] >= 0 && lane == __ffs(peers) - 1)
-        rank_of_warp[warp][expert[i]] = static_cast<uint16_t>(earlier + __popc(peers));
-      __syncwarp();
-    }
+    if constexpr (!OneRound) rank_slots(round);
     __syncthreads();
-    int32_t in_round[ExpertsOfThread];
-#pragma unroll
-    for (int i = 0; i < ExpertsOfThread; ++i) {
-      uint16_t of_warp[Warps];
-#pragma unroll
-      for (int w = 0; w < Warps; ++w) of_warp[w] = rank_of_warp[w][own_experts + i];
-      in_round[i] = 0;
-#pragma unroll
-      for (int w = 0; w < Warps; ++w) {
-        rank_of_warp[w][own_experts + i] = static_cast<uint16_t>(in_round[i]);
-        in_round[i] += of_warp[w];
-      }
-    }
-    __syncthreads();
+    const int32_t items = items_of(round), first = first_of(round);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int32_t slot = first + i * kWarpLanes;
@@ -167,12 +180,10 @@ __global__ void __launch_bounds__(Warps* kWarpLanes, 1) moe_sort_kernel(const Id
       }
       route.slot_to_row[slot] = row;
     }
-    if (round + kThreads * kItems >= part_end) break;
+    if (OneRound || round + kThreads * kItems >= part_end) break;
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < ExpertsOfThread; ++i) next_row[own_experts + i] += in_round[i];
-    clear_ranks();
-    __syncthreads();
+    for (int i = 0; i < ExpertsOfThread; ++i) next_row[own_experts + i] += count_of_own[i];
   }
   __syncthreads();  // totals and first tiles are there, in a block without slots too
 
@@ -203,19 +214,67 @@ __global__ void __launch_bounds__(Warps* kWarpLanes, 1) moe_sort_kernel(const Id
   if (gridDim.x > 1) __cluster_barrier_wait();  // no block ends while another reads its counts
 }
 
+constexpr int kFewSlots = kWarpLanes;
+constexpr int kFewWarps = 4;
+
+// Up to kFewSlots slots: a lane a slot, and what takes tables of all experts above is asked of the other lanes. Every
+// warp finds out everything; the first one stores it, and all share the padding.
+template <typename Id>
+__global__ void __launch_bounds__(kFewWarps* kWarpLanes) moe_sort_few_kernel(const Id* __restrict__ ids, Route route) {
+  await_previous_grid();
+  __shared__ int32_t rows_of_tile[kFewWarps][kFewSlots];
+  __shared__ int32_t expert_of_tile[kFewSlots];
+  const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
+  const int32_t expert = local_expert(ids, lane, route.slots, route);
+  const unsigned peers = __match_any_sync(kFullWarp, expert);
+  const int32_t rank = __popc(peers & ((1u << lane) - 1));
+  // The first slot of each expert stands for it. Slots are few enough that an expert has one tile or two.
+  const bool stands = expert >= 0 && rank == 0;
+  const int32_t own_tiles = stands ? (__popc(peers) + route.tile_size - 1) >> route.tile_shift : 0;
+  const uint32_t key = stands ? static_cast<uint32_t>(expert) << 2 | own_tiles : ~0u << 2;
+  int32_t first_tile = 0;
+#pragma unroll
+  for (int i = 0; i < kFewSlots; ++i) {
+    const uint32_t other = __shfl_sync(kFullWarp, key, i);
+    if (other >> 2 < static_cast<uint32_t>(expert)) first_tile += other & 3;
+  }
+  const int32_t all_tiles = __reduce_add_sync(kFullWarp, own_tiles);
+  for (int32_t i = 0; i < own_tiles; ++i) {
+    rows_of_tile[warp][first_tile + i] = min(__popc(peers) - i * route.tile_size, route.tile_size);
+    if (warp == 0) expert_of_tile[first_tile + i] = expert;
+  }
+  __syncwarp();
+  if (warp == 0) {
+    const int32_t row = expert >= 0 ? first_tile * route.tile_size + rank : kNone;
+    if (expert >= 0) route.row_to_slot[row] = lane;
+    if (lane < route.slots) route.slot_to_row[lane] = row;
+    if (lane < route.tiles) {
+      route.tile_to_expert[lane] = lane < all_tiles ? expert_of_tile[lane] : kNone;
+      route.tile_rows[lane] = lane < all_tiles ? rows_of_tile[warp][lane] : 0;
+    }
+    const int32_t all_slots = __popc(__ballot_sync(kFullWarp, expert >= 0));
+    if (lane == 0) {
+      route.counts[0] = all_tiles;
+      route.counts[1] = all_slots;
+    }
+  }
+  for (int32_t row = threadIdx.x; row < all_tiles << route.tile_shift; row += kFewWarps * kWarpLanes)
+    if ((row & (route.tile_size - 1)) >= rows_of_tile[warp][row >> route.tile_shift]) route.row_to_slot[row] = kNone;
+}
+
 constexpr int64_t kMaxExperts = 1024;
 constexpr int64_t kMaxSlots = int64_t{1} << 30;  // rows with their padding still fit in 31 bits
 
 static bool is_tile_size(int64_t rows) { return rows == 16 || rows == 32 || rows == 64 || rows == 128; }
 
-template <int Warps, int ExpertsOfThread>
+template <int Warps, int ExpertsOfThread, bool OneRound>
 static dsv4_status launch_sort(const LaunchTarget& target, const dsv4_tensor& ids, const Route& route,
                                uint32_t blocks) {
   return with_index_type(ids.dtype, [&](auto id) {
     using Id = decltype(id);
     const Geometry geometry = {blocks, Warps * kWarpLanes, 0, blocks};
-    return launch<moe_sort_kernel<Warps, ExpertsOfThread, Id>>(target, geometry, static_cast<const Id*>(ids.data),
-                                                               route);
+    return launch<moe_sort_kernel<Warps, ExpertsOfThread, OneRound, Id>>(target, geometry,
+                                                                         static_cast<const Id*>(ids.data), route);
   });
 }
 }  // namespace dsv4
@@ -260,9 +319,18 @@ extern "C" dsv4_status dsv4_moe_sort(const dsv4_moe_sort_args* given, dsv4_strea
   route.first_expert = static_cast<uint64_t>(args.experts_start_idx);
   const uint32_t blocks = route.slots <= kSlotsOfOneBlock ? 1 : kClusterBlocks;
   route.part = static_cast<int32_t>(blocks_for(route.slots, int64_t{blocks} * kWarpLanes)) * kWarpLanes;
-  const bool several_rounds = route.part > 8 * kWarpLanes * kItems;
-  if (several_rounds && args.local_experts <= 512) return launch_sort<16, 1>(target, args.topk_ids, route, blocks);
-  if (args.local_experts <= 256) return launch_sort<8, 1>(target, args.topk_ids, route, blocks);
-  if (args.local_experts <= 512) return launch_sort<8, 2>(target, args.topk_ids, route, blocks);
-  return launch_sort<8, 4>(target, args.topk_ids, route, blocks);
+  if (route.slots <= kFewSlots)
+    return with_index_type(args.topk_ids.dtype, [&](auto id) {
+      using Id = decltype(id);
+      return launch<moe_sort_few_kernel<Id>>(target, {1, kFewWarps * kWarpLanes},
+                                             static_cast<const Id*>(args.topk_ids.data), route);
+    });
+  const auto one_round = [&](int warps) { return route.part <= warps * kWarpLanes * kItems; };
+  if (args.local_experts <= 256 && one_round(8)) return launch_sort<8, 1, true>(target, args.topk_ids, route, blocks);
+  if (args.local_experts <= 512) {
+    if (one_round(16)) return launch_sort<16, 1, true>(target, args.topk_ids, route, blocks);
+    return launch_sort<16, 1, false>(target, args.topk_ids, route, blocks);
+  }
+  if (one_round(8)) return launch_sort<8, 4, true>(target, args.topk_ids, route, blocks);
+  return launch_sort<8, 4, false>(target, args.topk_ids, route, blocks);
 }

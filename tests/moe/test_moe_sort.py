@@ -49,9 +49,11 @@ ROUTINGS = {
 
 @pytest.mark.parametrize("tile_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_adversarial_routings(routing: str, tile_size: int, device: str) -> None:
-    tokens, experts = 70, 40
-    ids = [[ROUTINGS[routing](token, k, experts) for k in range(6)] for token in range(tokens)]
+@pytest.mark.parametrize(("tokens", "top_k"), [(70, 6), (8, 4), (11, 3)])
+def test_adversarial_routings(tokens: int, top_k: int, routing: str, tile_size: int, device: str) -> None:
+    """Also of as many slots as one warp takes, and of one more."""
+    experts = 40
+    ids = [[ROUTINGS[routing](token, k, experts) for k in range(top_k)] for token in range(tokens)]
     routes = moe_sort(torch.tensor(ids, device=device), experts, tile_size)
     check(SortedRoutes(*(tensor.cpu() for tensor in routes)), ids, experts, tile_size)
 
