@@ -9,7 +9,14 @@ import triton.language as tl
 
 from aot.declare import TritonKernel
 from aot.grid_dependency import await_previous_grid
-from aot.moe.device.grouped_product import PRODUCT_SCALARS, grouped_product, product_constants, product_inputs
+from aot.moe.device.grouped_product import (
+    PRODUCT_SCALARS,
+    Shape,
+    grouped_product,
+    on_each,
+    product_constants,
+    product_inputs,
+)
 from aot.moe.device.interleaved_weights import interleaved_kernel
 
 
@@ -44,6 +51,7 @@ def moe_grouped_gemm_kernel(
     SWIGLU: tl.constexpr,
     X_PACK: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
+    WIDENS: tl.constexpr,
 ):
     """A block a tile and COLUMNS columns; the columns of a tile run side by side, so that they share its rows."""
     await_previous_grid()
@@ -79,6 +87,7 @@ def moe_grouped_gemm_kernel(
         SWIGLU,
         X_PACK,
         WEIGHTS_FIRST,
+        WIDENS,
     )
     at = out + row.to(tl.int64)[:, None] * out_stride + column[None, :]
     tl.store(at, value.to(tl.bfloat16), mask=valid[:, None] & (column < columns)[None, :])
@@ -94,8 +103,9 @@ def kernel(
     warps: int,
     stages: int,
     warps_on: dict[str, int] | None = None,
+    widened: Shape | None = None,
 ) -> TritonKernel:
-    """One specialisation: moe_gemm_<x>_<weights>_<swiglu or plain>_<rows>."""
+    """One specialisation: moe_gemm_<x>_<weights>_<swiglu or plain>_<rows>. widened: where quantised x is."""
     return TritonKernel(
         moe_grouped_gemm_kernel,
         name=f"moe_gemm_{x_format}_{weights}_{'swiglu' if swiglu else 'plain'}_{rows}",
@@ -110,7 +120,7 @@ def kernel(
         aligned=("x", "x_scale", "weight", "weight_scale", "out", "x_stride", "out_stride", "columns", "inner"),
         num_warps=warps,
         num_stages=stages,
-        warps_on=warps_on or {},
+        **on_each(warps_on, widened, rows),
     )
 
 
@@ -141,17 +151,17 @@ KERNELS = [
     kernel("bf16", "nvfp4", False, 64, 64, 128, 4, 3),
     kernel("bf16", "nvfp4", False, 128, 128, 64, 8, 3),
     # 128 columns first: what a block-scaled tensor-core instruction of sm_100a needs.
-    kernel("e2m1", "nvfp4", True, 16, 128, 128, 4, 3, {"sm_90a": 8}),
-    kernel("e2m1", "nvfp4", True, 64, 128, 64, 8, 3),
-    kernel("e2m1", "nvfp4", True, 128, 64, 128, 8, 3),
-    kernel("e2m1", "nvfp4", False, 16, 128, 128, 4, 3),
-    kernel("e2m1", "nvfp4", False, 64, 128, 128, 8, 3),
-    kernel("e2m1", "nvfp4", False, 128, 64, 128, 8, 3),
+    kernel("e2m1", "nvfp4", True, 16, 128, 128, 4, 3, None, Shape(64, 128, 4, 4)),
+    kernel("e2m1", "nvfp4", True, 64, 128, 64, 8, 3, None, Shape(64, 128, 4, 3)),
+    kernel("e2m1", "nvfp4", True, 128, 64, 128, 8, 3, None, Shape(64, 64, 4, 3)),
+    kernel("e2m1", "nvfp4", False, 16, 128, 128, 4, 3, None, Shape(64, 128, 4, 3)),
+    kernel("e2m1", "nvfp4", False, 64, 128, 128, 8, 3, None, Shape(128, 64, 4, 3)),
+    kernel("e2m1", "nvfp4", False, 128, 64, 128, 8, 3, None, Shape(64, 64, 4, 3)),
     # None of 64 rows: with SwiGLU it would spill on sm_120a.
-    kernel("e4m3", "mxfp4", True, 16, 128, 128, 4, 3, {"sm_90a": 8}),
-    kernel("e4m3", "mxfp4", True, 128, 64, 128, 8, 3),
-    kernel("e4m3", "mxfp4", False, 16, 128, 128, 4, 3),
-    kernel("e4m3", "mxfp4", False, 128, 64, 128, 8, 3),
+    kernel("e4m3", "mxfp4", True, 16, 128, 128, 4, 3, None, Shape(64, 128, 4, 3)),
+    kernel("e4m3", "mxfp4", True, 128, 64, 128, 8, 3, None, Shape(64, 32, 4, 4)),
+    kernel("e4m3", "mxfp4", False, 16, 128, 128, 4, 3, None, Shape(128, 128, 4, 3)),
+    kernel("e4m3", "mxfp4", False, 128, 64, 128, 8, 3, None, Shape(128, 64, 8, 3)),
     *(
         interleaved_kernel(weights, swiglu, *shape)
         for weights in ("mxfp4", "nvfp4")

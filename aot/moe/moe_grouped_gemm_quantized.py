@@ -11,7 +11,14 @@ import triton.language as tl
 
 from aot.declare import TritonKernel
 from aot.grid_dependency import await_previous_grid
-from aot.moe.device.grouped_product import PRODUCT_SCALARS, grouped_product, product_constants, product_inputs
+from aot.moe.device.grouped_product import (
+    PRODUCT_SCALARS,
+    Shape,
+    grouped_product,
+    on_each,
+    product_constants,
+    product_inputs,
+)
 from aot.moe.device.padded_rows import quantize_mxfp8
 
 # $0: the byte of the codes of $1 (low nibble) and $2. The magnitude is the least of three counts and 7, as
@@ -130,6 +137,7 @@ def moe_grouped_gemm_quantized_kernel(
     SWIGLU: tl.constexpr,
     X_PACK: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
+    WIDENS: tl.constexpr,
     CONVERTS: tl.constexpr,  # whether an instruction makes E2M1
 ):
     """A block a tile and COLUMNS columns; of swizzled scales, the blocks also cover the padding."""
@@ -150,7 +158,7 @@ def moe_grouped_gemm_quantized_kernel(
         tl.store(out_scale + scale_offsets(padding, group, groups, 1), zeros, mask=in_padding)
     if not used:
         return
-    value, row, valid, _ = grouped_product(
+    value, _, _, _ = grouped_product(
         x,
         x_scale,
         weight,
@@ -178,7 +186,16 @@ def moe_grouped_gemm_quantized_kernel(
         SWIGLU,
         X_PACK,
         WEIGHTS_FIRST,
+        WIDENS,
     )
+    # What is not pure is computed here and not before the loop, where it would hold registers: on sm_90a a block fewer
+    # would fit.
+    row = tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [tile * ROWS + tl.arange(0, LANES)], dtype=tl.int32, is_pure=False, pack=1
+    )
+    in_tile = row < (tile + 1) * ROWS
+    slot = tl.load(row_to_slot + row, mask=in_tile, other=-1)
+    valid = (slot >= 0) & (tl.where(top_k > 0, slot // tl.maximum(top_k, 1), row) < x_rows)
     value = value.to(tl.bfloat16).to(tl.float32)
     if X_FORMAT == "e2m1":
         codes, scale = quantize_nvfp4(value, tl.load(global_scale), LANES, COLUMNS, CONVERTS)
@@ -193,7 +210,7 @@ def moe_grouped_gemm_quantized_kernel(
     written = valid[:, None] & (group < groups)[None, :]
     scale = tl.where(written, scale, 0)
     if swizzled != 0:
-        written = (tl.arange(0, LANES) < ROWS)[:, None] & (group < tl.cdiv(groups, 4) * 4)[None, :]
+        written = in_tile[:, None] & (group < tl.cdiv(groups, 4) * 4)[None, :]
     tl.store(out_scale + scale_offsets(row, group, groups, swizzled), scale, mask=written)
 
 
@@ -205,9 +222,11 @@ def kernel(
     inner: int,
     warps: int,
     stages: int,
-    warps_on: dict[str, int] | None = None,
+    widened: Shape,
 ) -> TritonKernel:
     """One specialisation: moe_gemm_quantized_<x>_<weights>_<rows>."""
+    on = on_each(None, widened, rows)
+    on["constants_on"]["sm_90a"]["CONVERTS"] = False
     return TritonKernel(
         moe_grouped_gemm_quantized_kernel,
         name=f"moe_gemm_quantized_{x_format}_{weights}_{rows}",
@@ -224,16 +243,15 @@ def kernel(
         aligned=("x", "x_scale", "weight", "weight_scale", "out", "out_scale", "x_stride", "columns", "inner"),
         num_warps=warps,
         num_stages=stages,
-        warps_on=warps_on or {},
-        constants_on={"sm_90a": {"CONVERTS": False}},
+        **on,
     )
 
 
 # The shapes of moe_grouped_gemm with SwiGLU.
 KERNELS = [
-    kernel("e2m1", "nvfp4", 16, 128, 128, 4, 3, {"sm_90a": 8}),
-    kernel("e2m1", "nvfp4", 64, 128, 64, 8, 3),
-    kernel("e2m1", "nvfp4", 128, 64, 128, 8, 3),
-    kernel("e4m3", "mxfp4", 16, 128, 128, 4, 3, {"sm_90a": 8}),
-    kernel("e4m3", "mxfp4", 128, 64, 128, 8, 3),
+    kernel("e2m1", "nvfp4", 16, 128, 128, 4, 3, Shape(64, 128, 4, 4)),
+    kernel("e2m1", "nvfp4", 64, 128, 64, 8, 3, Shape(64, 64, 4, 3)),
+    kernel("e2m1", "nvfp4", 128, 64, 128, 8, 3, Shape(64, 64, 4, 3)),
+    kernel("e4m3", "mxfp4", 16, 128, 128, 4, 3, Shape(64, 128, 4, 3)),
+    kernel("e4m3", "mxfp4", 128, 64, 128, 8, 3, Shape(64, 32, 4, 4)),
 ]

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "kernels.h"
 
 namespace dsv4 {
 
@@ -13,6 +14,19 @@ constexpr int64_t kProductAlignment = 16;  // of the first element and of every 
 constexpr int64_t kProductStep = 64;       // what columns and inner must be multiples of
 constexpr int64_t kInterleavedStep = 128;  // the same of interleaved weights, whose inner positions lie together by 128
 constexpr int64_t kInterleavedWords = kInterleavedStep / 8;
+
+// One aot kernel: its function, and the columns of a block (aot/moe).
+template <typename Launch>
+struct ProductChoice {
+  Launch launch;
+  int32_t columns;
+  int32_t columns_widened = 0;  // where quantised x is widened, on sm_90a, if others
+
+  int32_t columns_on(const LaunchTarget& target) const {
+    const bool widens = columns_widened != 0 && kArchitectures[target.device->architecture].major == 9;
+    return widens ? columns_widened : columns;
+  }
+};
 
 enum Operands { kBfloat16Mxfp4, kBfloat16Nvfp4, kNvfp4, kMxfp8Mxfp4, kOperandsCount };
 

@@ -1,18 +1,11 @@
 #include <dsv4/moe.h>
 
-#include "kernels.h"
 #include "moe/grouped_product.h"
 
 namespace dsv4 {
 namespace {
 
-using Launch = decltype(&aot::moe_gemm_bf16_mxfp4_plain_16);
-
-// One aot kernel: its function, and the columns of a block (aot/moe/moe_grouped_gemm.py).
-struct Choice {
-  Launch launch;
-  int32_t columns;
-};
+using Choice = ProductChoice<decltype(&aot::moe_gemm_bf16_mxfp4_plain_16)>;
 
 // By operands, whether SwiGLU follows, and rows of a tile: 16, 64, 128.
 constexpr Choice kChoices[kOperandsCount][2][3] = {
@@ -28,14 +21,14 @@ constexpr Choice kChoices[kOperandsCount][2][3] = {
      {{aot::moe_gemm_bf16_nvfp4_swiglu_16, 64},
       {aot::moe_gemm_bf16_nvfp4_swiglu_64, 64},
       {aot::moe_gemm_bf16_nvfp4_swiglu_128, 64}}},
-    {{{aot::moe_gemm_e2m1_nvfp4_plain_16, 128},
+    {{{aot::moe_gemm_e2m1_nvfp4_plain_16, 128, 64},
       {aot::moe_gemm_e2m1_nvfp4_plain_64, 128},
       {aot::moe_gemm_e2m1_nvfp4_plain_128, 64}},
-     {{aot::moe_gemm_e2m1_nvfp4_swiglu_16, 128},
-      {aot::moe_gemm_e2m1_nvfp4_swiglu_64, 128},
+     {{aot::moe_gemm_e2m1_nvfp4_swiglu_16, 128, 64},
+      {aot::moe_gemm_e2m1_nvfp4_swiglu_64, 128, 64},
       {aot::moe_gemm_e2m1_nvfp4_swiglu_128, 64}}},
-    {{{aot::moe_gemm_e4m3_mxfp4_plain_16, 128}, {nullptr, 0}, {aot::moe_gemm_e4m3_mxfp4_plain_128, 64}},
-     {{aot::moe_gemm_e4m3_mxfp4_swiglu_16, 128}, {nullptr, 0}, {aot::moe_gemm_e4m3_mxfp4_swiglu_128, 64}}},
+    {{{aot::moe_gemm_e4m3_mxfp4_plain_16, 128}, {nullptr, 0}, {aot::moe_gemm_e4m3_mxfp4_plain_128, 64, 128}},
+     {{aot::moe_gemm_e4m3_mxfp4_swiglu_16, 128, 64}, {nullptr, 0}, {aot::moe_gemm_e4m3_mxfp4_swiglu_128, 64}}},
 };
 
 using InterleavedLaunch = decltype(&aot::moe_gemm_interleaved_mxfp4_plain_16);
@@ -81,7 +74,7 @@ extern "C" dsv4_status dsv4_moe_grouped_gemm(const dsv4_moe_grouped_gemm_args* g
   const Choice& choice = kChoices[product.operands][args.swiglu][product.size];
   const InterleavedChoice& by_words = kInterleavedChoices[product.nvfp4_weights][args.swiglu][product.size];
   const uint32_t column_blocks = product.interleaved ? blocks_for(product.weight_rows, by_words.weight_rows)
-                                                     : blocks_for(product.columns, choice.columns);
+                                                     : blocks_for(product.columns, choice.columns_on(target));
   const int64_t blocks = product.tiles * column_blocks;
   if (dsv4_status status = check_product_blocks("moe_grouped_gemm", blocks)) return status;
   if (product.interleaved)

@@ -1,26 +1,19 @@
 #include <dsv4/moe.h>
 
 #include "device/swizzle.cuh"
-#include "kernels.h"
 #include "moe/grouped_product.h"
 
 namespace dsv4 {
 namespace {
 
-using Launch = decltype(&aot::moe_gemm_quantized_e2m1_nvfp4_16);
-
-// One aot kernel: its function, and the columns of a block (aot/moe/moe_grouped_gemm_quantized.py).
-struct Choice {
-  Launch launch;
-  int32_t columns;
-};
+using Choice = ProductChoice<decltype(&aot::moe_gemm_quantized_e2m1_nvfp4_16)>;
 
 // By the format (NVFP4, MXFP8), and rows of a tile: 16, 64, 128.
 constexpr Choice kChoices[2][3] = {
-    {{aot::moe_gemm_quantized_e2m1_nvfp4_16, 128},
-     {aot::moe_gemm_quantized_e2m1_nvfp4_64, 128},
+    {{aot::moe_gemm_quantized_e2m1_nvfp4_16, 128, 64},
+     {aot::moe_gemm_quantized_e2m1_nvfp4_64, 128, 64},
      {aot::moe_gemm_quantized_e2m1_nvfp4_128, 64}},
-    {{aot::moe_gemm_quantized_e4m3_mxfp4_16, 128}, {nullptr, 0}, {aot::moe_gemm_quantized_e4m3_mxfp4_128, 64}},
+    {{aot::moe_gemm_quantized_e4m3_mxfp4_16, 128, 64}, {nullptr, 0}, {aot::moe_gemm_quantized_e4m3_mxfp4_128, 64}},
 };
 
 constexpr DtypeSet kXDtypes = kPackedFp4 | one_of(DSV4_FLOAT8_E4M3FN);
@@ -62,7 +55,7 @@ extern "C" dsv4_status dsv4_moe_grouped_gemm_quantized(const dsv4_moe_grouped_ge
   const Choice& choice = kChoices[!nvfp4][product.size];
   // With a swizzle, blocks also write the zeros of the padding's columns.
   const int64_t columns = args.swizzle ? swizzled_columns(scales) * (nvfp4 ? 16 : 32) : product.columns;
-  const uint32_t column_blocks = blocks_for(columns, choice.columns);
+  const uint32_t column_blocks = blocks_for(columns, choice.columns_on(target));
   const int64_t blocks = product.tiles * column_blocks;
   if (dsv4_status status = check_product_blocks("moe_grouped_gemm_quantized", blocks)) return status;
   // Without rows of x there is nothing to multiply: no expert's tiles.

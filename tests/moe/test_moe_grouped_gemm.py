@@ -114,6 +114,35 @@ def test_nan_stays_in_its_row(device: str) -> None:
     assert out.isnan().any(dim=1).tolist() == reads
 
 
+@pytest.mark.parametrize("nvfp4", [False, True])
+def test_scales_of_quantised_rows_at_their_ends(nvfp4: bool, device: str) -> None:
+    """The least and the largest are powers like others, 0 counts in E8M0, and NaN is of its row alone."""
+    problem = Problem(device, nvfp4)
+    _, weight, scale, tiles, _ = problem.arguments
+    slots = torch.arange(32, dtype=torch.int32, device=device)
+    if nvfp4:
+        x = torch.full((32, 32), 0x32, dtype=torch.uint8, device=device)  # 1 and 1.5 in turn
+        ends, nan = [0x01, 0x07, 0x08, 0x7E], 0x7F
+    else:
+        x = torch.full((32, 64), 1.5, device=device).to(torch.float8_e4m3fn)
+        ends, nan = [0, 1, 64, 254], 255
+        # Weights so large that the least scales make normal sums, then so small that the largest one does.
+        scale[:, :32], scale[:, 32:] = 187, 27
+    kind = torch.arange(32) % 5
+    x_scale = torch.tensor([*ends, nan], dtype=torch.uint8)[kind, None].repeat(1, 4 if nvfp4 else 2)
+    typed = x_scale.view(torch.float8_e4m3fn) if nvfp4 else x_scale
+    out = run_nvfp4_grouped_gemm(x, weight, scale, tiles, slots, x_scale=typed.to(device))[:16].cpu().double()
+    values = torch.tensor([1.0, 1.5] * 32 if nvfp4 else [1.5] * 64, dtype=torch.float64)
+    decoded = typed.double() if nvfp4 else torch.exp2(x_scale.double() - 127)
+    rows = values * decoded.repeat_interleave(16 if nvfp4 else 32, dim=1)
+    expected = (rows @ by_hand(weight[1].cpu(), scale[1].cpu()).T)[:16]
+    kind = kind[:16]
+    assert out[kind == 4].isnan().all()
+    small, large = (kind < 4, kind < 4) if nvfp4 else (kind < 3, kind == 3)
+    assert torch.allclose(out[small, :32], expected[small, :32], rtol=2**-8, atol=0)
+    assert torch.allclose(out[large, 32:], expected[large, 32:], rtol=2**-8, atol=0)
+
+
 def test_strided_rows(device: str) -> None:
     problem = Problem(device)
     x, weight, scale, tiles, slots = problem.arguments

@@ -5,8 +5,33 @@ The weights of an expert are [columns, inner], K-contiguous as in the checkpoint
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+# What widened E2M1 rows are to be multiplied by yet.
+LEFT_OVER = tl.constexpr(256.0)
+
+
+@triton.jit
+def widen_rows(x, x_scale, LANES: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, X_FORMAT: tl.constexpr):
+    """Quantised rows as bfloat16 [LANES, INNER], which holds each code times its scale; E2M1 over LEFT_OVER."""
+    if X_FORMAT == "e2m1":
+        # A code's bits, as those of a bfloat16, are its value times 2^-126.
+        codes = x.to(tl.int16)
+        low = ((codes & 7) << 6) | ((codes & 8) << 12)
+        high = ((codes & 0x70) << 2) | ((codes & 0x80) << 8)
+        value = tl.reshape(tl.join(low, high), (LANES, INNER)).to(tl.bfloat16, bitcast=True)
+        factor = (x_scale.to(tl.float32) * 2.0**118).to(tl.bfloat16)
+    else:
+        value = x.to(tl.bfloat16)
+        exponent = x_scale.to(tl.int16)
+        # 0 is the denormal 2^-127, and 255 NaN.
+        bits = tl.where(exponent == 0, 0x0040, tl.where(exponent == 255, 0x7FC0, exponent << 7))
+        factor = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    groups = tl.reshape(value, (LANES, INNER // GROUP, GROUP)) * factor[:, :, None]
+    return tl.reshape(groups, (LANES, INNER))
 
 
 @triton.jit
@@ -57,6 +82,7 @@ def grouped_product(
     SWIGLU: tl.constexpr,
     X_PACK: tl.constexpr,  # values in an element of x
     WEIGHTS_FIRST: tl.constexpr,
+    WIDENS: tl.constexpr,  # whether quantised rows become bfloat16 ones as soon as they are loaded
 ):
     """A tile's results for a block of columns, float32 [LANES, COLUMNS]; rows; which of them there are; columns."""
     place = tl.arange(0, LANES)
@@ -80,6 +106,7 @@ def grouped_product(
     up_w = columns.to(tl.int64) * (inner // 2)
     up_scale = columns.to(tl.int64) * groups
 
+    multiplied: tl.constexpr = "bf16" if WIDENS else X_FORMAT
     if WEIGHTS_FIRST:
         sums = tl.zeros((COLUMNS, LANES), dtype=tl.float32)
         up_sums = tl.zeros((COLUMNS, LANES), dtype=tl.float32)
@@ -90,27 +117,33 @@ def grouped_product(
         in_x = x_inner[None, :] < (inner - first) // X_PACK
         in_w = w_inner[None, :] < (inner - first) // 2
         in_group = group[None, :] < (inner - first) // GROUP
+        x_group = in_group
+        if WIDENS:  # padding loads nothing: all blocks would ask for the same row at the same time
+            in_x &= valid[:, None]
+            x_group = in_group & valid[:, None]
         xs = tl.load(x_at, mask=in_x, other=0.0)
         ws = tl.load(w_at, mask=in_w, other=0)
         ws_scale = tl.load(w_scale_at, mask=in_group, other=0.0)
         xs_scale = ws_scale
         if X_FORMAT != "bf16":
-            xs_scale = tl.load(x_scale_at, mask=in_group, other=0.0)
-        sums = load_and_multiply(sums, xs, xs_scale, ws, ws_scale, X_FORMAT, WEIGHTS_FIRST)
+            xs_scale = tl.load(x_scale_at, mask=x_group, other=0.0)
+        if WIDENS:
+            xs = widen_rows(xs, xs_scale, LANES, INNER, GROUP, X_FORMAT)
+        sums = load_and_multiply(sums, xs, xs_scale, ws, ws_scale, multiplied, WEIGHTS_FIRST)
         if SWIGLU:
             ws = tl.load(w_at + up_w, mask=in_w, other=0)
             ws_scale = tl.load(w_scale_at + up_scale, mask=in_group, other=0.0)
-            up_sums = load_and_multiply(up_sums, xs, xs_scale, ws, ws_scale, X_FORMAT, WEIGHTS_FIRST)
+            up_sums = load_and_multiply(up_sums, xs, xs_scale, ws, ws_scale, multiplied, WEIGHTS_FIRST)
         x_at += INNER // X_PACK
         x_scale_at += INNER // GROUP
         w_at += INNER // 2
         w_scale_at += INNER // GROUP
 
-    factor = 1.0
-    up_factor = 1.0
+    factor = LEFT_OVER if WIDENS and X_FORMAT == "e2m1" else 1.0
+    up_factor = factor
     if alphas > 0:
-        factor = tl.load(alpha + expert * alphas)
-        up_factor = tl.load(alpha + expert * alphas + alphas - 1)
+        factor *= tl.load(alpha + expert * alphas)
+        up_factor *= tl.load(alpha + expert * alphas + alphas - 1)
     value = sums * factor
     if SWIGLU:
         up = up_sums * up_factor
@@ -178,4 +211,30 @@ def product_constants(
         # Few rows would leave most of a matrix instruction's 64 or 128 idle. Of bfloat16 rows the compiler itself
         # puts the weights first on sm_90a, and then also overlaps the rows' loads.
         "WEIGHTS_FIRST": x_format != "bf16" and rows < 128,
+        "WIDENS": False,
+    }
+
+
+class Shape(NamedTuple):
+    """Of a kernel that widens quantised rows."""
+
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+def on_each(warps_on: dict[str, int] | None, widened: Shape | None, rows: int) -> dict[str, dict[str, Any]]:
+    """TritonKernel's arguments for single architectures.
+
+    widened: on sm_90a, whose tensor cores know no scales. tl.dot_scaled would widen quantised rows by itself, but takes
+    up to four times as long (NOTES.md).
+    """
+    if widened is None:
+        return {"warps_on": warps_on or {}}
+    constants = {"LANES": rows, "COLUMNS": widened.columns, "INNER": widened.inner, "WEIGHTS_FIRST": False}
+    return {
+        "warps_on": (warps_on or {}) | {"sm_90a": widened.warps},
+        "stages_on": {"sm_90a": widened.stages},
+        "constants_on": {"sm_90a": {**constants, "WIDENS": True}},
     }
