@@ -104,55 +104,59 @@ __global__ void __launch_bounds__(Groups* kMaxThreads, Groups == 1 ? 3 : 1)
   }
 }
 
-// Windows of many rows: the blocks of a cluster take 64 channels each, a block's 16 groups of threads every sixteenth
-// row. The first block gets the others' channels and finishes the entry, while they go on.
-constexpr int kSlice = 64;
-constexpr int kGroups = 16;
+// Windows of many rows: the blocks of a cluster take a slice of the channels each, a block's groups of threads a row
+// each, and then the next that no group has. The first block gets the others' channels and finishes the entry, while
+// they go on.
 constexpr int kRowsAtOnce = 2;  // of a group: few, so that blocks share a multiprocessor and overlap
-constexpr int kGroupThreads = kSlice / kChannels;
-constexpr int kSliceThreads = kGroups * kGroupThreads;
+constexpr int kSliceThreads = 256;
 
+constexpr int kResidentOnHopper = 3;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kLongBlocks = 2;  // of a multiprocessor: three would spill
 #else
-constexpr int kLongBlocks = 3;
+constexpr int kLongBlocks = kResidentOnHopper;
 #endif
 constexpr int kLongestWindow = 256;
 static_assert(kLongestWindow <= kSliceThreads, "a thread finds a row");
-static_assert(128 % (kGroups * kRowsAtOnce) == 0, "windows are of 128 or 256 rows");
 
 // What the groups of a block have of each channel; see PooledRows.
+template <int Slice>
 struct Slices {
+  static constexpr int kGroupThreads = Slice / kChannels;
+  static constexpr int kGroups = kSliceThreads / kGroupThreads;
+  static_assert(128 % (kGroups * kRowsAtOnce) == 0, "windows are of 128 or 256 rows");
+
   Four<float> top[kGroups][kGroupThreads];
   Four<float> sum[kGroups][kGroupThreads];
   Four<float> value[kGroups][kGroupThreads];
+
+  __device__ float result(int channel) const {
+    const int thread = channel / kChannels, i = channel % kChannels;
+    float highest = -INFINITY;
+#pragma unroll 4
+    for (int group = 0; group < kGroups; ++group) highest = fmaxf(highest, top[group][thread].values[i]);
+    const float base = PooledRows::finite_base(highest);
+    float weights = 0.0f, weighted = 0.0f;
+#pragma unroll 4
+    for (int group = 0; group < kGroups; ++group) {
+      const float scale = exp_of(top[group][thread].values[i] - base);
+      weights = fmaf(sum[group][thread].values[i], scale, weights);
+      weighted = fmaf(value[group][thread].values[i], scale, weighted);
+    }
+    return weights == 0.0f ? 0.0f : weighted / weights;
+  }
 };
 
-__device__ float result_of_slices(const Slices& slices, int channel) {
-  const int thread = channel / kChannels, i = channel % kChannels;
-  float top = -INFINITY;
-#pragma unroll 4
-  for (int group = 0; group < kGroups; ++group) top = fmaxf(top, slices.top[group][thread].values[i]);
-  const float base = PooledRows::finite_base(top);
-  float sum = 0.0f, value = 0.0f;
-#pragma unroll 4
-  for (int group = 0; group < kGroups; ++group) {
-    const float scale = exp_of(slices.top[group][thread].values[i] - base);
-    sum = fmaf(slices.sum[group][thread].values[i], scale, sum);
-    value = fmaf(slices.value[group][thread].values[i], scale, value);
-  }
-  return sum == 0.0f ? 0.0f : value / sum;
-}
-
-template <typename T, int Blocks>
+template <typename T, int Blocks, int HeadDim>
 __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, kLongBlocks)
     compress_flush_long_kernel(const __grid_constant__ CompressFlush call) {
   await_previous_grid();
-  constexpr int kEntryThreads = Blocks * kSlice / kChannels;
+  constexpr int kSlice = HeadDim / Blocks, kEntryThreads = HeadDim / kChannels;
+  constexpr int kGroups = Slices<kSlice>::kGroups, kGroupThreads = Slices<kSlice>::kGroupThreads;
   __shared__ RowPlace places[kLongestWindow];
-  __shared__ Slices slices;
+  __shared__ Slices<kSlice> slices;
   // Of the first block; the next entry comes while one is finished.
-  __shared__ alignas(16) float entry[2][Blocks * kSlice];
+  __shared__ alignas(16) float entry[2][HeadDim];
   __shared__ alignas(16) float scratch[kScratch];
   const int thread = threadIdx.x, rank = blockIdx.x % Blocks;
   const int group = thread / kGroupThreads, group_thread = thread % kGroupThreads;
@@ -199,8 +203,7 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, 
       if (!complete || int64_t{block} << call.ratio_bits >= call.positions) place.page = -1;
       if (!started) __cluster_barrier_wait();
       started = true;
-      if (thread < kSlice)
-        store_to_block(&entry[turn % 2][rank * kSlice + thread], result_of_slices(slices, thread), 0);
+      if (thread < kSlice) store_to_block(&entry[turn % 2][rank * kSlice + thread], slices.result(thread), 0);
       __cluster_barrier_arrive();
       store_tokens<T>(call, request, token, next + 1, row_thread, Blocks * kSliceThreads);
       token = next + 1;
@@ -220,6 +223,9 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, 
 
 constexpr int64_t kShortBlocks = 16;  // of a multiprocessor: enough to choose from
 
+template <int Value>
+using Constant = std::integral_constant<int, Value>;
+
 template <typename T>
 static dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
   if (call.window() <= kShortWindow) {
@@ -230,15 +236,20 @@ static dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
       return launch<compress_flush_kernel<T, 2>>(target, {blocks, 2 * threads}, call);
     return launch<compress_flush_kernel<T, 1>>(target, {blocks, threads}, call);
   }
-  const auto launch_long = [&](auto blocks) {
+  // A request's tokens, as far as one block of them: then no two entries of a request wait for each other.
+  call.tokens_a_task = std::min(static_cast<int32_t>(call.tokens_a_request.value), call.ratio());
+  const uint32_t clusters = blocks_for(call.tokens, call.tokens_a_task);
+  const auto launch_long = [&](auto blocks, auto head_dim) {
     constexpr int kBlocks = decltype(blocks)::value;
-    // A request's tokens, as far as one block of them: then no two entries of a request wait for each other.
-    call.tokens_a_task = std::min(static_cast<int32_t>(call.tokens_a_request.value), call.ratio());
-    const uint32_t clusters = blocks_for(call.tokens, call.tokens_a_task);
-    return launch<compress_flush_long_kernel<T, kBlocks>>(target, {clusters * kBlocks, kSliceThreads}, call);
+    return launch<compress_flush_long_kernel<T, kBlocks, decltype(head_dim)::value>>(
+        target, {clusters * kBlocks, kSliceThreads}, call);
   };
-  if (call.head_dim == kMaxHeadDim) return launch_long(std::integral_constant<int, kMaxHeadDim / kSlice>{});
-  return launch_long(std::integral_constant<int, 2>{});
+  if (call.head_dim != kMaxHeadDim) return launch_long(Constant<2>(), Constant<128>());
+  // Many blocks for one entry are the fastest while all run at once. Beyond, they cost more to start than they gain,
+  // most of all where no entry completes.
+  if (clusters * int64_t{8} <= int64_t{target.device->multiprocessors} * kResidentOnHopper)
+    return launch_long(Constant<8>(), Constant<kMaxHeadDim>());
+  return launch_long(Constant<4>(), Constant<kMaxHeadDim>());
 }
 
 }  // namespace dsv4

@@ -61,6 +61,18 @@ def test_several_tokens_a_block(layout: str, architecture: str) -> None:
     assert len(set(symbols)) == (1 if layout == "bf16" else 2), symbols
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_long_windows_of_many_requests(architecture: str) -> None:
+    """Where not all blocks of a request run at once, it has fewer of them."""
+    ptx_folder()
+    for multiprocessors in (1, 132):
+        with emulated(architecture, multiprocessors=multiprocessors) as symbols:
+            one = engine(128, False, "cpu", "bf16")
+            one.step([(one.request(0), 128), (one.request(1), 2)])
+        (symbol,) = symbols
+        assert f"Li{4 if multiprocessors == 1 else 8}E" in symbol
+
+
 @pytest.mark.parametrize("start", [0, 3, 6])
 @pytest.mark.parametrize("tokens", [7, 9, 23])
 @pytest.mark.parametrize("rows", [8, 11])

@@ -326,6 +326,13 @@ def decode_case(layer: Layer, requests: int) -> Case:
     )
 
 
+def steady_case(layer: Layer, requests: int) -> Case:
+    """Requests at every phase of a block, as in the middle of serving: few complete an entry."""
+    starts = tuple(8 * layer.ratio + request % layer.ratio for request in range(requests))
+    name = f"decode, {requests} requests, {requests // layer.ratio} complete"
+    return compress_flush_case(name, layer, starts, (1,) * requests, benched=True, large=True)
+
+
 def unpack_case(layout: str, entries: int, entries_per_page: int, valid: bool = True, benched: bool = False) -> Case:
     """Random entries. valid: whether all slots are in range."""
 
@@ -359,6 +366,8 @@ CASES = (
         for layer in (CSA, HCA, INDEXER)
     ),
     decode_case(SPLIT, 64),
+    steady_case(CSA, 256),
+    steady_case(HCA, 256),
     compress_flush_case(
         "one token", Layer("m 1", "indexer_fp8", 1, False), (0,), (1,), entries_per_page=1, zero_pages=True
     ),
