@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a machine with a GPU checks of an installed wheel, and the evidence that it leaves:
 #
-#     ci/gpu.sh OUT        selftest.json, bench.json, bench.png, and the log of each check
+#     ci/gpu.sh OUT        selftest.json, bench.json, bench.png, moe_layers.json, and the log of each check
 #
 # Run from the checkout, with dsv4_kernels (the wheel), torch, pytest, hypothesis and numpy importable by $PYTHON.
 # The checks run as users do: Triton and the CuTe DSL cannot be imported, nvcc is off the PATH, HOME is read-only. The
@@ -42,10 +42,11 @@ if command -v compute-sanitizer >/dev/null; then
   done
 fi
 "$python" -m dsv4_kernels bench --json "$out/bench.json" --plot "$out/bench.png" | tee "$out/bench.log"
+"$python" tests/bench/moe_layers.py "$out/moe_layers.json" | tee "$out/moe_layers.log"
 "$python" - "$out" "$commit" <<'PYTHON_END'
 import json, pathlib, sys
 
-for name in ("selftest.json", "bench.json"):
+for name in ("selftest.json", "bench.json", "moe_layers.json"):
     path = pathlib.Path(sys.argv[1]) / name
     report = json.loads(path.read_text())
     report["machine"]["commit"] = sys.argv[2]
