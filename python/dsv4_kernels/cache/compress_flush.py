@@ -96,7 +96,8 @@ def compress_flush(
 
     No entry is written whose slot is -1 or out of range, whose first position is not in cos_sin, or that needs rows of
     a state page out of range. Requests of one call must not share state pages or slots. A score of -inf has weight 0; a
-    channel whose scores are all -inf is 0.
+    channel whose scores are all -inf is 0. The same call gives the same bits. Sums over rows are float32, in one order
+    for few tokens and in another for many, so that an entry may differ by a rounding between batches of other sizes.
     """
     page_layout = _layout("compress_flush", layout)
     _compress_flush(
