@@ -52,7 +52,8 @@ class Nvfp4MoE(nn.Module):
     keeps streams apart. workspace_bytes() says how much a call needs.
 
     A token's result does not depend on its place in the batch or on other tokens, for batches that use tiles of one
-    size (see tile_size); across sizes, float32 sums round differently.
+    size (see tile_size) and, where that is 16, one kernel: few tiles of some sizes have another (see moe_grouped_gemm;
+    of the presets, up to 2 tokens of v4-pro). Else float32 sums round differently.
 
     Args:
         num_experts: experts that live here.
