@@ -42,7 +42,7 @@ if command -v compute-sanitizer >/dev/null; then
   done
 fi
 "$python" -m dsv4_kernels bench --json "$out/bench.json" --plot "$out/bench.png" | tee "$out/bench.log"
-"$python" tests/bench/moe_layers.py "$out/moe_layers.json" | tee "$out/moe_layers.log"
+"$python" -m tests.bench.moe_layers "$out/moe_layers.json" | tee "$out/moe_layers.log"
 "$python" - "$out" "$commit" <<'PYTHON_END'
 import json, pathlib, sys
 
