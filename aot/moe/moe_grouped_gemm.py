@@ -114,6 +114,7 @@ def kernel(
             "out": "bf16*",
             "x_stride": "int64",
             "out_stride": "int64",
+            "columns": "int32",
             **PRODUCT_SCALARS,
         },
         constants=product_constants(x_format, weights, swiglu, rows, columns, inner),

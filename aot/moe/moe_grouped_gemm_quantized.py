@@ -21,48 +21,39 @@ from aot.moe.device.grouped_product import (
 )
 from aot.moe.device.padded_rows import quantize_mxfp8
 
-# $0: the byte of the codes of $1 (low nibble) and $2. The magnitude is the least of three counts and 7, as
-# csrc/device/fp4.cuh explains. Additions that say how they round are not fused with the product before them.
-ENCODE_E2M1 = tl.constexpr("""{
+
+def encode_e2m1(register: str, value: str) -> str:
+    """PTX for the code of one value. The magnitude is the least of three counts and 7, as csrc/device/fp4.cuh explains.
+
+    Additions that say how they round are not fused with the product before them.
+    """
+    return f"""abs.f32 size, {value};
+add.rn.f32 sum, size, 0f4A800000;
+mov.b32 {register}, sum;
+add.rn.f32 sum, size, 0f4B000000;
+mov.b32 other, sum;
+sub.s32 other, other, 0x7FFFFE;
+min.s32 {register}, {register}, other;
+add.rn.f32 sum, size, 0f4B800000;
+mov.b32 other, sum;
+sub.s32 other, other, 0xFFFFFC;
+min.s32 {register}, {register}, other;
+min.s32 {register}, {register}, 0x4A800007;
+and.b32 {register}, {register}, 7;
+mov.b32 sign, {value};
+shr.u32 sign, sign, 28;
+and.b32 sign, sign, 8;
+or.b32 {register}, {register}, sign;
+"""
+
+
+# $0: the byte of the codes of $1 (low nibble) and $2.
+ENCODE_E2M1 = tl.constexpr(f"""{{
 .reg .f32 size, sum;
 .reg .b32 low, high, other, sign;
-abs.f32 size, $1;
-add.rn.f32 sum, size, 0f4A800000;
-mov.b32 low, sum;
-add.rn.f32 sum, size, 0f4B000000;
-mov.b32 other, sum;
-sub.s32 other, other, 0x7FFFFE;
-min.s32 low, low, other;
-add.rn.f32 sum, size, 0f4B800000;
-mov.b32 other, sum;
-sub.s32 other, other, 0xFFFFFC;
-min.s32 low, low, other;
-min.s32 low, low, 0x4A800007;
-and.b32 low, low, 7;
-mov.b32 sign, $1;
-shr.u32 sign, sign, 28;
-and.b32 sign, sign, 8;
-or.b32 low, low, sign;
-abs.f32 size, $2;
-add.rn.f32 sum, size, 0f4A800000;
-mov.b32 high, sum;
-add.rn.f32 sum, size, 0f4B000000;
-mov.b32 other, sum;
-sub.s32 other, other, 0x7FFFFE;
-min.s32 high, high, other;
-add.rn.f32 sum, size, 0f4B800000;
-mov.b32 other, sum;
-sub.s32 other, other, 0xFFFFFC;
-min.s32 high, high, other;
-min.s32 high, high, 0x4A800007;
-and.b32 high, high, 7;
-mov.b32 sign, $2;
-shr.u32 sign, sign, 28;
-and.b32 sign, sign, 8;
-or.b32 high, high, sign;
-shl.b32 high, high, 4;
+{encode_e2m1("low", "$1")}{encode_e2m1("high", "$2")}shl.b32 high, high, 4;
 or.b32 $0, low, high;
-}""")
+}}""")
 
 # The same in an instruction of sm_100 and later.
 CONVERT_E2M1 = tl.constexpr("""{
@@ -236,6 +227,7 @@ def kernel(
             "out": "uint8*" if x_format == "e2m1" else "fp8e4m3*",
             "out_scale": "uint8*",
             "x_stride": "int64",
+            "columns": "int32",
             **PRODUCT_SCALARS,
             "swizzled": "int32",
         },

@@ -180,9 +180,8 @@ def product_inputs(x_format: str, weights: str) -> dict[str, str]:
     }
 
 
-# What follows the strides.
+# What follows the strides and the number of columns or weight rows.
 PRODUCT_SCALARS = {
-    "columns": "int32",
     "inner": "int32",
     "experts": "int32",
     "x_rows": "int32",

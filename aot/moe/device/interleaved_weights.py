@@ -14,6 +14,7 @@ import triton.language as tl
 
 from aot.declare import TritonKernel
 from aot.grid_dependency import await_previous_grid
+from aot.moe.device.grouped_product import PRODUCT_SCALARS
 
 # Undoes what is left of the factors' bias.
 LEFT_OVER = tl.constexpr(256.0)
@@ -284,14 +285,7 @@ def interleaved_kernel(
             "x_stride": "int64",
             "out_stride": "int64",
             "weight_rows": "int32",
-            "inner": "int32",
-            "experts": "int32",
-            "x_rows": "int32",
-            "top_k": "int32",
-            "alphas": "int32",
-            "weighted": "int32",
-            "column_blocks": "int32",
-            "limit": "float32",
+            **PRODUCT_SCALARS,
         },
         constants={
             "ROWS": rows,
