@@ -1,92 +1,40 @@
 #include <dsv4/router.h>
 
-#include "tensor.h"
+#include "bind.h"
 
 namespace dsv4::python {
 
 void bind_router(py::module_& module) {
-  module.def("hash_router", [](const Tensor& token_ids, const Tensor& hash_lut, const Tensor& padding_mask,
-                               const Tensor& out_weights, const Tensor& out_ids) {
-    dsv4_hash_router_args args = {};
-    args.token_ids = token_ids.view;
-    args.hash_lut = hash_lut.view;
-    args.padding_mask = padding_mask.view;
-    args.out_weights = out_weights.view;
-    args.out_ids = out_ids.view;
-    return call(dsv4_hash_router, args, token_ids);
-  });
-
-  module.def("hash_router_scored",
-             [](const Tensor& token_ids, const Tensor& hash_lut, const Tensor& logits, const Tensor& padding_mask,
-                bool renormalize, float scale, float epsilon, const Tensor& out_weights, const Tensor& out_ids) {
-    dsv4_hash_router_scored_args args = {};
-    args.token_ids = token_ids.view;
-    args.hash_lut = hash_lut.view;
-    args.logits = logits.view;
-    args.padding_mask = padding_mask.view;
-    args.renormalize = renormalize;
-    args.scale = scale;
-    args.epsilon = epsilon;
-    args.out_weights = out_weights.view;
-    args.out_ids = out_ids.view;
-    return call(dsv4_hash_router_scored, args, token_ids);
-  });
-
-  module.def("hash_router_fused", [](const Tensor& token_ids, const Tensor& hash_lut, const Tensor& hidden,
-                                     const Tensor& weight, const Tensor& padding_mask, bool renormalize, float scale,
-                                     float epsilon, const Tensor& out_weights, const Tensor& out_ids) {
-    dsv4_hash_router_fused_args args = {};
-    args.token_ids = token_ids.view;
-    args.hash_lut = hash_lut.view;
-    args.hidden = hidden.view;
-    args.weight = weight.view;
-    args.padding_mask = padding_mask.view;
-    args.renormalize = renormalize;
-    args.scale = scale;
-    args.epsilon = epsilon;
-    args.out_weights = out_weights.view;
-    args.out_ids = out_ids.view;
-    return call(dsv4_hash_router_fused, args, token_ids);
-  });
+  {
+    using A = dsv4_hash_router_args;
+    bind(module, "hash_router", dsv4_hash_router, &A::token_ids, &A::hash_lut, &A::padding_mask, &A::out_weights,
+         &A::out_ids);
+  }
+  {
+    using A = dsv4_hash_router_scored_args;
+    bind(module, "hash_router_scored", dsv4_hash_router_scored, &A::token_ids, &A::hash_lut, &A::logits,
+         &A::padding_mask, flag(&A::renormalize), &A::scale, &A::epsilon, &A::out_weights, &A::out_ids);
+  }
+  {
+    using A = dsv4_hash_router_fused_args;
+    bind(module, "hash_router_fused", dsv4_hash_router_fused, &A::token_ids, &A::hash_lut, &A::hidden, &A::weight,
+         &A::padding_mask, flag(&A::renormalize), &A::scale, &A::epsilon, &A::out_weights, &A::out_ids);
+  }
 
   module.def("dense_router_decode_workspace_size", &dsv4_dense_router_decode_workspace_size);
-  module.def("dense_router_decode",
-             [](const Tensor& hidden, const Tensor& weight, const Tensor& bias, int top_k, bool renormalize,
-                float scale, float epsilon, const Tensor& workspace, const Tensor& out_weights, const Tensor& out_ids) {
-    dsv4_dense_router_decode_args args = {};
-    args.hidden = hidden.view;
-    args.weight = weight.view;
-    args.bias = bias.view;
-    args.top_k = top_k;
-    args.renormalize = renormalize;
-    args.scale = scale;
-    args.epsilon = epsilon;
-    args.workspace = workspace.view;
-    args.out_weights = out_weights.view;
-    args.out_ids = out_ids.view;
-    return call(dsv4_dense_router_decode, args, hidden);
-  });
+  {
+    using A = dsv4_dense_router_decode_args;
+    bind(module, "dense_router_decode", dsv4_dense_router_decode, &A::hidden, &A::weight, &A::bias, &A::top_k,
+         flag(&A::renormalize), &A::scale, &A::epsilon, &A::workspace, &A::out_weights, &A::out_ids);
+  }
+  {
+    using A = dsv4_activation_topk_args;
+    bind(module, "activation_topk", dsv4_activation_topk, &A::logits, &A::bias, &A::top_k, &A::score_function,
+         flag(&A::renormalize), &A::scale, &A::epsilon, &A::padding_mask, &A::bias_alt, &A::bias_alt_mask,
+         Unused<bool>{/* int64_ids */}, &A::out_weights, &A::out_ids);
+  }
 
-  module.def("activation_topk",
-             [](const Tensor& logits, const Tensor& bias, int top_k, int score_function, bool renormalize, float scale,
-                float epsilon, const Tensor& padding_mask, const Tensor& bias_alt, const Tensor& bias_alt_mask,
-                bool /* int64_ids: out_ids says it */, const Tensor& out_weights, const Tensor& out_ids) {
-    dsv4_activation_topk_args args = {};
-    args.logits = logits.view;
-    args.bias = bias.view;
-    args.top_k = top_k;
-    args.score_function = score_function;
-    args.renormalize = renormalize;
-    args.scale = scale;
-    args.epsilon = epsilon;
-    args.padding_mask = padding_mask.view;
-    args.bias_alt = bias_alt.view;
-    args.bias_alt_mask = bias_alt_mask.view;
-    args.out_weights = out_weights.view;
-    args.out_ids = out_ids.view;
-    return call(dsv4_activation_topk, args, logits);
-  });
-
+  // Not a list of members: an output that is not wanted is absent for the C function.
   module.def("topk_select", [](const Tensor& scores, int top_k, const Tensor& lengths, bool sorted, bool with_values,
                                const Tensor& out_values, const Tensor& out_ids) {
     dsv4_topk_select_args args = {};

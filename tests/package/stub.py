@@ -14,6 +14,7 @@ from dsv4_kernels.op import Op
 from dsv4_kernels.op_table import OPS
 
 STUB = Path(__file__).resolve().parents[2] / "python" / "dsv4_kernels" / "_native.pyi"
+BINDING = Path(__file__).resolve().parents[2] / "csrc" / "python"
 MARK = "# The ops, "
 
 # From torch's schema language, as it is parsed.
