@@ -228,9 +228,18 @@ _add(
 )
 
 
+def max_tiles(slots: int, local_experts: int, tile_size: int) -> int:
+    """What dsv4_moe_sort_max_tiles computes, without a branch on the number of slots, which a trace may not know."""
+    if local_experts <= 0 or tile_size <= 0:
+        return 0  # the op's checks say what is wrong with them
+    least = min if isinstance(slots, int) else torch.sym_min
+    tiles: int = least(slots, (slots + (tile_size - 1) * local_experts) // tile_size)
+    return tiles
+
+
 def _sorted_routes(topk_ids: torch.Tensor, local_experts: int, tile_size: int, *_: object) -> tuple[OutputSpec, ...]:
     tokens, top_k = topk_ids.shape
-    tiles = _native.moe_sort_max_tiles(tokens * top_k, local_experts, tile_size)
+    tiles = max_tiles(tokens * top_k, local_experts, tile_size)
     i32 = torch.int32
     return ((tiles,), i32), ((tiles,), i32), ((tiles * tile_size,), i32), ((tokens, top_k), i32), ((2,), i32)
 

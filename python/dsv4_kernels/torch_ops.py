@@ -10,6 +10,7 @@ Runs at the first use of a family. Call register() yourself only to use torch.op
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,31 +19,47 @@ import torch
 from dsv4_kernels.op import Op
 from dsv4_kernels.op_table import OPS
 
-_library: torch.library.Library | None = None
+_library: torch.library.Library | None = None  # once every op is in it
+_registering = threading.Lock()
 
 
 def register() -> None:
-    """Registers the ops with torch. Does nothing the second time."""
+    """Registers the ops with torch: all of them, or none if it raises. Does nothing the second time; may be called from
+    several threads, and returns once the ops are there.
+    """
     global _library
     if _library is not None:
         return
-    _library = torch.library.Library("dsv4", "DEF")
-    for op in OPS.values():
-        results = ", ".join(["Tensor"] * len(op.results))
-        _library.define(f"{op.name}({op.arguments}) -> {results if len(op.results) == 1 else f'({results})'}")
-        functional, out, fake = _functional(op), _out(op), _fake(op)
-        for key in ("CPU", "CUDA"):
-            _library.impl(op.name, functional, key)
-        _library.impl(op.name, fake, "Meta")
-        if not op.results:
-            continue
-        mutated = ", ".join(f"Tensor(out{i}!) {name}" for i, name in enumerate(op.results))
-        # Outputs are positional: the dispatcher takes 1.6 us longer with keyword arguments.
-        inputs = ", ".join(argument.partition("=")[0] for argument in op.arguments.split(", "))
-        _library.define(f"{op.name}.out({inputs}, {mutated}) -> ()")
-        for key in ("CPU", "CUDA"):
-            _library.impl(f"{op.name}.out", out, key)
-        _library.impl(f"{op.name}.out", _fake_out, "Meta")
+    # Nothing of this package may be imported under the lock: its families call register() while they are imported.
+    with _registering:
+        if _library is not None:
+            return
+        library = torch.library.Library("dsv4", "DEF")
+        try:
+            for op in OPS.values():
+                _register(op, library)
+        except BaseException:
+            library._destroy()
+            raise
+        _library = library
+
+
+def _register(op: Op, library: torch.library.Library) -> None:
+    results = ", ".join(["Tensor"] * len(op.results))
+    library.define(f"{op.name}({op.arguments}) -> {results if len(op.results) == 1 else f'({results})'}")
+    functional, out, fake = _functional(op), _out(op), _fake(op)
+    for key in ("CPU", "CUDA"):
+        library.impl(op.name, functional, key)
+    library.impl(op.name, fake, "Meta")
+    if not op.results:
+        return
+    mutated = ", ".join(f"Tensor(out{i}!) {name}" for i, name in enumerate(op.results))
+    # Outputs are positional: the dispatcher takes 1.6 us longer with keyword arguments.
+    inputs = ", ".join(argument.partition("=")[0] for argument in op.arguments.split(", "))
+    library.define(f"{op.name}.out({inputs}, {mutated}) -> ()")
+    for key in ("CPU", "CUDA"):
+        library.impl(f"{op.name}.out", out, key)
+    library.impl(f"{op.name}.out", _fake_out, "Meta")
 
 
 def _one_or_all(results: tuple[torch.Tensor, ...]) -> Any:
@@ -59,12 +76,12 @@ def _functional(op: Op) -> Callable[..., Any]:
 
 
 def _out(op: Op) -> Callable[..., None]:
-    native, reference, count = op.native, op.reference, len(op.schema)
+    native, count = op.native, len(op.schema)
 
     def out(*values: Any) -> None:
         if not native(*values):
             with torch.no_grad():
-                reference(*values)
+                op.reference(*values)
 
     def out_with_workspace(*values: Any) -> None:
         op.run(values[:count], values[count:])

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
-from dsv4_kernels import InvalidArgumentError
+from dsv4_kernels import InvalidArgumentError, _native
 from dsv4_kernels.cases import is_poison, poison
 from dsv4_kernels.moe import SortedRoutes, max_tiles, moe_sort
 from hypothesis import given, settings
@@ -137,3 +139,15 @@ def test_refusals() -> None:
         moe_sort(ids.float(), 8, 16)
     with pytest.raises(InvalidArgumentError, match=r"moe_sort: out_counts: expected shape \[2\], got \[3\]"):
         moe_sort(ids, 8, 16, out_counts=torch.empty(3, dtype=torch.int32))
+
+
+def test_max_tiles_is_what_the_library_counts() -> None:
+    """Python's formula has no branch, so that it can be traced; the C function's has."""
+    numbers = random.Random(0)
+    for _ in range(100_000):
+        slots = numbers.choice((0, 1, numbers.randrange(1 << 24), numbers.randrange(4096)))
+        experts = numbers.choice((1, 1024, numbers.randrange(1, 1025), max(slots % 1024, 1)))
+        tile_size = numbers.choice((16, 32, 64, 128))
+        assert max_tiles(slots, experts, tile_size) == _native.moe_sort_max_tiles(slots, experts, tile_size)
+    for unusable in ((5, 0, 16), (5, 8, 0), (5, -1, 16)):
+        assert max_tiles(*unusable) == _native.moe_sort_max_tiles(*unusable) == 0

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dsv4_kernels import _native
+from dsv4_kernels import op_table
 from dsv4_kernels.op_table import OPS
 
 _moe_sort = OPS["moe_sort"]
@@ -27,9 +27,9 @@ def max_tiles(slots: int, local_experts: int, tile_size: int) -> int:
     """The most tiles that any routing of so many slots can use.
 
     slots if they are no more than the experts (one each), else floor((slots + (tile_size - 1) * local_experts) /
-    tile_size): every expert's last tile can be all but one row short of full.
+    tile_size): every expert's last tile can be all but one row short of full. dsv4_moe_sort_max_tiles in C.
     """
-    return _native.moe_sort_max_tiles(slots, local_experts, tile_size)
+    return op_table.max_tiles(slots, local_experts, tile_size)
 
 
 def moe_sort(
