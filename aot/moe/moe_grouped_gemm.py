@@ -130,14 +130,14 @@ SM_120 = ("sm_120a", "sm_121a")
 # For registers that hold sums of 64 weight rows only.
 FOUR_PASSES: dict[str, object] = {"PASSES": 4, "WHOLE": True, "SIZES": 2}
 
-# Of interleaved weights: rows of a tile, weight rows, warps, stages, sizes. The fastest of two sweeps (NOTES.md).
+# Of interleaved weights: rows of a tile, weight rows, warps, stages, sizes. Fastest of a sweep (docs/decisions/0017).
 INTERLEAVED: list[tuple[Any, ...]] = [
     (16, 64, 4, 6, 1, {"sm_90a": 80}),
     (64, 128, 8, 3, 2, {"sm_90a": 128}),
     (128, 256, 8, 3, 3, None, dict.fromkeys(SM_120, 2), dict.fromkeys(SM_120, FOUR_PASSES)),
 ]
 
-# Columns, inner, warps, stages by rows of a tile: the fastest of a sweep on an H100 (NOTES.md).
+# Columns, inner, warps, stages by rows of a tile: the fastest of a sweep on an H100 (docs/decisions/0017).
 KERNELS = [
     kernel("bf16", "mxfp4", True, 16, 64, 128, 4, 4),
     kernel("bf16", "mxfp4", True, 64, 64, 64, 4, 3),

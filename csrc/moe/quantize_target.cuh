@@ -13,7 +13,7 @@ namespace dsv4 {
 
 constexpr int kQuantizeThreads = 256;
 // Ten times what is resident: blocks that end early make room for others, and few enough that their start is no cost.
-// Measured on an H100, 4 to all: 64 is best for every op (NOTES.md).
+// Measured on an H100, 4 to all: 64 is best for every op (docs/decisions/0007).
 constexpr int kQuantizeBlocksPerMultiprocessor = 64;
 
 struct Target {

@@ -66,6 +66,23 @@ def test_named_files_exist(document: Path) -> None:
     assert sorted(named_files(document.read_text()) - known) == []
 
 
+PARTS = ("**Status:**", "**Question.**", "**Decision.**", "**Evidence", "**Reopen when**")
+
+
+def decision_faults(name: str, text: str) -> list[str]:
+    """What a decision record lacks."""
+    faults = [part for part in PARTS if part not in text]
+    return faults if text.startswith(f"# {name[:4]} ") else [*faults, f"a title that starts with {name[:4]}"]
+
+
+def test_decisions_say_what_a_decision_has_to_say() -> None:
+    pages = sorted((ROOT / "docs" / "decisions").glob("0*.md"))
+    assert [page.name[:4] for page in pages] == [f"{number:04}" for number in range(1, len(pages) + 1)]
+    assert {page.name: faults for page in pages if (faults := decision_faults(page.name, page.read_text()))} == {}
+    assert decision_faults("0001-x.md", pages[0].read_text().replace("**Reopen when**", "")) == ["**Reopen when**"]
+    assert decision_faults("0002-x.md", pages[0].read_text()) == ["a title that starts with 0002"]
+
+
 def test_naming_is_found() -> None:
     """The patterns find what they are for."""
     text = "see `csrc/core/no_such.cpp`, ci/demo.sh. [rules](CONTRIBUTING.md), pyproject.toml and aot/<family>/<op>.py"

@@ -227,7 +227,7 @@ def on_each(warps_on: dict[str, int] | None, widened: Shape | None, rows: int) -
     """TritonKernel's arguments for single architectures.
 
     widened: on sm_90a, whose tensor cores know no scales. tl.dot_scaled would widen quantised rows by itself, but takes
-    up to four times as long (NOTES.md).
+    up to four times as long (docs/decisions/0020).
     """
     if widened is None:
         return {"warps_on": warps_on or {}}

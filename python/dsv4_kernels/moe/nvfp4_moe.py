@@ -27,7 +27,7 @@ from dsv4_kernels.moe.quantize import (
 from dsv4_kernels.moe.routing import SortedRoutes, max_tiles, moe_finalize, moe_sort
 from dsv4_kernels.presets import PRESETS
 
-# Rows an expert up to which tiles of 16 and of 64 rows are the fastest on an H100; see NOTES.md.
+# Rows an expert up to which tiles of 16 and of 64 rows are the fastest on an H100; see docs/decisions/0017.
 ROWS_FOR_TILES_OF_16 = 12
 ROWS_FOR_TILES_OF_64 = 56
 
