@@ -275,8 +275,7 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   check.range("kv rows (tokens)", tokens, 0, INT32_MAX / 2);
   const int64_t vector = kChannels * dtype_bytes(args.kv.dtype);
   check.aligned_rows("kv", args.kv, vector);
-  check.require(present(args.score) || (args.ratio == 1 && !args.overlap), "score",
-                "a tensor, as blocks have more than one row; rows", args.ratio * streams);
+  if (args.ratio > 1 || args.overlap) check.given("score", args.score, "where a block has more than one row");
   check.optional_tensor("score", args.score, one_of(args.kv.dtype), {tokens, width}, Layout::kStridedRows);
   if (present(args.score)) check.aligned_rows("score", args.score, vector);
   check.optional_tensor("ape", args.ape, one_of(DSV4_FLOAT32), {args.ratio, width});
@@ -299,12 +298,16 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   check_pages(check, args.pages, args.scales, args.rope, layout, args.entries_per_page);
   check.optional_tensor("block_table", args.block_table, one_of(DSV4_INT32), {requests, kAny});
   check.optional_tensor("slot_mapping", args.slot_mapping, indices, {tokens});
-  check.require(present(args.block_table) != present(args.slot_mapping), "block_table",
-                "one of block_table and slot_mapping; given", present(args.block_table) + present(args.slot_mapping));
+  if (present(args.slot_mapping))
+    check.absent("block_table", args.block_table, "when slot_mapping is given");
+  else
+    check.given("block_table", args.block_table, "unless slot_mapping is");
   check.flag("hadamard", args.hadamard);
-  check.require(!args.hadamard || layout.head_dim == 128, "hadamard", "a layout of 128 channels for it",
-                layout.head_dim);
+  if (args.hadamard) check.range("channels of the layout (with hadamard)", layout.head_dim, 128, 128);
   check.flag("round_once", args.round_once);
+  check.number("epsilon", args.epsilon, 0.0f);
+  check.number("amax_floor", args.amax_floor, 0.0f);
+  check.number("scale_floor", args.scale_floor, 0.0f);
   check.flag("fp4_ties_toward_zero", args.fp4_ties_toward_zero);
   check.flag("exact_scale", args.exact_scale);
   LaunchTarget target;

@@ -89,8 +89,8 @@ inline void check_pages(Check& check, const dsv4_tensor& pages, const dsv4_tenso
                         const dsv4_page_layout_info& layout, int32_t entries_per_page) {
   const bool with_rope = layout.separate && layout.quantized_dims < layout.head_dim;
   check.range("entries_per_page", entries_per_page, 1, INT32_MAX / layout.value_bytes);
-  check.require(layout.separate || !present(scales), "scales", "none, as pages of this layout hold them; tensors", 1);
-  check.require(with_rope || !present(rope), "rope", "none, as pages of this layout hold it or have none; tensors", 1);
+  if (!layout.separate) check.absent("scales", scales, "for a layout whose pages hold them");
+  if (!with_rope) check.absent("rope", rope, "for a layout whose pages hold it, or that has none");
   if (!layout.separate) {
     check.tensor("pages", pages, one_of(DSV4_UINT8), {kAny, kAny}, Layout::kStridedRows);
     check.range("pages columns (bytes)", extent(pages, 1), page_bytes(layout, entries_per_page), INT64_MAX);

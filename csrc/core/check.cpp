@@ -1,5 +1,8 @@
 #include "core/check.h"
 
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <string>
 
 #include "core/dtype.h"
@@ -121,9 +124,19 @@ void Check::multiple(const char* name, int64_t value, int64_t of) {
                  static_cast<long long>(of), static_cast<long long>(value));
 }
 
-void Check::require(bool holds, const char* name, const char* need, long long got) {
-  if (status_ || holds) return;
-  status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected %s, got %lld", need, got);
+void Check::number(const char* name, float value, float low) {
+  if (status_ || (value >= low && value <= FLT_MAX)) return;
+  bad_number(name, value, low);
+}
+
+void Check::given(const char* name, const dsv4_tensor& value, const char* when) {
+  if (status_ || present(value)) return;
+  status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "must be given %s", when);
+}
+
+void Check::absent(const char* name, const dsv4_tensor& value, const char* when) {
+  if (status_ || !present(value)) return;
+  status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "must be omitted %s", when);
 }
 
 dsv4_status Check::open(dsv4_stream stream, LaunchTarget* target) {
@@ -177,6 +190,22 @@ void Check::bad_shape(const char* name, const dsv4_tensor& value, std::initializ
   status_ =
       fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected shape %s, got %s",
            bracketed(shape.begin(), shape.end()).c_str(), bracketed(value.shape, value.shape + value.rank).c_str());
+}
+
+void Check::bad_value(const char* name, const char* need, long long got) {
+  if (status_) return;
+  status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected %s, got %lld", need, got);
+}
+
+void Check::bad_number(const char* name, float value, float low) {
+  char limit[48] = "";
+  if (low != -FLT_MAX) std::snprintf(limit, sizeof(limit), " of at least %g", static_cast<double>(low));
+  // A NaN's sign, which printf shows, means nothing. 9 digits tell any two floats apart; 6 are enough for most.
+  char got[32];
+  std::snprintf(got, sizeof(got), "%g", static_cast<double>(value));
+  if (std::strtof(got, nullptr) != value) std::snprintf(got, sizeof(got), "%.9g", static_cast<double>(value));
+  status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected a finite number%s, got %s", limit,
+                 std::isnan(value) ? "nan" : got);
 }
 
 void Check::bad_layout(const char* name, const dsv4_tensor& value, Layout layout) {

@@ -2,8 +2,10 @@
 // the op takes, and the first thing that is wrong is what the caller is told.
 #pragma once
 
+#include <cfloat>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 
 #include "core/device.h"
 #include "core/error.h"
@@ -12,9 +14,16 @@ namespace dsv4 {
 
 using DtypeSet = uint32_t;
 
+// A caller's dtype may be any number: those that no set can hold are in none.
 template <typename... Dtypes>
 constexpr DtypeSet one_of(Dtypes... dtypes) {
-  return ((DtypeSet{1} << dtypes) | ...);
+  return ((dtypes >= 0 && dtypes < 32 ? DtypeSet{1} << dtypes : DtypeSet{0}) | ...);
+}
+
+// The product of two extents, 0 or more, that nothing has checked: INT64_MAX where it is larger.
+inline int64_t saturating_product(int64_t a, int64_t b) {
+  int64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
 }
 
 constexpr int64_t kAny = -1;  // an extent that the tensor itself decides
@@ -67,8 +76,19 @@ class Check {
   void multiple(const char* name, int64_t value, int64_t of);
   void flag(const char* name, int32_t value) { range(name, value, 0, 1); }
 
+  // A finite number, of at least `low`.
+  void number(const char* name, float value, float low = -FLT_MAX);
+
+  // The tensor must be given, or must not be. `when` completes "must be given <when>" and "must be omitted <when>".
+  void given(const char* name, const dsv4_tensor& value, const char* when);
+  void absent(const char* name, const dsv4_tensor& value, const char* when);
+
   // Anything else. `need` and `got` complete "expected <need>, got <got>".
-  void require(bool holds, const char* name, const char* need, long long got);
+  template <typename Number>
+  void require(bool holds, const char* name, const char* need, Number got) {
+    static_assert(std::is_integral_v<Number>, "for floats there is number()");
+    if (!holds) bad_value(name, need, static_cast<long long>(got));
+  }
 
   dsv4_status status() const { return status_; }
 
@@ -86,6 +106,8 @@ class Check {
   __attribute__((cold)) void bad_dtype(const char* name, int32_t dtype, DtypeSet dtypes);
   __attribute__((cold)) void bad_shape(const char* name, const dsv4_tensor& value,
                                        std::initializer_list<int64_t> shape);
+  __attribute__((cold)) void bad_value(const char* name, const char* need, long long got);
+  __attribute__((cold)) void bad_number(const char* name, float value, float low);
   __attribute__((cold)) void bad_layout(const char* name, const dsv4_tensor& value, Layout layout);
 
   const char* op_;

@@ -95,7 +95,7 @@ GroupedProduct check_grouped_product(Check& check, const Args& args, DtypeSet x_
     check.tensor("weight_scale", args.weight_scale, kE8m0Bytes, {experts, weight_rows, inner / 32});
     check.tensor("x_scale", args.x_scale, kE8m0Bytes, {x_rows, inner / 32});
   } else {
-    check.require(!present(args.x_scale), "x_scale", "none with bfloat16 x", args.x_scale.rank);
+    check.absent("x_scale", args.x_scale, "when x is bfloat16");
   }
   check.tensor("tile_to_expert", args.tile_to_expert, one_of(DSV4_INT32), {kAny});
   check.tensor("row_to_slot", args.row_to_slot, one_of(DSV4_INT32), {kAny});
@@ -112,12 +112,12 @@ GroupedProduct check_grouped_product(Check& check, const Args& args, DtypeSet x_
     check.optional_tensor("alpha", args.alpha, one_of(DSV4_FLOAT32), {experts});
   check.optional_tensor("slot_weights", args.slot_weights, one_of(DSV4_FLOAT32), {x_rows, args.top_k});
   if (present(args.slot_weights)) check.range("top_k", args.top_k, 1, DSV4_MAX_TOP_K);
-  check.require(!std::isnan(args.limit), "limit", "a number", 0);
+  check.number("limit", args.limit, 0.0f);
   for (const auto& [name, tensor] : {std::pair<const char*, const dsv4_tensor&>{"x", args.x},
                                      {"weight", args.weight},
                                      {"weight_scale", args.weight_scale}})
     check.aligned_rows(name, tensor, kProductAlignment);
-  const auto misaligned = static_cast<long long>(reinterpret_cast<uintptr_t>(args.x_scale.data) % kProductAlignment);
+  const uintptr_t misaligned = reinterpret_cast<uintptr_t>(args.x_scale.data) % kProductAlignment;
   check.require(misaligned == 0, "x_scale", "an address that is a multiple of 16", misaligned);
 
   const int64_t alphas = args.alpha.rank == 2 ? extent(args.alpha, 1) : 1;

@@ -30,7 +30,7 @@ extern "C" dsv4_status dsv4_moe_grouped_gemm_quantized(const dsv4_moe_grouped_ge
   const GroupedProduct product = check_grouped_product(check, args, kXDtypes, true);
   const bool nvfp4 = product.operands == kNvfp4;
   if (!nvfp4)
-    check.require(!present(args.global_scale), "global_scale", "none with MXFP8 x", args.global_scale.rank);
+    check.absent("global_scale", args.global_scale, "when x is MXFP8");
   else if (args.global_scale.rank == 0)
     check.tensor("global_scale", args.global_scale, one_of(DSV4_FLOAT32), {});
   else
@@ -46,7 +46,7 @@ extern "C" dsv4_status dsv4_moe_grouped_gemm_quantized(const dsv4_moe_grouped_ge
   else
     check.tensor("out_scale", args.out_scale, scale_dtypes, {product.rows, scales});
   check.aligned_rows("out", args.out, kProductAlignment);
-  const auto misaligned = static_cast<long long>(reinterpret_cast<uintptr_t>(args.out_scale.data) % kProductAlignment);
+  const uintptr_t misaligned = reinterpret_cast<uintptr_t>(args.out_scale.data) % kProductAlignment;
   check.require(misaligned == 0, "out_scale", "an address that is a multiple of 16", misaligned);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;

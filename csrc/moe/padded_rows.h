@@ -32,7 +32,7 @@ inline void check_padding(Check& check, int64_t rows, const dsv4_tensor& permuta
 
 // The clamp of SwiGLU as its kernels take it.
 inline float check_limit(Check& check, float limit) {
-  check.require(limit >= 0.0f, "limit", "0 (no clamp) or more", std::isnan(limit) ? 0 : static_cast<long long>(limit));
+  check.number("limit", limit, 0.0f);
   return limit == 0.0f ? INFINITY : limit;
 }
 
@@ -52,7 +52,7 @@ inline void check_mxfp8(Check& check, int64_t rows, int64_t columns, const dsv4_
                {swizzled_rows(rows), swizzled_columns(columns / kMxGroup)});
   check.aligned_rows("out_data", data, kVector);
   check.require(reinterpret_cast<uintptr_t>(scale.data) % kVector == 0, "out_scale", "data on a multiple of 16 bytes",
-                static_cast<long long>(reinterpret_cast<uintptr_t>(scale.data) % kVector));
+                reinterpret_cast<uintptr_t>(scale.data) % kVector);
 }
 
 // Columns on axis 0, groups of rows on axis 1; the same whatever n_used is.

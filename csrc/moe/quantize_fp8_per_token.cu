@@ -35,7 +35,7 @@ extern "C" dsv4_status dsv4_quantize_fp8_per_token(const dsv4_quantize_fp8_per_t
   check.range("x rows", rows, 0, INT32_MAX);
   check.range("x columns", columns, 0, INT32_MAX - kChunk * kQuantizeThreads);
   check.multiple("x columns", columns, kChunk);
-  check.require(args.scale_floor >= 0.0f, "scale_floor", "0 or more", static_cast<long long>(args.scale_floor));
+  check.number("scale_floor", args.scale_floor, 0.0f);
   check.flag("divide", args.divide);
   check.tensor("out", args.out, kE4m3Dtypes, {rows, columns});
   check.aligned_rows("out", args.out, kChunk);

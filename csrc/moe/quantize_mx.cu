@@ -65,7 +65,7 @@ extern "C" dsv4_status dsv4_quantize_mx(const dsv4_quantize_mx_args* given, dsv4
   check_source(check, args, kMxGroup);
   check.range("element_format", args.element_format, DSV4_ELEMENT_E4M3, DSV4_ELEMENT_E2M1);
   const bool fp4 = args.element_format == DSV4_ELEMENT_E2M1;
-  check.require(args.amax_floor >= 0.0f, "amax_floor", "0 or more", static_cast<long long>(args.amax_floor));
+  check.number("amax_floor", args.amax_floor, 0.0f);
   check.flag("round_scale_up", args.round_scale_up);
   check.flag("ties_to_even", args.ties_to_even);
   check_target(check, args, kMxGroup, fp4 ? 2 : 1, fp4 ? kFp4Dtypes : kE4m3Dtypes, kE8m0Dtypes);

@@ -34,6 +34,7 @@ extern "C" dsv4_status dsv4_quantize_nvfp4(const dsv4_quantize_nvfp4_args* given
   check_source(check, args, kNvfp4Block);
   check_global_scale(check, args, extent(args.x, 0));
   check.flag("ties_to_even", args.ties_to_even);
+  check.number("scale_floor", args.scale_floor, 0.0f);
   check_target(check, args, kNvfp4Block, 2, kFp4Dtypes, kE4m3Dtypes);
   LaunchTarget launch_target;
   if (dsv4_status status = check.open(stream, &launch_target)) return status;

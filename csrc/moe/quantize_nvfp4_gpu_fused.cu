@@ -125,8 +125,9 @@ extern "C" dsv4_status dsv4_quantize_nvfp4_gpu_fused(const dsv4_quantize_nvfp4_g
   check.range("experts", args.experts, present(args.expert_ids) ? 1 : 0, present(args.expert_ids) ? INT32_MAX - 1 : 0);
   check.range("per_token", args.per_token, 0, present(args.expert_ids) ? 0 : 1);
   check.flag("reciprocal_global_scale", args.reciprocal_global_scale);
-  check.require(args.amax_floor > 0.0f, "amax_floor", "more than 0", static_cast<long long>(args.amax_floor));
+  check.number("amax_floor", args.amax_floor, FLT_MIN);
   check.flag("ties_to_even", args.ties_to_even);
+  check.number("scale_floor", args.scale_floor, 0.0f);
   const int64_t count = args.per_token ? rows : std::max<int64_t>(args.experts, 1);
   const auto workspace_bytes = static_cast<int64_t>(dsv4_quantize_nvfp4_gpu_fused_workspace_size(args.experts));
   check.tensor("workspace", args.workspace, one_of(DSV4_UINT8), {kAny});

@@ -112,7 +112,7 @@ void check_source(Check& check, const Args& args, int64_t group) {
     if (power) check.multiple("x columns over 2", columns, args.granularity);
   }
   check.flag("round_to_bfloat16", args.round_to_bfloat16);
-  check.require(args.limit >= 0.0f, "limit", "0 (none) or more", static_cast<long long>(args.limit));
+  check.number("limit", args.limit, 0.0f);
 }
 
 // Whether every row starts on a multiple of so many bytes.

@@ -158,6 +158,8 @@ extern "C" dsv4_status dsv4_activation_topk(const dsv4_activation_topk_args* giv
   check.range("top_k", args.top_k, 1, std::min<int64_t>(experts, DSV4_MAX_TOP_K));
   check.range("score_function", args.score_function, DSV4_SQRT_SOFTPLUS, DSV4_SOFTMAX);
   check.flag("renormalize", args.renormalize);
+  check.number("scale", args.scale);
+  check.number("epsilon", args.epsilon, 0.0f);
   check.optional_tensor("padding_mask", args.padding_mask, one_of(DSV4_BOOL), {tokens});
   check.optional_tensor("bias_alt", args.bias_alt, one_of(DSV4_FLOAT32), {experts});
   check.optional_tensor("bias_alt_mask", args.bias_alt_mask, one_of(DSV4_BOOL), {tokens});

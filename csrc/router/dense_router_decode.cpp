@@ -75,6 +75,8 @@ extern "C" dsv4_status dsv4_dense_router_decode(const dsv4_dense_router_decode_a
   check.optional_tensor("bias", args.bias, one_of(DSV4_FLOAT32), {experts});
   check.range("top_k", args.top_k, 1, std::min<int64_t>(DSV4_MAX_TOP_K, experts));
   check.flag("renormalize", args.renormalize);
+  check.number("scale", args.scale);
+  check.number("epsilon", args.epsilon, 0.0f);
   const int64_t workspace_bytes = static_cast<int64_t>(dsv4_dense_router_decode_workspace_size(tokens, experts));
   check.tensor("workspace", args.workspace, one_of(DSV4_UINT8), {kAny});
   check.range("workspace bytes", extent(args.workspace, 0), workspace_bytes, INT64_MAX);

@@ -161,6 +161,8 @@ extern "C" dsv4_status dsv4_hash_router_fused(const dsv4_hash_router_fused_args*
   const int64_t weight_stride = experts > 1 ? args.weight.stride[0] * dtype_bytes(DSV4_BFLOAT16) : 0;
   check.range("weight row stride (bytes)", weight_stride, 0, UINT32_MAX);
   check.flag("renormalize", args.renormalize);
+  check.number("scale", args.scale);
+  check.number("epsilon", args.epsilon, 0.0f);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 

@@ -48,6 +48,8 @@ extern "C" dsv4_status dsv4_hash_router_scored(const dsv4_hash_router_scored_arg
   const int64_t tokens = extent(args.token_ids, 0);
   check.tensor("logits", args.logits, one_of(DSV4_FLOAT32, DSV4_BFLOAT16), {tokens, kAny}, Layout::kStridedRows);
   check.flag("renormalize", args.renormalize);
+  check.number("scale", args.scale);
+  check.number("epsilon", args.epsilon, 0.0f);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 

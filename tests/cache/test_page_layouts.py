@@ -119,9 +119,9 @@ def test_tensors_that_a_layout_does_not_have() -> None:
     pages, slots = torch.zeros(2, 37_440, dtype=torch.uint8), torch.zeros(3, dtype=torch.int32)
     fp8, scales = torch.zeros(2, 4, 448, dtype=torch.float8_e4m3fn), torch.zeros(2, 4)
     rope = torch.zeros(2, 4, 64, dtype=torch.bfloat16)
-    with pytest.raises(InvalidArgumentError, match="scales: expected none, as pages of this layout hold them"):
+    with pytest.raises(InvalidArgumentError, match="scales: must be omitted for a layout whose pages hold them"):
         unpack_entries(pages, slots, "fp8_ds_mla", 64, scales=scales)
-    with pytest.raises(InvalidArgumentError, match="rope: expected none"):
+    with pytest.raises(InvalidArgumentError, match="rope: must be omitted for a layout"):
         unpack_entries(pages, slots, "fp8_ds_mla", 64, rope=rope)
     with pytest.raises(InvalidArgumentError, match="scales: expected"):
         unpack_entries(fp8, slots, "split", 4, rope=rope)

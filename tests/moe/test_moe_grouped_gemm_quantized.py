@@ -211,12 +211,13 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("nvfp4", {"x": torch.zeros(5, INNER, dtype=torch.bfloat16)}, r"x: expected dtype .*, got bfloat16"),
     ("nvfp4", {"global_scale": None}, r"global_scale: expected a tensor, got none"),
     ("nvfp4", {"global_scale": torch.ones(2)}, r"global_scale: expected shape \[1\], got \[2\]"),
-    ("mxfp8", {"global_scale": torch.ones(1)}, r"global_scale: expected none with MXFP8 x"),
+    ("mxfp8", {"global_scale": torch.ones(1)}, r"global_scale: must be omitted when x is MXFP8"),
     ("mxfp8", {"row_to_slot": torch.zeros(128, dtype=torch.int32)}, r"row_to_slot: expected 16 or 128 rows a tile"),
     ("nvfp4", {"out": torch.zeros(32, COLUMNS, dtype=torch.uint8)}, r"out: expected shape \[32, 96\], got \[32, 192\]"),
     ("nvfp4", {"swizzle": True}, r"out_scale: expected shape \[128, 12\], got \[32, 12\]"),
     ("mxfp8", {"swizzle": True}, r"out_scale: expected shape \[128, 8\], got \[32, 6\]"),
-    ("mxfp8", {"limit": math.nan}, r"limit: expected a number"),
+    ("mxfp8", {"limit": math.nan}, r"limit: expected a finite number of at least 0, got nan"),
+    ("nvfp4", {"limit": -10.0}, r"limit: expected a finite number of at least 0, got -10"),
     ("nvfp4", {"weight": torch.zeros(2, 1, 384, 16, dtype=torch.int32)}, r"weight: expected dtype"),
 ]
 

@@ -5,6 +5,7 @@ Run on CPU tensors: the checks are the library's own and are made before it is d
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from dsv4_kernels import moe, router
 from dsv4_kernels.cases import all_cases
 from dsv4_kernels.op_table import OPS
 
-FORM = r"{op}: {argument}: expected .+, got .+"
+FORM = r"{op}: {argument}: (expected .+, got .+|must be (given|omitted) .+)"
 
 TOKENS, VOCAB, EXPERTS, K, HIDDEN = 4, 10, 16, 2, 128
 
@@ -213,6 +214,30 @@ def test_every_output_of_every_op_is_checked(op: str, result: str) -> None:
     with pytest.raises(dsv4_kernels.InvalidArgumentError) as refused:
         OPS[op](arguments, tuple(out))
     assert re.fullmatch(FORM.format(op=op, argument=result), str(refused.value)), refused.value
+
+
+def float_arguments() -> list[tuple[str, int, str]]:
+    """(op, position, name) of every float that an op takes."""
+    return [
+        (op.name, position, parameter.name)
+        for op in OPS.values()
+        for position, parameter in enumerate(op.schema)
+        if str(parameter.type) == "float"
+    ]
+
+
+@pytest.mark.parametrize(("op", "position", "name"), float_arguments())
+def test_every_float_of_every_op_is_checked(op: str, position: int, name: str) -> None:
+    """All are finite, and all but the routers' factor at least 0. The text holds the value, whatever it is."""
+    arguments = valid_arguments(op)
+    arguments += [parameter.default_value for parameter in OPS[op].schema[len(arguments) :]]
+    negative = [] if name == "scale" else [-0.5, -1e-30, -0.1]
+    for value in (math.nan, -math.nan, math.inf, -math.inf, *negative):
+        arguments[position] = value
+        with pytest.raises(dsv4_kernels.InvalidArgumentError) as refused:
+            OPS[op](tuple(arguments), (None,) * len(OPS[op].results))
+        got = "nan" if math.isnan(value) else re.escape(f"{value:g}")
+        assert re.fullmatch(f"{op}: {name}: expected a finite number.*, got {got}", str(refused.value)), refused.value
 
 
 def test_errors_are_of_the_types_that_callers_expect() -> None:

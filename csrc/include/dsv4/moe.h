@@ -29,7 +29,7 @@ typedef struct dsv4_padded_swiglu_args {
   dsv4_tensor x;               /* [rows, 2 * columns] bfloat16; rows may be strided */
   dsv4_tensor permutation_map; /* [rows] int32, negative = padding */
   dsv4_tensor n_used;          /* one int32, rank 0 or 1 */
-  float limit;                 /* 0: no clamp */
+  float limit;                 /* 0 (no clamp) or more, finite */
   dsv4_tensor out;             /* [rows, columns] bfloat16; rows may be strided */
 } dsv4_padded_swiglu_args;
 
@@ -61,7 +61,7 @@ typedef struct dsv4_swiglu_and_quantize_mxfp8_args {
   dsv4_tensor x;               /* [rows, 2 * columns] bfloat16, columns a multiple of 32; rows may be strided */
   dsv4_tensor permutation_map; /* [rows] int32, negative = padding */
   dsv4_tensor n_used;          /* one int32, rank 0 or 1 */
-  float limit;                 /* 0: no clamp */
+  float limit;                 /* 0 (no clamp) or more, finite */
   dsv4_tensor out_data;        /* [rows, columns] float8_e4m3fn or uint8, on a multiple of 16 bytes */
   dsv4_tensor out_scale;       /* [rows to 128, columns / 32 to 4] float8_e8m0fnu or uint8, on a multiple of 16 bytes */
 } dsv4_swiglu_and_quantize_mxfp8_args;
@@ -128,7 +128,7 @@ typedef struct dsv4_moe_grouped_gemm_args {
   dsv4_tensor out;            /* [tiles * T, N] bfloat16; rows may be strided */
   int32_t top_k;              /* 0 to 32 */
   int32_t swiglu;             /* 0 or 1 */
-  float limit;                /* of swiglu; 0 or less: none */
+  float limit;                /* of swiglu, finite; 0: none */
 } dsv4_moe_grouped_gemm_args;
 
 DSV4_API dsv4_status dsv4_moe_grouped_gemm(const dsv4_moe_grouped_gemm_args* args, dsv4_stream stream);
@@ -158,7 +158,7 @@ typedef struct dsv4_moe_grouped_gemm_quantized_args {
                                float8_e8m0fnu; with swizzle rounded up to multiples of 128 and 4; on a multiple of 16
                                bytes */
   int32_t top_k;            /* 0 to 32 */
-  float limit;              /* of swiglu; 0 or less: none */
+  float limit;              /* of swiglu, finite; 0: none */
   int32_t swizzle;          /* scales in the order 32_4_4, of the matrix of all rows */
 } dsv4_moe_grouped_gemm_quantized_args;
 
@@ -248,7 +248,7 @@ typedef struct dsv4_quantize_nvfp4_args {
   int32_t source;                  /* a dsv4_quantize_source */
   int32_t granularity;             /* of gates and ups: 0, or a power of two from 4 that divides columns */
   int32_t round_to_bfloat16;       /* whether results of SwiGLU are rounded to bfloat16 first */
-  float limit;                     /* of SwiGLU; 0: none */
+  float limit;                     /* of SwiGLU, finite; 0: none */
   int32_t ties_to_even;            /* 1: as the hardware; 0: toward zero */
   float scale_floor;
   int32_t swizzle;       /* scales in the order 32_4_4, padded with 0 */

@@ -50,7 +50,7 @@ def moe_grouped_gemm(
         slot_weights: [x_rows, top_k] float32 to multiply each row by, last.
         top_k: row r reads x[row_to_slot[r] // top_k]; 0: row r reads x[r].
         swiglu: gate = min(gate, limit), up = clamp(up, -limit, limit), out = silu(gate) * up, as the models have it.
-        limit: of swiglu; 0 or less means none.
+        limit: of swiglu, finite, 0 or more; 0 means none.
         out: [tiles * T, N] bfloat16 to write to; rows may be strided.
 
     Returns:
@@ -109,7 +109,7 @@ def moe_grouped_gemm_quantized(
         alpha: as in moe_grouped_gemm.
         slot_weights: [x_rows, top_k] float32 to multiply each row by before it is rounded to bfloat16 and quantised.
         top_k: as in moe_grouped_gemm.
-        limit: of swiglu; 0 or less means none.
+        limit: of swiglu, finite, 0 or more; 0 means none.
         swizzle: scales in the order 32_4_4 (see blackwell_swizzle_32_4_4) of the matrix of all rows, for products of
             cuBLAS and CUTLASS. False: one row after another, as the products of this package read them.
         out: NVFP4 [tiles * T, N / 2] uint8 or float4_e2m1fn_x2, MXFP8 [tiles * T, N] uint8 or float8_e4m3fn to write
