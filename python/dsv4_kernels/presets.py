@@ -11,8 +11,8 @@ class Preset:
 
     hidden_size: width of the residual stream. experts: routed experts. top_k: experts a token.
     expert_intermediate: inner width of an expert. hash_layers: how many of the first layers route by table.
-    routed_scaling: factor on the routing weights. compress_ratios: tokens an entry of the compressed cache, a layer; 0
-    for layers that attend to a window alone. vocab_size: token ids.
+    routed_scaling: factor on the routing weights. compress_ratios: tokens per entry of the compressed cache, for each
+    layer and behind them for each block of multi-token prediction; 0 for a window alone. vocab_size: token ids.
     """
 
     name: str
@@ -27,11 +27,13 @@ class Preset:
     vocab_size: int = 129280
 
 
+# Blocks of multi-token prediction: one in the first releases of V4, three in V4-Flash-0731 and in V4.1. All of them
+# attend to a window alone.
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("v4-flash", 4096, 43, 256, 6, 2048, 3, 1.5, (0, 0, *(4, 128) * 20, 4)),
-        Preset("v4-pro", 7168, 61, 384, 6, 3072, 3, 2.5, (128, 128, *(4, 128) * 29, 4)),
-        Preset("v41-flash", 5120, 40, 384, 6, 2304, 0, 1.5, (0,) * 2 + (2,) * 18 + (1,) * 20),
+        Preset("v4-flash", 4096, 43, 256, 6, 2048, 3, 1.5, (0, 0, *(4, 128) * 20, 4, *(0,) * 3)),
+        Preset("v4-pro", 7168, 61, 384, 6, 3072, 3, 2.5, (128, 128, *(4, 128) * 29, 4, 0)),
+        Preset("v41-flash", 5120, 40, 384, 6, 2304, 0, 1.5, (0,) * 2 + (2,) * 18 + (1,) * 20 + (0,) * 3),
     )
 }

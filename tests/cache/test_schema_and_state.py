@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from dsv4_kernels.cache import AttentionType, CacheHandle, CacheState, LayerCacheSchema, PagedCache
+from dsv4_kernels import InvalidArgumentError
+from dsv4_kernels.cache import (
+    PAGE_LAYOUTS,
+    AttentionType,
+    CacheHandle,
+    CacheState,
+    LayerCacheSchema,
+    PagedCache,
+    maybe_flush_csa,
+    maybe_flush_hca,
+)
 from dsv4_kernels.presets import PRESETS
 
 
@@ -23,6 +34,18 @@ def test_layers_of_the_presets() -> None:
     assert ratios == [0, 2, 2, 1, 1]
 
 
+def test_blocks_of_multi_token_prediction() -> None:
+    """They come behind the layers in the models' compress_ratios, and attend to a window alone."""
+    blocks = {"v4-flash": 3, "v4-pro": 1, "v41-flash": 3}
+    for name, preset in PRESETS.items():
+        for block in range(blocks[name]):
+            assert LayerCacheSchema.of_layer(preset, preset.layers + block) == LayerCacheSchema.swa()
+        for layer in (-1, preset.layers + blocks[name], 10**9, 1.0, None):
+            text = rf"^LayerCacheSchema.of_layer: layer \(of {name}: {preset.layers} layers, then {blocks[name]} blocks"
+            with pytest.raises(InvalidArgumentError, match=text):
+                LayerCacheSchema.of_layer(preset, layer)  # type: ignore[arg-type]
+
+
 def test_sizes_of_the_models_layers() -> None:
     csa, hca, swa = LayerCacheSchema.csa(), LayerCacheSchema.hca(), LayerCacheSchema.swa()
     assert (csa.m, csa.tail_buffer_size_a, csa.tail_buffer_size_b, csa.tail_buffer_size_next_b) == (4, 4, 4, 4)
@@ -37,7 +60,10 @@ def test_sizes_of_the_models_layers() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
+        ({"attention": "hca"}, "attention: expected an AttentionType, got 'hca'"),
         ({"m": 0}, "m: expected at least 1, got 0"),
+        ({"m": 4.0}, "m: expected an int, 0 or more, got 4.0"),
+        ({"indexer_head_dim": -16}, "indexer_head_dim: expected an int, 0 or more, got -16"),
         ({"head_dim": 510}, "head_dim: expected a multiple of 4, got 510"),
         ({"rope_dim": 516}, "rope_dim: expected a multiple of 4 up to head_dim 512, got 516"),
         ({"indexer_head_dim": 100}, "indexer_head_dim: expected a multiple of 16, got 100"),
@@ -45,9 +71,36 @@ def test_sizes_of_the_models_layers() -> None:
         ({"projections": 2}, "projections: expected 1, or 2 for CSA"),
     ],
 )
-def test_schemas_that_cannot_be(changes: dict[str, int], text: str) -> None:
-    with pytest.raises(ValueError, match=f"^LayerCacheSchema: {text}"):
+def test_schemas_that_cannot_be(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"^LayerCacheSchema: {text}"):
         LayerCacheSchema(**{"attention": AttentionType.HCA, "m": 128, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, None])
+def test_sizes_of_tensors_are_counts(size: Any) -> None:
+    schema = LayerCacheSchema.csa()
+    state, paged = CacheState.allocate(schema, 1), PagedCache.allocate(schema, 1)
+    for call, name in (
+        (lambda: CacheState.allocate(schema, size), "CacheState.allocate: max_requests"),
+        (lambda: PagedCache.allocate(schema, size), "PagedCache.allocate: blocks"),
+        (lambda: CacheHandle.allocate(state, paged, size, 1), "CacheHandle.allocate: requests"),
+        (lambda: CacheHandle.allocate(state, paged, 1, size), "CacheHandle.allocate: blocks_a_request"),
+        (lambda: PAGE_LAYOUTS["bf16"].page_bytes(size), "PageLayout.page_bytes: entries"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=f"^{name}: expected an int.*, got {size}"):
+            call()
+
+
+def test_flushes_take_the_schemas_block() -> None:
+    """A block of another length would write entries that prepare_forward has no place for."""
+    csa, hca = LayerCacheSchema.csa(), LayerCacheSchema.hca()
+    for schema, flush, m in ((csa, maybe_flush_csa, 8), (hca, maybe_flush_hca, 4), (csa, maybe_flush_csa, None)):
+        handle = CacheHandle.allocate(CacheState.allocate(schema, 1), PagedCache.allocate(schema, 1), 1, 1)
+        with pytest.raises(InvalidArgumentError, match=f"expected {schema.m}, as the schema has it, got {m}"):
+            flush(handle, schema, m)  # type: ignore[arg-type]
+        wrong = hca if schema is csa else csa
+        with pytest.raises(InvalidArgumentError, match=f"schema: expected {schema.attention.name} attention, got"):
+            flush(handle, wrong, wrong.m)
 
 
 @pytest.mark.parametrize(

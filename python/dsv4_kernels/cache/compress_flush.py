@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsv4_kernels.cache.page_layouts import PAGE_LAYOUTS, PageLayout
+from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.op_table import OPS
 
 _compress_flush = OPS["compress_flush"]
@@ -161,8 +162,7 @@ def unpack_entries(
 
 
 def _layout(op: str, name: str) -> PageLayout:
-    if name not in PAGE_LAYOUTS:
-        from dsv4_kernels.errors import InvalidArgumentError
-
+    layout = PAGE_LAYOUTS.get(name) if isinstance(name, str) else None
+    if layout is None:
         raise InvalidArgumentError(f"{op}: layout: expected {' or '.join(PAGE_LAYOUTS)}, got {name}")
-    return PAGE_LAYOUTS[name]
+    return layout

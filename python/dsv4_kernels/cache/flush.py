@@ -14,6 +14,8 @@ from torch import Tensor
 from dsv4_kernels.cache import functions
 from dsv4_kernels.cache.schema import AttentionType, LayerCacheSchema
 from dsv4_kernels.cache.state import CacheHandle
+from dsv4_kernels.errors import InvalidArgumentError
+from dsv4_kernels.host_values import integer
 
 
 def maybe_flush_csa(handle: CacheHandle, schema: LayerCacheSchema, m: int, *, clear_rows: bool = True) -> None:
@@ -24,10 +26,10 @@ def maybe_flush_csa(handle: CacheHandle, schema: LayerCacheSchema, m: int, *, cl
     Args:
         handle: the layer's cache and the batch.
         schema: of the layer.
-        m: tokens a block.
+        m: tokens per block, as the schema has it.
         clear_rows: see csa_rotate_state.
     """
-    _require(schema, AttentionType.CSA, "maybe_flush_csa")
+    _require(schema, AttentionType.CSA, m, "maybe_flush_csa", "m")
     state, paged, slots = handle.state, handle.paged, handle.request_slots
     valid_mask = torch.empty(slots.shape, dtype=torch.bool, device=slots.device)
     tail = (state.tail_ka, state.tail_za, state.tail_kb, state.tail_zb)
@@ -61,10 +63,10 @@ def maybe_flush_hca(handle: CacheHandle, schema: LayerCacheSchema, m_prime: int,
     Args:
         handle: the layer's cache and the batch.
         schema: of the layer.
-        m_prime: tokens a block.
+        m_prime: tokens per block, as the schema has it.
         clear_rows: see hca_reset_state.
     """
-    _require(schema, AttentionType.HCA, "maybe_flush_hca")
+    _require(schema, AttentionType.HCA, m_prime, "maybe_flush_hca", "m_prime")
     state, paged, slots = handle.state, handle.paged, handle.request_slots
     valid_mask = torch.empty(slots.shape, dtype=torch.bool, device=slots.device)
     entry = functions.hca_compress_tail(
@@ -117,6 +119,7 @@ def append_and_flush(
     """
     if schema.attention is AttentionType.SWA:
         return
+    max_new_tokens = integer("append_and_flush", "max_new_tokens", max_new_tokens, 0)
     flush: Callable[..., None] = maybe_flush_csa if schema.attention is AttentionType.CSA else maybe_flush_hca
     state = handle.state
     for number in range((max_new_tokens + schema.m - 2) // schema.m + 1):
@@ -142,6 +145,10 @@ def append_and_flush(
         flush(handle, schema, schema.m, clear_rows=clear_rows)
 
 
-def _require(schema: LayerCacheSchema, attention: AttentionType, function: str) -> None:
+def _require(schema: LayerCacheSchema, attention: AttentionType, m: int, function: str, name: str) -> None:
     if schema.attention is not attention:
-        raise ValueError(f"{function}: schema: expected {attention.name} attention, got {schema.attention.name}")
+        raise InvalidArgumentError(
+            f"{function}: schema: expected {attention.name} attention, got {schema.attention.name}"
+        )
+    if m != schema.m:
+        raise InvalidArgumentError(f"{function}: {name}: expected {schema.m}, as the schema has it, got {m!r}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import _native, number_formats
+from dsv4_kernels.host_values import integer
 
 LARGEST = {"float8_e4m3fn": number_formats.LARGEST_E4M3, "float4_e2m1fn_x2": number_formats.LARGEST_E2M1}
 
@@ -46,6 +47,7 @@ class PageLayout:
 
     def page_bytes(self, entries: int) -> int:
         """Bytes of a page of so many entries."""
+        entries = integer("PageLayout.page_bytes", "entries", entries, 0, 2**31 - 1)
         return int(_native.page_bytes(self.index, entries))
 
     @property
@@ -100,7 +102,7 @@ def scales_of(values: Tensor, layout: PageLayout, quantization: Quantization) ->
     wanted = torch.fmax(amax / _like(values, LARGEST[layout.element]), _like(values, quantization.scale_floor))
     if layout.scale == "float32":
         scale = wanted if quantization.exact_scale else number_formats.decode_e8m0(number_formats.ceil_e8m0(wanted))
-        return scale.contiguous().view(torch.uint8).reshape(-1, layout.groups, 4)
+        return scale.unsqueeze(2).contiguous().view(torch.uint8)
     code = number_formats.ceil_e8m0(wanted) if layout.scale == "float8_e8m0fnu" else number_formats.encode_e4m3(wanted)
     return code.unsqueeze(2)
 

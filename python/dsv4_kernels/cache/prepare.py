@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from itertools import accumulate
+from operator import add
 
 from dsv4_kernels.cache.schema import LayerCacheSchema
 from dsv4_kernels.cache.state import CacheHandle
-from dsv4_kernels.errors import KernelError
+from dsv4_kernels.errors import InvalidArgumentError, KernelError
+from dsv4_kernels.host_values import integer, integers
+
+_INT32_MAX = 2**31 - 1
 
 
 class OutOfBlocksError(KernelError):
     """The pool has fewer free blocks than a forward pass needs."""
 
 
-class BlockError(KernelError, ValueError):
+class BlockError(InvalidArgumentError):
     """A block that cannot be freed: not of the pool, or free already."""
 
 
@@ -30,7 +32,7 @@ class BlockAllocator:
     """
 
     def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
+        self.blocks = blocks = integer("BlockAllocator", "blocks", blocks, 0, _INT32_MAX)
         self._free = list(range(blocks - 1, -1, -1))
         self._is_free = [True] * blocks
 
@@ -44,7 +46,9 @@ class BlockAllocator:
 
         Raises:
             OutOfBlocksError: fewer are free; nothing has changed.
+            InvalidArgumentError: a negative count, or no integer.
         """
+        count = integer("BlockAllocator.allocate", "count", count, 0)
         if count > self.available:
             raise OutOfBlocksError(
                 f"BlockAllocator: expected {count} free blocks, got {self.available} of {self.blocks}; free the blocks "
@@ -64,8 +68,8 @@ class BlockAllocator:
         given = list(blocks)
         seen: set[int] = set()
         for block in given:
-            if not 0 <= block < self.blocks:
-                raise BlockError(f"BlockAllocator: block: expected 0 to {self.blocks - 1}, got {block}")
+            if type(block) is not int or not 0 <= block < self.blocks:
+                raise BlockError(f"BlockAllocator: block: expected 0 to {self.blocks - 1}, got {block!r}")
             if self._is_free[block] or block in seen:
                 raise BlockError(f"BlockAllocator: block: expected one that is in use, got {block}, which is free")
             seen.add(block)
@@ -76,7 +80,10 @@ class BlockAllocator:
 
 @dataclass
 class Request:
-    """A request as the engine keeps it: its slot in the state, its tokens so far, and the blocks of its entries."""
+    """A request as the engine keeps it: its slot in the state, its tokens so far, and the blocks of its entries.
+
+    An engine may change the blocks between passes, where a request shares a prefix with others, say.
+    """
 
     slot: int
     position: int = 0
@@ -98,6 +105,9 @@ def prepare_forward(
     refused, allocator, requests and handle are as before. Run it once for all layers that share a schema: their
     handles may share these tensors.
 
+    What a tensor holds already is not written again, so that a step costs what changes in it. Nothing is synchronised:
+    values go from page-locked memory to the device, ordered by the current stream, which should be the graph's.
+
     Args:
         handle: whose request_slots, positions, token_offsets and block_table are written; requests beyond those given
             are padding.
@@ -108,65 +118,88 @@ def prepare_forward(
 
     Raises:
         OutOfBlocksError: the pool is short.
-        ValueError: more requests than the handle holds, more blocks than a row of its table, a slot that is not of the
-            state or is used twice, or a negative number of tokens.
+        InvalidArgumentError: more requests than the handle holds, more blocks than a row of its table, a slot that is
+            not of the state or is used twice, a block that is not of the pool, or a number of tokens or a position that
+            is negative or no integer.
     """
     capacity, columns = handle.block_table.shape
-    slots = handle.state.tail_len.shape[0]
+    requests = list(requests)
     if len(requests) != len(new_tokens):
-        raise ValueError(
+        raise InvalidArgumentError(
             f"prepare_forward: new_tokens: expected one number for each of {len(requests)} requests, "
             f"got {len(new_tokens)}"
         )
     if len(requests) > capacity:
-        raise ValueError(f"prepare_forward: requests: expected at most {capacity}, got {len(requests)}")
-    seen: set[int] = set()
-    wanted = []
-    for request, new in zip(requests, new_tokens, strict=True):
-        if not 0 <= request.slot < slots or request.slot in seen:
-            raise ValueError(
-                f"prepare_forward: requests: expected distinct slots from 0 to {slots - 1}, got {request.slot}"
-                f"{' twice' if request.slot in seen else ''}"
+        raise InvalidArgumentError(f"prepare_forward: requests: expected at most {capacity}, got {len(requests)}")
+    slots = _distinct_slots([request.slot for request in requests], handle.state.tail_len.shape[0])
+    positions = integers("prepare_forward", "requests (position)", [request.position for request in requests], 0, 2**62)
+    new = integers("prepare_forward", "new_tokens", new_tokens, 0, _INT32_MAX)
+    ends = list(map(add, positions, new))
+    offsets = list(accumulate(new, initial=0))
+    if offsets[-1] > _INT32_MAX:
+        raise InvalidArgumentError(
+            f"prepare_forward: new_tokens: expected at most {_INT32_MAX} tokens of all requests, got {offsets[-1]}"
+        )
+    held = [request.blocks for request in requests]
+    batch = handle.batch
+    changed = batch.changed_rows(handle.block_table, held)
+    m, per_block = schema.m, schema.entries_per_block
+    short = [row for row, end in enumerate(ends) if end // m > per_block * len(held[row])] if m else []
+    wanted = [schema.blocks(ends[row]) - len(held[row]) for row in short]
+    changed = sorted({*changed, *short})
+    for row in changed:
+        size = max(schema.blocks(ends[row]), len(held[row]))
+        if size > columns:
+            raise InvalidArgumentError(
+                f"prepare_forward: block_table: expected at most {columns} blocks a request, got {size} for "
+                f"{ends[row]} tokens in slot {slots[row]}"
             )
-        seen.add(request.slot)
-        if new < 0:
-            raise ValueError(f"prepare_forward: new_tokens: expected 0 or more, got {new}")
-        needed = schema.blocks(request.position + new)
-        if needed > columns:
-            raise ValueError(
-                f"prepare_forward: block_table: expected at most {columns} blocks a request, got {needed} for "
-                f"{request.position + new} tokens in slot {request.slot}"
-            )
-        wanted.append(max(0, needed - len(request.blocks)))
-    if sum(wanted) > allocator.available:
+        integers("prepare_forward", "requests (block)", held[row], 0, allocator.blocks - 1)
+    total = sum(wanted)
+    if total > allocator.available:
         raise OutOfBlocksError(
-            f"prepare_forward: expected {sum(wanted)} free blocks for {len(requests)} requests, got "
+            f"prepare_forward: expected {total} free blocks for {len(requests)} requests, got "
             f"{allocator.available} of {allocator.blocks}; nothing was changed; free the blocks of requests that have "
             "ended, send fewer requests, or allocate a larger pool"
         )
 
-    positions = [request.position for request in requests]
-    for request, new, count in zip(requests, new_tokens, wanted, strict=True):
-        request.blocks += allocator.allocate(count)
-        request.position += new
-    offsets = [0]
-    for new in new_tokens:
-        offsets.append(offsets[-1] + new)
-    padding = capacity - len(requests)
-    _write(handle.request_slots, [request.slot for request in requests] + [-1] * padding)
-    _write(handle.positions, positions + [-1] * padding)
-    _write(handle.token_offsets, offsets + [offsets[-1]] * padding)
-    rows = [request.blocks + [-1] * (columns - len(request.blocks)) for request in requests]
-    _write(handle.block_table, rows + [[-1] * columns] * padding)
+    for row, count in zip(short, wanted, strict=True):
+        held[row] += allocator.allocate(count)
+    for request, end in zip(requests, ends, strict=True):
+        request.position = end
+    padding = [-1] * (capacity - len(requests))
+    batch.write_vector("request_slots", handle.request_slots, slots + padding)
+    batch.write_vector("positions", handle.positions, positions + padding)
+    batch.write_vector("token_offsets", handle.token_offsets, offsets + offsets[-1:] * len(padding))
+    batch.write_rows(handle.block_table, held, changed)
+
+
+def _distinct_slots(given: list[int], count: int) -> list[int]:
+    """The slots of a batch, each of the state's `count` and no two the same."""
+    seen: set[int] = set()
+    for slot in given if not _are_distinct_slots(given, count) else ():
+        if type(slot) is not int or not 0 <= slot < count or slot in seen:
+            raise InvalidArgumentError(
+                f"prepare_forward: requests: expected distinct slots from 0 to {count - 1}, got {slot!r}"
+                f"{' twice' if slot in seen else ''}"
+            )
+        seen.add(slot)
+    return given
+
+
+def _are_distinct_slots(given: list[int], count: int) -> bool:
+    ints = set(map(type, given)) <= {int}
+    return ints and len(set(given)) == len(given) and (not given or (min(given) >= 0 and max(given) < count))
 
 
 def release(request: Request, allocator: BlockAllocator, handle: CacheHandle) -> None:
-    """Ends a request: its blocks go back to the pool, its slot is ready for another one."""
+    """Ends a request: its blocks go back to the pool, its slot is ready for another one.
+
+    Raises:
+        InvalidArgumentError: a slot that the state does not have, -1 (padding) among them.
+        BlockError: a block that is not in use. Nothing has changed in either case.
+    """
+    slot = handle.state.check_slot("release", "request.slot", request.slot)
     allocator.free(request.blocks)
     request.blocks = []
-    handle.state.reset_slot(request.slot)
-
-
-def _write(tensor: Tensor, values: Sequence[object]) -> None:
-    """New values for a tensor that captured graphs read."""
-    tensor.copy_(torch.tensor(values, dtype=tensor.dtype).reshape(tensor.shape))
+    handle.state.reset_slot(slot)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from dsv4_kernels.errors import InvalidArgumentError
+from dsv4_kernels.host_values import integer
 from dsv4_kernels.presets import Preset
 
 
@@ -37,6 +39,9 @@ class LayerCacheSchema:
         projections: 2 where a token has rows of its own for the current block (a) and for the next one (b), as in the
             models' CSA layers; 1 where one row serves both.
         page_layout: name of the layout of the pool's pages; "split" is the one of PagedCache.
+
+    Raises:
+        InvalidArgumentError: a size that no layer has.
     """
 
     attention: AttentionType
@@ -49,6 +54,10 @@ class LayerCacheSchema:
     page_layout: str = "split"
 
     def __post_init__(self) -> None:
+        kind = isinstance(self.attention, AttentionType)
+        self._require("attention", kind, f"an AttentionType, got {self.attention!r}")
+        for name in ("m", "head_dim", "rope_dim", "indexer_head_dim", "entries_per_block", "projections"):
+            integer("LayerCacheSchema", name, getattr(self, name), 0)
         self._require("m", self.m >= (self.attention is not AttentionType.SWA), f"at least 1, got {self.m}")
         self._require("head_dim", self.head_dim > 0 and self.head_dim % 4 == 0, f"a multiple of 4, got {self.head_dim}")
         self._require(
@@ -67,7 +76,7 @@ class LayerCacheSchema:
 
     def _require(self, name: str, holds: bool, need: str) -> None:
         if not holds:
-            raise ValueError(f"LayerCacheSchema: {name}: expected {need}")
+            raise InvalidArgumentError(f"LayerCacheSchema: {name}: expected {need}")
 
     @classmethod
     def swa(cls) -> LayerCacheSchema:
@@ -86,7 +95,19 @@ class LayerCacheSchema:
 
     @classmethod
     def of_layer(cls, preset: Preset, layer: int, *, entries_per_block: int = 64) -> LayerCacheSchema:
-        """A layer of a public model, by its compress ratio. A ratio of 4 overlaps blocks, any other does not."""
+        """A layer of a public model, by its compress ratio. A ratio of 4 overlaps blocks, any other does not.
+
+        Args:
+            preset: the model.
+            layer: 0 to preset.layers - 1 for a layer; preset.layers + n for block n of multi-token prediction.
+            entries_per_block: entries that one block of the pool holds.
+
+        Raises:
+            InvalidArgumentError: the model has no such layer.
+        """
+        blocks = len(preset.compress_ratios) - preset.layers
+        known = f"layer (of {preset.name}: {preset.layers} layers, then {blocks} blocks of multi-token prediction)"
+        layer = integer("LayerCacheSchema.of_layer", known, layer, 0, len(preset.compress_ratios) - 1)
         ratio = preset.compress_ratios[layer]
         if ratio == 0:
             return cls.swa()

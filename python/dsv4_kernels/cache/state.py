@@ -5,12 +5,14 @@ what one forward pass works on.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from dsv4_kernels.cache.batch_tensors import BatchTensors
 from dsv4_kernels.cache.schema import LayerCacheSchema
+from dsv4_kernels.host_values import integer
 
 # The score of a row that is not there. The system's description uses -1e9: beside any real score both weigh 0.
 MASKED_SCORE = -math.inf
@@ -40,6 +42,7 @@ class CacheState:
         cls, schema: LayerCacheSchema, max_requests: int, *, device: torch.device | str | None = None
     ) -> CacheState:
         """State for that many requests, all of them at their start."""
+        max_requests = integer("CacheState.allocate", "max_requests", max_requests, 0)
 
         def rows(count: int, fill: float = 0.0) -> Tensor:
             return torch.full((max_requests, count, schema.width), fill, dtype=torch.float32, device=device)
@@ -63,13 +66,23 @@ class CacheState:
             slot: which one.
             position: of the request's first token. One that starts in the middle of a sequence starts at a block's
                 first token.
+
+        Raises:
+            InvalidArgumentError: a slot that the state does not have, -1 (padding) among them, or a negative position;
+                nothing has changed.
         """
+        slot = self.check_slot("CacheState.reset_slot", "slot", slot)
+        position = integer("CacheState.reset_slot", "position", position, 0)
         for rows in (self.tail_ka, self.tail_za, self.tail_kb, self.next_kb, self.next_zb):
             if rows is not None:
                 rows[slot] = 0.0
         self.tail_zb[slot] = MASKED_SCORE
         self.tail_len[slot] = 0
         self.positions[slot] = position
+
+    def check_slot(self, where: str, name: str, slot: object) -> int:
+        """The slot as an int; InvalidArgumentError, which names `where` and `name`, if the state does not have it."""
+        return integer(where, name, slot, 0, self.tail_len.shape[0] - 1)
 
 
 @dataclass
@@ -91,6 +104,7 @@ class PagedCache:
     @classmethod
     def allocate(cls, schema: LayerCacheSchema, blocks: int, *, device: torch.device | str | None = None) -> PagedCache:
         """A pool of that many blocks, zeroed."""
+        blocks = integer("PagedCache.allocate", "blocks", blocks, 0)
 
         def pool(*columns: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(blocks, schema.entries_per_block, *columns, dtype=dtype, device=device)
@@ -112,7 +126,9 @@ class PagedCache:
 @dataclass
 class CacheHandle:
     """One layer's cache and the batch that a forward pass works on. A captured graph reads these tensors, so between
-    replays prepare_forward writes to them and never replaces them.
+    replays prepare_forward writes to them and never replaces them. It writes what has changed since its last call, so
+    nobody else writes to them but through torch, whose version counters it looks at. Handles of layers that share a
+    schema may share them.
 
     request_slots: [requests] int32, the slot of each request; -1 for padding.
     positions: [requests] int64, position of each request's first new token.
@@ -126,16 +142,20 @@ class CacheHandle:
     positions: Tensor
     token_offsets: Tensor
     block_table: Tensor
+    batch: BatchTensors = field(default_factory=BatchTensors, init=False, repr=False, compare=False)
 
     @classmethod
     def allocate(cls, state: CacheState, paged: PagedCache, requests: int, blocks_a_request: int) -> CacheHandle:
         """A handle for batches of up to that many requests, none of them there yet."""
+        requests = integer("CacheHandle.allocate", "requests", requests, 0)
+        columns = integer("CacheHandle.allocate", "blocks_a_request", blocks_a_request, 0)
         device = state.tail_len.device
-        return cls(
-            state=state,
-            paged=paged,
-            request_slots=torch.full((requests,), -1, dtype=torch.int32, device=device),
-            positions=torch.full((requests,), -1, dtype=torch.int64, device=device),
-            token_offsets=torch.zeros(requests + 1, dtype=torch.int32, device=device),
-            block_table=torch.full((requests, blocks_a_request), -1, dtype=torch.int32, device=device),
-        )
+        with torch.inference_mode(False):  # inference tensors have no version counters
+            return cls(
+                state=state,
+                paged=paged,
+                request_slots=torch.full((requests,), -1, dtype=torch.int32, device=device),
+                positions=torch.full((requests,), -1, dtype=torch.int64, device=device),
+                token_offsets=torch.zeros(requests + 1, dtype=torch.int32, device=device),
+                block_table=torch.full((requests, columns), -1, dtype=torch.int32, device=device),
+            )
