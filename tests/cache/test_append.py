@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cache import append
 from dsv4_kernels.cases import is_poison, poison
 from hypothesis import given, settings
@@ -140,15 +141,30 @@ def test_blocks_longer_than_a_warp(device: str) -> None:
 
 
 def test_strided_rows(device: str) -> None:
-    """Columns of wider products."""
+    """Columns of wider products, each of another width."""
     problem = Problem([2, 5], [1, 1], [0, 1])
     want = problem.expected()
-    for name in ("kv", "z", "indexer_kv", "indexer_z"):
+    for extra, name in enumerate(("kv", "z", "indexer_kv", "indexer_z")):
         rows = getattr(problem, name)
-        wide = torch.full((rows.shape[0], rows.shape[1] + 12), torch.nan, device=device)
-        wide[:, 8:-4] = rows
-        setattr(problem, name, wide[:, 8:-4])
+        wide = torch.full((rows.shape[0], rows.shape[1] + 12 + 4 * extra), torch.nan, device=device)
+        wide[:, 8 : 8 + rows.shape[1]] = rows
+        setattr(problem, name, wide[:, 8 : 8 + rows.shape[1]])
     assert same(problem.run(device), want)
+
+
+@pytest.mark.parametrize("what", ["address", "stride"])
+@pytest.mark.parametrize("name", ["kv", "z", "indexer_kv", "indexer_z"])
+def test_rows_off_16_bytes_are_refused(name: str, what: str) -> None:
+    problem = Problem([2, 5], [1, 1], [0, 1])
+    rows = getattr(problem, name)
+    columns = rows.shape[1]
+    wide = torch.zeros(rows.shape[0], columns + (8 if what == "address" else 5))
+    first = 1 if what == "address" else 0
+    setattr(problem, name, wide[:, first : first + columns])
+    before = {name: tensor.clone() for name, tensor in problem.state.items()}
+    with pytest.raises(InvalidArgumentError, match=f"^append: {name}: expected .*16"):
+        problem.run("cpu")
+    assert same(problem.state, before)
 
 
 def test_nothing_to_append(device: str) -> None:

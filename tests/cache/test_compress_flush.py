@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dsv4_kernels.cache import PAGE_LAYOUTS, compress_flush
+from dsv4_kernels.cache import PAGE_LAYOUTS, compress_flush, unpack_entries
 
+from tests.cache import compress_engine
 from tests.cache import compress_oracle as oracle
 from tests.cache.compress_engine import Engine
 from tests.emulated import ARCHITECTURES, emulated, ptx_folder
@@ -83,6 +84,56 @@ def test_calls_longer_than_the_state(rows: int, tokens: int, start: int, device:
     one.step([(a, start), (b, 2)])
     one.step([(b, 1), (a, tokens)])
     one.step([(a, 5), (b, 1)])
+
+
+def test_paged_state_comes_round_twice(device: str) -> None:
+    """Three columns of four rows: the table's first page comes again at positions 12, 24 and 36."""
+    one = engine(4, True, device, slots=2, state_rows=4, state_columns=3)
+    request = one.request(0)
+    for _ in range(10):
+        one.step([(request, 5)])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_entries_without_a_place(architecture: str) -> None:
+    """A block of several tokens completes entries that go nowhere, and then one that is written: none of them may
+    disturb the rows that another one reads."""
+    ptx_folder()
+    for seed in range(2):
+        with emulated(architecture, seed, multiprocessors=1):
+            one = engine(4, True, "cpu", "bf16", page_count=128, slots=2, by_slot_mapping=True)
+            mapping = one._slot_mapping
+
+            def some(growth: Any, tokens: int, mapping: Any = mapping) -> Any:
+                slots = mapping(growth, tokens)
+                slots[:280] = -1
+                return slots
+
+            one._slot_mapping = some  # type: ignore[method-assign]
+            entries = one.entries
+            one.entries = lambda growth, entries=entries: tuple(part[70:] for part in entries(growth))  # type: ignore[assignment, misc]
+            one.step([(one.request(0), 290)])
+
+
+@pytest.mark.parametrize("which", ["kv", "score", "both"])
+@pytest.mark.parametrize(("ratio", "layout"), [(4, "indexer_bf16"), (128, "bf16")])
+def test_strides_of_rows(ratio: int, layout: str, which: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of kv and of score lie apart by different strides."""
+
+    def apart(rows: torch.Tensor, columns: int) -> torch.Tensor:
+        wide = torch.full((rows.shape[0], rows.shape[1] + columns), torch.nan, dtype=rows.dtype, device=rows.device)
+        wide[:, 4 : 4 + rows.shape[1]] = rows
+        return wide[:, 4 : 4 + rows.shape[1]]
+
+    def strided(kv: torch.Tensor, score: torch.Tensor, *rest: Any, **options: Any) -> None:
+        kv = kv if which == "score" else apart(kv, 8)
+        compress_flush(kv, score if which == "kv" else apart(score, 16), *rest, **options)
+
+    monkeypatch.setattr(compress_engine, "compress_flush", strided)
+    one = engine(ratio, ratio == 4, device, layout)
+    a, b = one.request(0), one.request(2)
+    one.step([(a, 2 * ratio + 1), (b, 3)])
+    one.step([(b, ratio), (a, 1)])
 
 
 @pytest.mark.parametrize(("start", "tokens"), [(0, 300), (100, 260), (127, 131), (130, 127)])
@@ -353,6 +404,29 @@ def test_no_tokens_and_no_requests(device: str) -> None:
     one.step([], padding=3)
     one.step([(one.request(0), 0)])
     assert untouched(one, before)
+
+
+@pytest.mark.parametrize("layout", PAGE_LAYOUTS)
+def test_calls_that_complete_no_entry(layout: str, device: str) -> None:
+    """Three of four decode steps, calls of no tokens, of no requests, of padding alone: rows are stored, no page is
+    written, in every layout. And no entries are read."""
+    one = engine(4, True, device, layout, page_count=3)
+    request = one.request(1)
+    one.step([])
+    one.step([], padding=3)
+    one.step([(request, 0)], padding=1)
+    assert bool(one.state.isnan().all())
+    for token in range(3):
+        one.step([(request, 1)])
+        stored = one.state[1, : token + 1].cpu().numpy()
+        assert np.array_equal(stored[:, 0], request.kv)
+        assert np.array_equal(stored[:, 1], request.score)
+        assert bool(one.state[1, token + 1 :].isnan().all())
+    assert all(bool((part == 0xA5).all()) for part in one.parts)
+    none = torch.zeros(0, dtype=torch.int64, device=one.state.device)
+    scales, rope = (*one.tensors[1:], None, None)[:2]
+    unpacked = unpack_entries(one.tensors[0], none, layout, one.entries_per_page, scales, rope)
+    assert unpacked.shape == (0, PAGE_LAYOUTS[layout].head_dim)
 
 
 def test_many_requests(device: str) -> None:

@@ -99,6 +99,26 @@ def test_nan_stays_in_its_column(device: str) -> None:
     assert rows[0].isnan().nonzero().flatten().tolist() == [5, HEAD + 3]
 
 
+def test_nothing_undefined_is_returned(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a mask to tell them apart, rows of requests whose tail is not full are zeros in tensors that are
+    allocated; those in given tensors stay."""
+    buffers = [buffer.to(device) for buffer in tails(3)]
+    lengths = torch.tensor([M, M - 1, M], dtype=torch.int32, device=device)
+    slots = torch.tensor([1, 2, -1], dtype=torch.int32, device=device)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
+    given = poison(torch.empty(3, HEAD, dtype=torch.bfloat16, device=device))
+    both = csa_compress_tail(*buffers, lengths, slots, M, INDEXER)
+    entry, key = csa_compress_tail(*buffers, lengths, slots, M, INDEXER, out_entry=given)
+    assert entry is given
+    assert close(torch.cat(both, dim=1)[1].cpu(), expected(tails(3), 2))
+    assert torch.equal(both[0][1], entry[1])
+    assert torch.equal(both[1], key)
+    for rows in (*both, key):
+        assert not rows[[0, 2]].any()
+    assert is_poison(given[[0, 2]]).all()
+
+
 @pytest.mark.parametrize("requests", [0, 3])
 def test_no_slots(requests: int, device: str) -> None:
     rows, mask = compress(tails(0), [], [0] * requests, device)

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cache import compress_flush, flush_write_csa, flush_write_hca, reference
 from dsv4_kernels.cases import is_poison, poison, same_bits
 
@@ -232,6 +233,15 @@ def test_widths(head: int, rope: int, indexer: int, device: str) -> None:
     reference.flush_write_csa(cpu.entry, cpu.key, *where, table, *parts, M)
     for got, want in zip(pools[0].rows(), cpu.rows(), strict=True):
         assert same_bits(got, want)
+
+
+def test_a_short_mask_is_refused() -> None:
+    """One flag for each request, also in the op that has no other tensor of that extent behind it."""
+    for key in (None, random_rows(3, 16)):
+        pool = Pool(random_rows(3, 8), key, 4, "cpu")
+        with pytest.raises(InvalidArgumentError, match=r"valid_mask: expected shape \[3\], got \[2\]"):
+            pool.write(mask=[True, True])
+        assert pool.written() == []
 
 
 def test_strided_block_table(device: str) -> None:

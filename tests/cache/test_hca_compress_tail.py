@@ -67,3 +67,16 @@ def test_all_rows_masked_and_padding(device: str) -> None:
     assert mask.tolist() == [True, False, False]
     assert (rows[0] == 0).all()
     assert is_poison(rows[1:]).all()
+
+
+def test_nothing_undefined_is_returned(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a mask to tell them apart, rows of requests whose tail is not full are zeros in an allocated tensor."""
+    ka, za = torch.randn(2, 2, 128, 32).to(device)
+    lengths = torch.tensor([128, 127], dtype=torch.int32, device=device)
+    slots = torch.tensor([1, 0, -1], dtype=torch.int32, device=device)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
+    entry = hca_compress_tail(ka, za, lengths, slots, 128)
+    want = torch.tensor(expected(ka[0].cpu(), za[0].cpu()), dtype=torch.float64)
+    assert torch.allclose(entry[1].cpu().to(torch.float64), want, rtol=2**-8, atol=1e-6)
+    assert not entry[[0, 2]].any()

@@ -132,13 +132,19 @@ def csa_compress_tail(
         out_valid_mask: [requests] bool to write to: whose tail was full.
 
     Returns:
-        entry, indexer_key. Rows of requests whose tail is not full are not written; in an allocated tensor they are
+        entry, indexer_key. Rows of requests whose tail is not full are not written where a tensor is given. In an
+        allocated one they are 0, which takes a launch more; with out_valid_mask, which tells them apart, they are left
         undefined.
     """
-    entry, indexer_key, _ = _csa_compress_tail(
+    entry, indexer_key, valid_mask = _csa_compress_tail(
         (tail_ka, tail_za, tail_kb, tail_zb, tail_len, request_slots, m, indexer_head_dim),
         (out_entry, out_indexer_key, out_valid_mask),
     )
+    if out_valid_mask is None:
+        if out_entry is None:
+            entry = _defined(entry, valid_mask)
+        if out_indexer_key is None:
+            indexer_key = _defined(indexer_key, valid_mask)
     return entry, indexer_key
 
 
@@ -168,10 +174,16 @@ def hca_compress_tail(
         out_valid_mask: [requests] bool to write to: whose tail was full.
 
     Returns:
-        entry. Rows of requests whose tail is not full are not written; in an allocated tensor they are undefined.
+        entry. Rows of requests whose tail is not full are not written where out_entry is given. In an allocated tensor
+        they are 0, which takes a launch more; with out_valid_mask, which tells them apart, they are left undefined.
     """
-    entry, _ = _hca_compress_tail((tail_ka, tail_za, tail_len, request_slots, m), (out_entry, out_valid_mask))
-    return entry
+    entry, valid_mask = _hca_compress_tail((tail_ka, tail_za, tail_len, request_slots, m), (out_entry, out_valid_mask))
+    return _defined(entry, valid_mask) if out_entry is None and out_valid_mask is None else entry
+
+
+def _defined(rows: Tensor, valid_mask: Tensor) -> Tensor:
+    """The rows that were written, and zeros for the others."""
+    return rows.where(valid_mask[:, None], 0.0)
 
 
 def flush_write_csa(
