@@ -9,10 +9,11 @@ emulator lacks; `missing_instructions` lists that without running anything.
 
 How it works: all threads of many blocks are lanes of numpy arrays (`wave`), the text becomes a list of callables
 (`ptx_parser`, `program`), and each group of instructions has a module in `instructions`. Races are found by the order
-that barriers establish, not by trying schedules (`shared_memory`, `global_order`).
+that barriers establish, not by trying schedules (`shared_memory`, `global_order`, `cluster_life`).
 
 What it does not show:
-- Stores are visible to all threads at once. A missing fence is not found, and neither is a missing proxy fence.
+- Stores are visible to all threads at once. A missing proxy fence is not found. Of other fences the emulator notices
+  those that a relaxed arrival at the cluster's barrier needs, fence.mbarrier_init among them.
 - Order is kept for warps: after a synchronisation of part of a warp, the whole warp counts as synchronised. On global
   memory only writes are remembered, so a write that comes too early after another thread's read is not found.
 - Registers that were never written hold a pattern of 0xA5 bytes; reading them is no fault.

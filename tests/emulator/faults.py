@@ -31,7 +31,7 @@ class EmulatorFault(Exception):  # noqa: N818
     """A fault of the emulated kernel.
 
     kind is one of: 'out of bounds', 'misaligned', 'uninitialised', 'race', 'divergent barrier', 'deadlock',
-    'missing wait', 'divergent warp', 'invalid operand', 'invalid launch', 'leak', 'trap'.
+    'missing wait', 'lifetime', 'divergent warp', 'invalid operand', 'invalid launch', 'leak', 'trap'.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
 """Shared memory of the blocks of a wave, with the order of accesses tracked so that races are found.
 
 Every warp has a clock, and knows of every warp of its cluster up to which clock it is synchronised with it (a vector
-clock for each warp; barriers and mbarriers join them). Each granule (the smallest access size that the kernel has)
-remembers its last writer with the clock of that moment, and for each warp the clock of its last read. Two accesses of
-which one writes are in order if the later thread's warp knows the earlier one's clock; inside a warp, if the warp has
-synchronised since. The unit is the warp: after a bar.warp.sync with a partial mask its other lanes count as
-synchronised too, so a race that only such a lane has is not seen.
+clock for each warp; barriers and mbarriers join them, see `Clocks`). Each granule (the smallest access size that the
+kernel has) remembers its last writer with the clock of that moment, and for each warp the clock of its last read. Two
+accesses of which one writes are in order if the later thread's warp knows the earlier one's clock; inside a warp, if
+the warp has synchronised since. The unit is the warp: after a bar.warp.sync with a partial mask its other lanes count
+as synchronised too, so a race that only such a lane has is not seen.
 """
 
 from __future__ import annotations
@@ -23,15 +23,30 @@ IN_FLIGHT = -2  # an asynchronous copy writes it and nobody has waited for that 
 ASYNCHRONOUS = 1 << 20  # writer: a completed copy that was ordered by an mbarrier
 ATOMIC = 1 << 21  # flag on the writer: written by an atomic
 _MANY = 255
+PERIOD_BITS = 8
+PERIOD = 1 << PERIOD_BITS  # clocks of a period: fences count inside it
 
 
 class Clocks:
-    """Vector clocks of the warps of every cluster of a wave."""
+    """Vector clocks of the warps of every cluster of a wave.
+
+    A row of `known` is what a warp knows. Column v, of the first `warps` columns: all that warp v did up to this clock
+    happened before. A clock counts periods in units of PERIOD: a warp starts a new period where its lanes synchronise
+    with each other or with others. A fence does not, so that it orders no lanes of its own warp; it adds 1, so that
+    what comes before it and what comes after it can be told apart.
+
+    Column warps + v counts what a barrier that does not order memory (barrier.cluster.arrive.relaxed) passes on all the
+    same: 1 when the warp is known to have started, and 1 more for each fence.mbarrier_init of warp v.
+    """
 
     def __init__(self, clusters: int, blocks: int, warps: int) -> None:
-        self.known = np.zeros((clusters, warps, warps), np.int32)
+        self.warps = warps
+        self.known = np.zeros((clusters, warps, 2 * warps), np.int32)
         self._diagonal = np.arange(warps)
-        self.known[:, self._diagonal, self._diagonal] = 1
+        self.known[:, self._diagonal, self._diagonal] = PERIOD
+        self.known[:, self._diagonal, warps + self._diagonal] = 1
+        # What each warp knew at its last fence of at least cluster and at least gpu scope; None before the first one.
+        self.fenced: dict[str, Array | None] = {"cluster": None, "gpu": None}
         # Moments, for a quick answer: when all warps of a block and of a cluster last synchronised.
         self.moment = 1
         self.block_joined = np.zeros((clusters, blocks), np.int64)
@@ -43,7 +58,7 @@ class Clocks:
         part[:] = part.max(axis=1, keepdims=True)
         self.known[clusters, warps] = part
         own = self._diagonal[warps]
-        self.known[clusters[:, None], own, own] += 1
+        self._new_period((clusters[:, None], own, own))
         self.moment += 1
         blocks = self.block_joined.shape[1]
         of_block = len(self._diagonal) // blocks
@@ -56,12 +71,47 @@ class Clocks:
         joint = self.known[cluster, sources].max(axis=0)
         self.known[cluster, targets] = np.maximum(self.known[cluster, targets], joint)
         involved = np.union1d(sources, targets)
-        self.known[cluster, involved, involved] += 1
+        self._new_period((cluster, involved, involved))
+
+    def _new_period(self, own: Any) -> None:
+        self.known[own] = (self.known[own] | (PERIOD - 1)) + 1
+
+    def after_fence(self, clusters: Array, warps: Array) -> None:
+        """What these warps do now comes after something that others may learn of, without a new period."""
+        own = self.known[clusters, warps, warps]
+        self.known[clusters, warps, warps] = own + (own & (PERIOD - 1) != PERIOD - 1)
+
+    def fence(self, clusters: Array, warps: Array, scope: str) -> None:
+        """Warps execute a fence of scope cluster or gpu: a relaxed operation may now publish what they know."""
+        for one in ("cluster", "gpu") if scope == "gpu" else ("cluster",):
+            kept = self.fenced[one]
+            if kept is None:
+                kept = self.fenced[one] = np.zeros_like(self.known)
+            kept[clusters, warps] = self.known[clusters, warps]
+        self.after_fence(clusters, warps)
+
+    def fence_mbarrier_init(self, clusters: Array, warps: Array) -> None:
+        """Warps execute fence.mbarrier_init."""
+        self.known[clusters, warps, self.warps + warps] += 1
+
+    def relaxed(self, clusters: Array, warps: Array) -> Array:
+        """What warps pass on by arriving relaxed: that they have started, inits and memory that they have fenced."""
+        rows: Array = self.known[clusters, warps]
+        kept = self.fenced["cluster"]
+        rows[:, : self.warps] = 0 if kept is None else kept[clusters, warps, : self.warps]
+        return rows
+
+    def started(self, clusters: Array, warps: Array, ranks: Array) -> Array:
+        """Whether these warps know that the blocks of these ranks have started."""
+        of_block = self.warps // self.block_joined.shape[1]
+        columns = self.warps + ranks[:, None] * of_block + np.arange(of_block)
+        known: Array = self.known[clusters[:, None], warps[:, None], columns].any(axis=1)
+        return known
 
     def release(self, cluster: int, warp: int) -> Array:
         """What a warp knows now; it starts a new period. For mbarrier arrivals."""
         snapshot: Array = self.known[cluster, warp].copy()
-        self.known[cluster, warp, warp] += 1
+        self._new_period((cluster, warp, warp))
         return snapshot
 
     def acquire(self, cluster: int, warp: int, snapshot: Array) -> None:
@@ -70,7 +120,14 @@ class Clocks:
 
     def tick(self, clusters: Array, warps: Array) -> None:
         """These warps start a new period (bar.warp.sync)."""
-        self.known[clusters, warps, warps] += 1
+        self._new_period((clusters, warps, warps))
+
+    def ordered(self, clusters: Array, threads: Array, others: Array, clocks: Array) -> Array:
+        """Whether what `others` did at `clocks` happened before what threads of the same clusters do now."""
+        warps, other_warps = threads >> 5, others >> 5
+        known = self.known[clusters, warps, other_warps]
+        inside = known >> PERIOD_BITS > clocks >> PERIOD_BITS
+        return (others == threads) | np.where(warps == other_warps, inside, known >= clocks)
 
 
 class SharedMemory:
@@ -167,9 +224,7 @@ class SharedMemory:
     def _ordered(self, writers: Array, clocks: Array, clusters: Array, threads: Array) -> Array:
         """Whether accesses by these threads come after earlier ones by `writers` at `clocks`."""
         other = np.where(writers < 0, threads, writers & (ASYNCHRONOUS - 1))
-        warps, other_warps = threads >> 5, other >> 5
-        known = self.clocks.known[clusters, warps, other_warps]
-        return (other == threads) | np.where(warps == other_warps, known > clocks, known >= clocks)
+        return self.clocks.ordered(clusters, threads, other, clocks)
 
     def note_read(self, flat: Array, width: int, blocks: Array, lanes: Array, threads: Array) -> None:
         """Check and record reads of `width` bytes at flat positions."""
@@ -193,7 +248,7 @@ class SharedMemory:
             writers = self.writer[place]
             if (writers != threads).any():
                 self._check_read(writers, place, clusters, flat, lanes, threads)
-            again = self.reader_clock[place, warps] == now
+            again = self.reader_clock[place, warps] >> PERIOD_BITS == now >> PERIOD_BITS
             merged = np.where(again & (self.reader_lane[place, warps] != lane), _MANY, lane).astype(np.uint8)
             self.reader_clock[place, warps] = now
             self.reader_lane[place, warps] = merged
@@ -279,12 +334,12 @@ class SharedMemory:
         self, place: Array, clusters: Array, warps: Array, lane: Array, lanes: Array, flat: Array
     ) -> None:
         reads = self.reader_clock[place]
-        known = self.clocks.known[clusters, warps]
+        known = self.clocks.known[clusters, warps, : self.clocks.warps]
         late = reads > known
         rows = np.arange(len(place))
         own_clock = known[rows, warps]
-        late[rows, warps] = (
-            (reads[rows, warps] == own_clock) & (own_clock > 0) & (self.reader_lane[place, warps] != lane)
+        late[rows, warps] = (reads[rows, warps] >> PERIOD_BITS == own_clock >> PERIOD_BITS) & (
+            self.reader_lane[place, warps] != lane
         )
         if late.any():
             one, warp = (int(v[0]) for v in np.nonzero(late))

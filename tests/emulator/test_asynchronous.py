@@ -320,7 +320,7 @@ def test_distributed_shared_memory_needs_a_cluster_barrier() -> None:
     found = fault(
         kernel(CLUSTER.replace("{barrier}", "bar.sync 0;").replace("{end}", ""), [".u64 y"]), y, grid=6, cluster=2
     )
-    assert found.kind == "race"
+    assert found.kind == "lifetime"
 
 
 def test_arriving_at_the_cluster_barrier_is_not_waiting() -> None:
@@ -329,7 +329,7 @@ def test_arriving_at_the_cluster_barrier_is_not_waiting() -> None:
         "{end}", "barrier.cluster.wait.aligned;"
     )
     found = fault(kernel(text, [".u64 y"]), np.zeros((6, 32), np.uint32), grid=6, cluster=2)
-    assert found.kind == "race"
+    assert found.kind == "lifetime"
 
 
 def test_a_block_outside_the_cluster() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from .cluster_life import RemoteAccesses
 from .faults import EmulatorFault, LaneFault
 from .shared_memory import Clocks, SharedMemory
 from .spaces import RANK_SHIFT
@@ -193,6 +194,7 @@ class Wave:
         )
         self.cluster_base = launch.next_cluster  # numbers clusters over all waves, from 1
         launch.next_cluster += self.block_count // self.cluster_size
+        self.remote = RemoteAccesses(self.block_count // self.cluster_size, self.cluster_size, warps)
         self.synchronised = np.zeros(self.block_count, np.bool_)
         self.state: dict[str, Any] = {}  # of instruction groups: mbarriers, copies in flight, tensor memory
         self.waiters: dict[Any, Waiter] = {}
@@ -206,6 +208,7 @@ class Wave:
         self.seen_progress = -1
         self.coordinates: dict[str, Array] = {}
         self.executed = 0
+        self.pc = 0  # of the instruction that is executed
 
     # ------------------------------------------------------------------------------------------------- scheduling
 
@@ -279,6 +282,7 @@ class Wave:
         try:
             while True:
                 step = steps[pc]
+                self.pc = pc
                 self.executed += 1
                 if step.control is None:
                     step.run(active)

@@ -36,16 +36,17 @@ def async_store(instruction: Instruction, scope: Scope) -> Plain:
 
     def run(active: Active) -> None:
         wave = active.wave
-        blocks, offsets = shared_place(active, active.rows(address(active)))
+        blocks, offsets = shared_place(active, active.rows(address(active)), deferred=True)
         flat = wave.shared.check_range(blocks, offsets, width, width, active.index, "asynchronous store")
         data = np.empty((active.count, count), dtype)
         for column, source in enumerate(sources):
             data[:, column] = active.rows(source(active)).view(dtype)
-        signals = locate(active, active.rows(signal_address(active)))
+        signals = locate(active, active.rows(signal_address(active)), deferred=True)
         wave.shared.begin_copy(flat, width, blocks, active.index, active.threads)
         raw = data.view(np.uint8)
         for row, lane, block, offset in signals:
-            found = barriers_of(wave).find(block, offset, lane)
+            found = barriers_of(wave).find(wave, block, offset, lane)
+            found.writes += 1
             part = slice(row, row + 1)
             found.deliveries.append(_Delivery(wave, found, flat[part], raw[part], blocks[part]))
         wave.launch.progress += 1
@@ -63,4 +64,5 @@ class _Delivery:
     def __call__(self) -> None:
         self.wave.shared.end_copy(self.flat, self.data, self.blocks, None)
         self.barrier.bytes -= self.data.shape[1]
+        self.barrier.writes -= 1
         barriers_of(self.wave).settle(self.wave, self.barrier)

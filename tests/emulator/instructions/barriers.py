@@ -12,7 +12,7 @@ from ..ptx_module import Instruction
 from ..registry import Control, control
 from ..warp_waits import lane_bits
 from ..wave import Active as ActiveSet
-from .warp import members_of, warps_of
+from .warp import cluster_and_warp, members_of, warps_of
 
 if TYPE_CHECKING:
     from ..program import Scope
@@ -290,25 +290,30 @@ def _warp_barrier(instruction: Instruction, scope: Scope) -> Control:
 class _ClusterBarriers:
     """barrier.cluster of every cluster: which lanes have arrived in this phase, which wait for its end.
 
-    What the arriving warps know reaches a warp when it waits, not when the phase ends.
+    What the arriving warps know reaches a warp when it waits, not when the phase ends. A relaxed arrival passes on what
+    `Clocks.relaxed` says.
     """
 
     def __init__(self, wave: Wave) -> None:
         self.arrived = np.zeros(wave.lanes, np.bool_)
         self.waiting: list[tuple[Array, int, tuple[int, ...]]] = []
         self.done = np.zeros(wave.lanes, np.bool_)  # lanes whose phase has completed and who have not waited yet
-        clusters, warps, _ = wave.clocks.known.shape
-        self.arriving = np.zeros((clusters, warps), np.int32)
-        self.completed = np.zeros((clusters, warps), np.int32)
-        self.begun = np.zeros(clusters, np.int64)  # moment of the phase's first arrival
+        clusters, _, columns = wave.clocks.known.shape
+        self.arriving = np.zeros((clusters, columns), np.int32)
+        self.completed = np.zeros((clusters, columns), np.int32)
+        self.begun = np.zeros(clusters, np.int64)  # moment of the phase's first arrival; 0: one of them was relaxed
+        self.ended = np.zeros(clusters, np.int64)  # the same of the phase that completed last
 
-    def arrive(self, wave: Wave, active: Active) -> None:
+    def arrive(self, wave: Wave, active: Active, relaxed: bool) -> None:
         """Lanes arrive; their warps start a new period."""
-        clusters, warps = _cluster_and_warp(wave, active)
+        clusters, warps = cluster_and_warp(active)
         fresh = np.unique(clusters[~self.arrived.reshape(len(self.begun), -1)[clusters].any(axis=1)])
         self.begun[fresh] = wave.clocks.moment
+        if relaxed:
+            self.begun[clusters] = 0
         wave.clocks.moment += 1
-        np.maximum.at(self.arriving, clusters, wave.clocks.known[clusters, warps])
+        known = wave.clocks.relaxed(clusters, warps) if relaxed else wave.clocks.known[clusters, warps]
+        np.maximum.at(self.arriving, clusters, known)
         wave.clocks.tick(clusters, warps)
         self.arrived = self.arrived | active.mask
 
@@ -320,6 +325,7 @@ class _ClusterBarriers:
         if not ready.any():
             return False
         self.completed[ready] = self.arriving[ready]
+        self.ended[ready] = self.begun[ready]
         self.arriving[ready] = 0
         lanes = np.repeat(ready, width)
         self.done |= self.arrived & lanes
@@ -329,13 +335,13 @@ class _ClusterBarriers:
 
     def leave(self, wave: Wave, active: Active) -> None:
         """Lanes whose phase is complete go on, and know what the arrivals knew."""
-        clusters, warps = _cluster_and_warp(wave, active)
+        clusters, warps = cluster_and_warp(active)
         known = wave.clocks.known
         known[clusters, warps] = np.maximum(known[clusters, warps], self.completed[clusters])
         self.done = self.done & ~active.mask
         left = self.done.reshape(len(self.begun), -1).any(axis=1)
         finished = np.unique(clusters[~left[clusters]])
-        wave.clocks.cluster_joined[finished] = self.begun[finished]
+        wave.clocks.cluster_joined[finished] = np.maximum(wave.clocks.cluster_joined[finished], self.ended[finished])
 
     def release(self, wave: Wave) -> bool:
         """Let waiting lanes go on whose phase is complete."""
@@ -367,15 +373,8 @@ class _ClusterBarriers:
         return "divergent barrier", f"{len(lanes)} threads wait for their cluster (line {line})", int(lanes[0])
 
 
-def _cluster_and_warp(wave: Wave, active: Active) -> tuple[Array, Array]:
-    """Cluster of the wave and warp inside it, of each warp with active lanes."""
-    warps = warps_of(active)
-    per_cluster = wave.threads // 32 * wave.cluster_size
-    return warps // per_cluster, warps % per_cluster
-
-
 def _cluster_barrier(instruction: Instruction, scope: Scope) -> Control:
-    arrive = instruction.has("arrive")
+    arrive, relaxed = instruction.has("arrive"), instruction.has("relaxed")
 
     def run(wave: Wave, active: Active, pc: int, stack: Stack) -> int | None:
         state = wave.waiters.get(("cluster barrier",))
@@ -388,7 +387,7 @@ def _cluster_barrier(instruction: Instruction, scope: Scope) -> Control:
                 raise LaneFault(
                     "divergent barrier", "a thread arrives twice at the cluster barrier without waiting", int(twice[0])
                 )
-            state.arrive(wave, active)
+            state.arrive(wave, active, relaxed)
             if state.clusters_complete(wave):
                 state.release(wave)
             return pc + 1

@@ -169,8 +169,8 @@ def _load(instruction: Instruction, scope: Scope) -> Plain:
         sizes = [0] * active.count if size is None else _one_lane(active, size(active))
         masks = active.rows(mask(active)) if mask is not None else None
         where = [active.rows(c(active)) for c in coordinates]
-        signals = locate(active, active.rows(barrier_address(active)))
-        blocks, offsets = shared_place(active, targets)
+        signals = locate(active, active.rows(barrier_address(active)), deferred=True)
+        blocks, offsets = shared_place(active, targets, deferred=True)
         for row, lane, barrier_block, barrier_offset in signals:
             fetch: Callable[[], Array]
             if tensor:
@@ -235,11 +235,14 @@ def _begin(
     threads = np.full(len(starts), lane % (wave.threads * wave.cluster_size))
     shared.begin_copy(flat, unit, where, lanes, threads)
     state = barriers_of(wave)
-    barrier = state.find(barrier_block, barrier_offset, lane)
+    wave.remote.check(wave, where, lanes, starts, deferred=True)  # of a multicast, each block
+    barrier = state.find(wave, barrier_block, barrier_offset, lane)
+    barrier.writes += 1
 
     def deliver() -> None:
         shared.end_copy(flat, fetch().reshape(-1, unit), where, None)
         barrier.bytes -= length
+        barrier.writes -= 1
         state.settle(wave, barrier)
 
     barrier.deliveries.append(deliver)

@@ -10,6 +10,7 @@ from ..calls import CallSite
 from ..faults import LaneFault
 from ..ptx_module import Group, Instruction, Symbol
 from ..registry import Control, Plain, control, plain
+from .warp import cluster_and_warp
 
 if TYPE_CHECKING:
     from ..program import Scope
@@ -145,9 +146,20 @@ def trap(instruction: Instruction, scope: Scope) -> Plain:
     return run
 
 
-@plain("membar", "fence", "nop", "setmaxnreg", "pmevent", "griddepcontrol")
+@plain("membar", "fence")
+def fence(instruction: Instruction, scope: Scope) -> Plain:
+    """Fences change what relaxed operations publish. Proxy fences and acquiring ones do nothing here."""
+    if instruction.has("mbarrier_init"):
+        return lambda active: active.wave.clocks.fence_mbarrier_init(*cluster_and_warp(active))
+    reach = "cluster" if instruction.has("cluster") else "gpu"
+    if any(q in ("cta", "acquire", "alias") or q.startswith("proxy") for q in instruction.qualifiers):
+        return lambda active: None
+    return lambda active: active.wave.clocks.fence(*cluster_and_warp(active), reach)
+
+
+@plain("nop", "setmaxnreg", "pmevent", "griddepcontrol")
 def nothing(instruction: Instruction, scope: Scope) -> Plain:
-    """Fences change nothing here, as stores are visible at once; register counts and launch dependencies neither.
+    """Register counts and launch dependencies change nothing here.
 
     griddepcontrol: the emulator runs a launch when the one before it is complete.
     """

@@ -69,8 +69,11 @@ SPACES = (
 )
 
 
-def shared_place(active: Active, addresses: Array) -> tuple[Array, Array]:
-    """Block of the wave and offset for shared addresses, which may name another block of the cluster."""
+def shared_place(active: Active, addresses: Array, deferred: bool = False) -> tuple[Array, Array]:
+    """Block of the wave and offset for shared addresses, which may name another block of the cluster.
+
+    deferred: the access happens later than the instruction, and an mbarrier tells when it is over.
+    """
     ranks = (addresses >> np.uint64(RANK_SHIFT)).astype(np.int64)
     offsets = (addresses & np.uint64((1 << RANK_SHIFT) - 1)).astype(np.int64)
     size = active.wave.cluster_size
@@ -83,7 +86,11 @@ def shared_place(active: Active, addresses: Array) -> tuple[Array, Array]:
             int(active.index[one]),
             int(addresses[one]),
         )
-    return active.blocks if size == 1 else active.blocks // size * size + ranks, offsets
+    if size == 1:
+        return active.blocks, offsets
+    blocks = active.blocks // size * size + ranks
+    active.wave.remote.check(active.wave, blocks, active.index, addresses, deferred)
+    return blocks, offsets
 
 
 def load_rows(

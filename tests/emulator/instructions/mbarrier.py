@@ -2,6 +2,9 @@
 
 A phase completes when no arrival and no transaction byte is pending. Asynchronous operations that signal an mbarrier
 complete when somebody polls it, one at a time, and the poll that completed one still fails: as late as allowed.
+
+Initialising an mbarrier must happen before each use by another thread. To threads of other blocks a barrier of the
+cluster tells it, relaxed too if a fence.mbarrier_init is between.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import numpy as np
 
 from ..faults import LaneFault
 from ..ptx_module import Instruction, Sink
-from ..registry import Plain, plain
+from ..registry import FINAL_CHECKS, Plain, plain
+from ..shared_memory import PERIOD_BITS
 from .elementwise import allow
 from .load_store import shared_place
 
@@ -35,6 +39,11 @@ class Barrier:
 
     expected: int
     pending: int
+    init_thread: int = -1  # of the cluster; clock of its warp, and its number of fence.mbarrier_init after the next one
+    init_clock: int = 0
+    init_fence: int = 0
+    known_to: set[int] = field(default_factory=set)  # warps of the cluster that may use it
+    writes: int = 0  # asynchronous operations in flight that write shared memory and signal it
     phase: int = 0
     bytes: int = 0
     arriving: Array | None = None  # what the arrivals of this phase knew
@@ -48,11 +57,36 @@ class Barriers:
     def __init__(self) -> None:
         self.objects: dict[tuple[int, int], Barrier] = {}
 
-    def find(self, block: int, offset: int, lane: int | None) -> Barrier:
-        """The object, or a fault if none was initialised there."""
+    def init(self, wave: Wave, block: int, offset: int, lane: int, count: int) -> None:
+        """A lane makes an mbarrier."""
+        cluster, warp = warp_in_cluster(wave, lane)
+        known = wave.clocks.known[cluster, warp]
+        thread = lane % (wave.threads * wave.cluster_size)
+        fence = int(known[wave.clocks.warps + warp]) + 1
+        self.objects[block, offset] = Barrier(count, count, thread, int(known[warp]), fence)
+
+    def find(self, wave: Wave, block: int, offset: int, lane: int) -> Barrier:
+        """The object, or a fault if none was initialised there, or not in order with this lane."""
         found = self.objects.get((block, offset))
         if found is None:
             raise LaneFault("uninitialised", "no mbarrier is initialised at this address", lane, offset)
+        cluster, warp = warp_in_cluster(wave, lane)
+        if warp not in found.known_to and lane % (wave.threads * wave.cluster_size) != found.init_thread:
+            known, maker = wave.clocks.known[cluster, warp], found.init_thread // 32
+            if maker == warp:
+                ordered = known[warp] >> PERIOD_BITS > found.init_clock >> PERIOD_BITS
+            else:
+                fenced = known[wave.clocks.warps + maker] >= found.init_fence
+                ordered = known[maker] >= found.init_clock or fenced
+            if not ordered:
+                raise LaneFault(
+                    "race",
+                    f"use of an mbarrier that thread {found.init_thread} of the cluster initialises, without a barrier "
+                    "between that also orders the initialisation (fence.mbarrier_init before a relaxed arrival)",
+                    lane,
+                    offset,
+                )
+            found.known_to.add(warp)
         return found
 
     def arrive(self, wave: Wave, barrier: Barrier, count: int, knowledge: Array | None, lane: int | None) -> None:
@@ -88,10 +122,10 @@ def barriers_of(wave: Wave) -> Barriers:
     return found
 
 
-def locate(active: Active, addresses: Array) -> list[tuple[int, int, int, int]]:
-    """(row, lane, block, offset) of each active lane's mbarrier."""
+def locate(active: Active, addresses: Array, deferred: bool = False) -> list[tuple[int, int, int, int]]:
+    """(row, lane, block, offset) of each active lane's mbarrier. deferred: see `shared_place`."""
     window = addresses & np.uint64(0xFFFFFFFF)
-    blocks, offsets = shared_place(active, window)
+    blocks, offsets = shared_place(active, window, deferred)
     active.wave.shared.check_range(blocks, offsets, 8, 8, active.index, "mbarrier access")
     return list(zip(range(active.count), active.index.tolist(), blocks.tolist(), offsets.tolist(), strict=False))
 
@@ -125,7 +159,7 @@ def _init(instruction: Instruction, scope: Scope) -> Plain:
         for row, lane, block, offset in locate(active, active.rows(address(active))):
             if not 1 <= counts[row] <= MAXIMUM_COUNT:
                 raise LaneFault("invalid operand", f"mbarrier count {counts[row]}", lane, offset)
-            barriers_of(wave).objects[block, offset] = Barrier(int(counts[row]), int(counts[row]))
+            barriers_of(wave).init(wave, block, offset, lane, int(counts[row]))
         wave.launch.progress += 1
 
     return run
@@ -136,7 +170,7 @@ def _inval(instruction: Instruction, scope: Scope) -> Plain:
 
     def run(active: Active) -> None:
         for _, lane, block, offset in locate(active, active.rows(address(active))):
-            barrier = barriers_of(active.wave).find(block, offset, lane)
+            barrier = barriers_of(active.wave).find(active.wave, block, offset, lane)
             if barrier.deliveries:
                 raise LaneFault(
                     "missing wait", "mbarrier invalidated while asynchronous operations signal it", lane, offset
@@ -155,6 +189,7 @@ def _arrive(instruction: Instruction, scope: Scope) -> Plain:
     address = scope.address(operands.pop(0))
     count = scope.source(operands[0], "u32") if operands else None
     expects, drops = instruction.has("expect_tx"), instruction.has("arrive_drop")
+    relaxed = instruction.has("relaxed")
 
     def run(active: Active) -> None:
         wave = active.wave
@@ -162,13 +197,14 @@ def _arrive(instruction: Instruction, scope: Scope) -> Plain:
         counts = active.rows(count(active)) if count is not None else np.ones(active.count, np.uint32)
         tokens = np.zeros(active.count, np.uint64)
         for row, lane, block, offset in locate(active, active.rows(address(active))):
-            barrier = state.find(block, offset, lane)
+            barrier = state.find(wave, block, offset, lane)
             tokens[row] = barrier.phase
             if expects:
                 barrier.bytes += int(counts[row])
             if drops:
                 barrier.expected -= 1
-            knowledge = wave.clocks.release(*warp_in_cluster(wave, lane))
+            where = warp_in_cluster(wave, lane)
+            knowledge = wave.clocks.relaxed(*np.array(where)[:, None])[0] if relaxed else wave.clocks.release(*where)
             state.arrive(wave, barrier, 1 if expects else int(counts[row]), knowledge, lane)
         put(active, active.layout(tokens))
 
@@ -183,7 +219,7 @@ def _expect(instruction: Instruction, scope: Scope) -> Plain:
     def run(active: Active) -> None:
         counts = active.rows(count(active))
         for row, lane, block, offset in locate(active, active.rows(address(active))):
-            barrier = barriers_of(active.wave).find(block, offset, lane)
+            barrier = barriers_of(active.wave).find(active.wave, block, offset, lane)
             barrier.bytes += sign * int(counts[row])
             if sign < 0:
                 barriers_of(active.wave).settle(active.wave, barrier)
@@ -205,7 +241,7 @@ def _wait(instruction: Instruction, scope: Scope) -> Plain:
         result = np.zeros(active.count, np.bool_)
         served: set[int] = set()
         for row, lane, block, offset in locate(active, active.rows(address(active))):
-            barrier = state.find(block, offset, lane)
+            barrier = state.find(wave, block, offset, lane)
             done = (barrier.phase & 1) != (int(values[row]) & 1) if parity else barrier.phase != int(values[row])
             if done:
                 result[row] = True
@@ -236,7 +272,7 @@ def arrive_after_copies(instruction: Instruction, scope: Scope) -> Plain:
         wave = active.wave
         copies = state_of(wave)
         for _, lane, block, offset in locate(active, active.rows(address(active))):
-            barrier = barriers_of(wave).find(block, offset, lane)
+            barrier = barriers_of(wave).find(wave, block, offset, lane)
             if increments:
                 barrier.pending += 1
             alone = subset(active, np.array([lane]))
@@ -251,3 +287,20 @@ def arrive_after_copies(instruction: Instruction, scope: Scope) -> Plain:
             barrier.deliveries.append(deliver)
 
     return run
+
+
+def check_ends(wave: Wave) -> None:
+    """When all blocks have ended: nothing may still be on its way into their shared memory, and nobody in there."""
+    for (block, offset), barrier in barriers_of(wave).objects.items():
+        if barrier.writes:
+            raise LaneFault(
+                "missing wait",
+                f"a block ended while {barrier.writes} asynchronous operations were to write shared memory and to "
+                "signal its mbarrier",
+                block * wave.threads,
+                offset,
+            )
+    wave.remote.check_ends(wave)
+
+
+FINAL_CHECKS.append(check_ends)

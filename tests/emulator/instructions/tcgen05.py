@@ -289,7 +289,7 @@ def _commit(instruction: Instruction, scope: Scope) -> Plain:
         wave = active.wave
         memory = tensor_memory_of(wave)
         masks = active.rows(mask(active)) if mask is not None else None
-        for row, lane, block, offset in locate(active, active.rows(address(active))):
+        for row, lane, block, offset in locate(active, active.rows(address(active)), deferred=True):
             own = int(active.blocks[row])
             targets = [block]
             if masks is not None:
@@ -298,7 +298,7 @@ def _commit(instruction: Instruction, scope: Scope) -> Plain:
             # Who waits for the products also comes after what their thread did before: the reads of shared memory.
             knowledge = wave.clocks.release(*warp_in_cluster(wave, lane))
             for target in targets:
-                barrier = barriers_of(wave).find(target, offset, lane)
+                barrier = barriers_of(wave).find(wave, target, offset, lane)
                 blocks = _blocks_of(wave, own, group, lane)
                 commit = Commit(blocks, memory.issued, barrier, knowledge, lane)
                 memory.commits.append(commit)
@@ -330,6 +330,7 @@ def read_shared(wave: Wave, places: Array, block: int, lane: int, issued: int, l
     flat_places = places.reshape(-1)
     units = np.unique(flat_places // unit) * unit
     where, who = np.full(len(units), block), np.full(len(units), lane)
+    wave.remote.check(wave, where, who, units, deferred=True)  # of a pair, the other block
     flat = wave.shared.check_range(where, units, unit, unit, who, "matrix operand")
     wave.shared.note_read(flat, unit, where, who, np.full(len(units), lane % (wave.threads * wave.cluster_size)))
     every = (flat[:, None] + np.arange(unit)).reshape(-1)

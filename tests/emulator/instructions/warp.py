@@ -33,6 +33,13 @@ def warps_of(active: Active) -> Array:
     return np.flatnonzero(lane_bits(active.mask))
 
 
+def cluster_and_warp(active: Active) -> tuple[Array, Array]:
+    """Cluster of the wave and warp inside it, of each warp with active lanes."""
+    warps = warps_of(active)
+    per_cluster = active.wave.threads // 32 * active.wave.cluster_size
+    return warps // per_cluster, warps % per_cluster
+
+
 def spread(active: Active, warps: Array, rows: Array) -> Array:
     """(warps, 32) values of those warps in the layout of the active set."""
     wide = np.zeros((active.wave.warps, 32), rows.dtype)
