@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cases import same_bits
-from dsv4_kernels.stash import PagedStash, PoolSize, paged_stash, pages_for
+from dsv4_kernels.stash import PagedStash, PoolSize, paged_stash, paged_stash_copy, pages_for
 from torch import Tensor, nn
 
 from tests.stash.pools import number, random_rows
@@ -102,8 +103,14 @@ def test_bytes(device: str) -> None:
         (lambda s: s.stash(torch.zeros(32, 4, dtype=BF16).T), "expected a contiguous tensor, got strides \\[1, 4\\]"),
         (lambda s: PagedStash({}), "PagedStash: pools: expected at least one"),
         (lambda s: PagedStash({(BF16, 0): PoolSize(1)}), "pools: expected keys of a dtype and a hidden size"),
-        (lambda s: PagedStash({(BF16, 1): PoolSize(-1)}, device="cpu"), "expected a PoolSize that is not negative"),
-        (lambda s: PagedStash({(BF16, 1): PoolSize(1)}, page_size=0), "page_size: expected 1 to 65536, got 0"),
+        (
+            lambda s: PagedStash({(BF16, 1): PoolSize(-1)}, device="cpu"),
+            "pools \\(pages\\): expected an int, 0 or more, got -1",
+        ),
+        (
+            lambda s: PagedStash({(BF16, 1): PoolSize(1)}, page_size=0),
+            "page_size: expected an int from 1 to 65536, got 0",
+        ),
         (lambda s: s.pop(s.stash(torch.zeros(4, 32, dtype=BF16)), out=torch.zeros(5, 32)), "shape \\[4, 32\\]"),
         (
             lambda s: [s.pop(h) for h in [s.stash(torch.zeros(4, 32, dtype=BF16))] * 2],
@@ -222,9 +229,207 @@ def test_saved_memory_is_freed(real_device: str) -> None:
     assert stash.live == 0
     with stash.saved_activations() as saved:
         y = saved.mark(torch.ones(4, 32, dtype=BF16, device=real_device)) @ weight
+    gradients = [torch.autograd.grad(y.sum(), weight, retain_graph=keep)[0] for keep in (True, True, False)]
+    assert all(same_bits(gradient, gradients[0]) for gradient in gradients)
+    assert (gradients[0] == 4).all()  # of four rows of ones
+    assert stash.live == 0
+
+
+class Product(torch.autograd.Function):
+    """x @ w, with a backward that looks at saved_tensors once for each, as many are written."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        assert ctx.saved_tensors[0].data_ptr() == ctx.saved_tensors[0].data_ptr()
+        return gradient @ ctx.saved_tensors[1].T, ctx.saved_tensors[0].T @ gradient
+
+
+def one_tensor_at_a_time(x: Tensor, w: Tensor, mark: Any) -> None:
+    Product.apply(mark(x * 2), w).square().sum().backward()  # type: ignore[no-untyped-call]
+
+
+def two_losses(x: Tensor, w: Tensor, mark: Any) -> None:
+    """Both of one activation, each with a backward of its own before the next forward."""
+    h = mark((x * 2).detach().requires_grad_())
+    for scale in (1.0, 3.0):
+        ((h @ w) * scale).square().sum().backward()
+
+
+def two_losses_of_one_graph(x: Tensor, w: Tensor, mark: Any) -> None:
+    y = mark(x * 2) @ w
     y.sum().backward(retain_graph=True)
-    with pytest.raises(InvalidArgumentError, match="not popped"):
-        y.sum().backward()
+    y.square().sum().backward()
+
+
+def accumulated(x: Tensor, w: Tensor, mark: Any) -> None:
+    h = mark(x.detach() * 3)
+    for _ in range(3):
+        (h @ w).square().mean().backward()
+
+
+def several_operations_and_views(x: Tensor, w: Tensor, mark: Any) -> None:
+    h = mark(x * 2)
+    ((h @ w).relu().sum() + (h * h).sum() + h.exp().mean() + (h.view(5, 16) ** 3).sum()).backward()
+
+
+def twice_differentiated(x: Tensor, w: Tensor, mark: Any) -> None:
+    (gradient,) = torch.autograd.grad((mark(x * 1.5) @ w).tanh().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [
+        one_tensor_at_a_time,
+        two_losses,
+        two_losses_of_one_graph,
+        accumulated,
+        several_operations_and_views,
+        twice_differentiated,
+    ],
+)
+def test_saved_tensors_are_asked_for_more_than_once(backward: Any, real_device: str) -> None:
+    """Gradients to the bit as without the stash, and no page left."""
+
+    def gradients(mark: Any) -> list[Tensor | None]:
+        generator = torch.Generator().manual_seed(4)
+        x, w = torch.randn(10, 8, generator=generator), torch.randn(8, 8, generator=generator)
+        x, w = x.to(real_device).requires_grad_(), w.to(real_device).requires_grad_()
+        backward(x, w, mark)
+        return [x.grad, w.grad]
+
+    stash = PagedStash({(torch.float32, 8): PoolSize(32)}, page_size=4, device=real_device)
+    expected = gradients(lambda tensor: tensor)
+    with stash.saved_activations() as saved:
+        got = gradients(saved.mark)
+    assert stash.stashed > 0
+    for a, b in zip(expected, got, strict=True):
+        assert a is b is None or same_bits(a, b)
+    gc.collect()
+    report = stash.check()
+    assert (stash.live, report.overflow) == (0, False)
+    assert report.pools[torch.float32, 8].used == (0, 0)
+
+
+def test_pages_of_graphs_that_never_run_backward(real_device: str) -> None:
+    """A metric in each of many steps: its graph goes, its pages come back, with no reset()."""
+    stash = PagedStash({(torch.float32, 8): PoolSize(6, 2)}, page_size=4, device=real_device)
+    x, w = torch.ones(10, 8, device=real_device), torch.ones(8, 8, device=real_device, requires_grad=True)
+    for _ in range(20):
+        with stash.saved_activations() as saved:
+            metric = (saved.mark(x * 1) @ w).mean()
+        assert stash.live == 1
+        del metric
+        assert stash.live == 0
+    with stash.saved_activations() as saved:
+        loss = (saved.mark(x * 2) @ w).sum()
+    loss.backward()
+    assert (w.grad == 20).all()
+    report = stash.check()
+    pool = report.pools[torch.float32, 8]
+    assert (report.overflow, report.spilled, pool.used, pool.high_water) == (False, False, (0, 0), (3, 0))
+    with stash.saved_activations() as saved:
+        loss = (saved.mark(x * 2) @ w).sum()
+    stash.reset()
+    del loss  # of before the reset: its pages are free already
+    assert stash.live == 0
+    assert stash.check().pools[torch.float32, 8].used == (0, 0)
+
+
+def test_handles_are_of_one_stash_and_step(real_device: str) -> None:
+    """Pages of another stash, or of a handle's copy, are never given back."""
+    first, second = small(real_device, 2), small(real_device, 2)
+    rows = [torch.full((32, 32), value, dtype=BF16, device=real_device) for value in (1, 2, 3)]
+    handle, live = first.stash(rows[0]), second.stash(rows[1])
+    with pytest.raises(InvalidArgumentError, match=r"^PagedStash.pop: handle: expected one of this stash, got one of"):
+        second.pop(handle)
+    assert second.check().pools[BF16, 32].used == (2, 0)
+    assert (second.pop(live) == 2).all()
+    assert (first.pop(handle) == 1).all()
+    handle = first.stash(rows[2])
+    twin = copy.deepcopy(copy.copy(handle))
+    assert (first.pop(handle) == 3).all()
+    with pytest.raises(InvalidArgumentError, match="expected one that was not popped"):
+        first.pop(twin)
+    with pytest.raises(InvalidArgumentError, match=r"^PagedStash.pop: handle: expected a StashHandle, got int"):
+        first.pop(3)  # type: ignore[arg-type]
+    assert first.check().pools[BF16, 32].used == (0, 0)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 1.5, "3", torch.tensor([3], dtype=torch.int32), torch.tensor([3, 4])])
+def test_counts_that_are_none_change_nothing(num_tokens: Any) -> None:
+    stash = small("cpu")
+    with pytest.raises(InvalidArgumentError, match="num_tokens: expected"):
+        stash.stash(torch.zeros(16, 32, dtype=BF16), num_tokens)
+    assert (stash.stashed, stash.live, stash.check().pools[BF16, 32].used) == (0, 0, (0, 0))
+
+
+def test_pools_that_are_none_for_the_op() -> None:
+    """The op says what is wrong, also for dtypes that it sees as bytes."""
+    rows = torch.zeros(4, 3).to(torch.float8_e5m2)
+    for pool, host in ((None, None), (torch.zeros(2, 2, 3), None), (torch.zeros(2, 2, 3).to(torch.float8_e5m2), rows)):
+        numbers = torch.zeros(2, dtype=torch.int64)
+        arguments = (
+            rows,
+            pool,
+            host,
+            numbers[:1],
+            numbers,
+            None,
+            numbers,
+            numbers,
+            numbers,
+            numbers,
+            *[numbers[:1]] * 3,
+        )
+        with pytest.raises(InvalidArgumentError, match=r"^paged_stash_copy: (cuda_dst|host_dst|src): expected"):
+            paged_stash_copy(*arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+def test_counts_of_all_rows_are_filled_where_they_are_read() -> None:
+    """A count that one stream has not filled yet is no other stream's."""
+    stash, streams = small("cuda"), [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(streams[0]):
+        torch.cuda._sleep(500_000_000)
+        first = stash._all_rows(77)
+    with torch.cuda.stream(streams[1]):
+        second = stash._all_rows(77).clone()
+        streams[1].synchronize()
+        assert not streams[0].query()
+        assert second.item() == 77
+    with torch.cuda.stream(streams[0]):
+        assert stash._all_rows(77) is first
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_backward_on_two_streams() -> None:
+    """What one stream pops is waited for on the other that saved it too."""
+    stash = PagedStash({(torch.float32, 1024): PoolSize(4096)}, page_size=16)
+    side = torch.cuda.Stream()
+    for turn in range(10):
+        x = torch.full((16 * 1024, 1024), float(turn + 1), device="cuda")
+        weights = [torch.ones(1024, device="cuda", requires_grad=True) for _ in range(2)]
+        with stash.saved_activations() as saved:
+            h = saved.mark(x * 1)
+            a = (h * weights[0]).sum()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                b = (h * weights[1]).sum()
+            torch.cuda.current_stream().wait_stream(side)
+        (a + b).backward()
+        torch.cuda.synchronize()
+        for weight in weights:
+            assert (weight.grad == (turn + 1) * 16 * 1024).all()
+        assert stash.live == 0
+        stash.reset()
 
 
 def test_select_chooses_results_too(real_device: str) -> None:

@@ -33,14 +33,18 @@ _NAMED = frozenset(
 
 
 def _movable(rows: Tensor, cuda_pool: Tensor, host_pool: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same memory in a dtype that the ops take; tensors of different dtypes stay, for the op to refuse."""
-    if not isinstance(rows, Tensor) or rows.dtype in _NAMED or rows.dtype != cuda_pool.dtype:
+    """The same memory in a dtype that the ops take; tensors that no op takes stay, for the op to refuse."""
+    if isinstance(rows, Tensor) and rows.dtype in _NAMED:
         return rows, cuda_pool, host_pool
-    if host_pool is None:
-        return rows.view(torch.uint8), cuda_pool.view(torch.uint8), None
-    if rows.dtype != host_pool.dtype:
-        return rows, cuda_pool, host_pool
-    return rows.view(torch.uint8), cuda_pool.view(torch.uint8), host_pool.view(torch.uint8)
+    given = [rows, cuda_pool, *([] if host_pool is None else [host_pool])]
+    for tensor in given:
+        if not isinstance(tensor, Tensor) or tensor.dtype != rows.dtype or not tensor.dim() or tensor.stride(-1) != 1:
+            return rows, cuda_pool, host_pool
+    return (
+        rows.view(torch.uint8),
+        cuda_pool.view(torch.uint8),
+        None if host_pool is None else host_pool.view(torch.uint8),
+    )
 
 
 def paged_stash_copy(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from dsv4_kernels._native import paged_stash_workspace_size
 from dsv4_kernels.errors import InvalidArgumentError
+from dsv4_kernels.host_values import integer
 from dsv4_kernels.stash.functions import paged_stash_copy, paged_stash_pop
 from dsv4_kernels.stash.saved import SavedActivations
 
@@ -54,17 +57,31 @@ class StashReport:
     pools: dict[PoolKey, PoolReport]
 
 
-@dataclass
+class _Step:
+    """One step of one stash: what its handles are of. Two are the same if they are the same object."""
+
+    def __init__(self, owner: PagedStash) -> None:
+        self.owner = weakref.ref(owner)
+
+
+@dataclass(eq=False)
 class StashHandle:
-    """What stash() returns and pop() takes, once."""
+    """What stash() returns and pop() takes, once: of that stash and of its step, which reset() ends."""
 
     key: PoolKey
     shape: torch.Size
     num_tokens: Tensor
     record: Tensor = field(repr=False)
     spilled: Tensor = field(repr=False)
-    epoch: int = 0
+    step: _Step = field(repr=False)
+    captured: bool = field(default=False, repr=False)  # in a CUDA graph, whose replays stash anew
     popped: bool = False
+
+    def __copy__(self) -> StashHandle:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StashHandle:
+        return self
 
 
 @dataclass(frozen=True)
@@ -95,7 +112,7 @@ def pages_for(expected_tokens: int, tensors: int = 1, *, factor: float = 1.0, pa
         ("factor", factor, 0),
         ("page_size", page_size, 1),
     ):
-        if not least <= value < math.inf:
+        if not isinstance(value, (int, float)) or not least <= value < math.inf:
             raise InvalidArgumentError(f"pages_for: {name}: expected a finite number from {least}, got {value}")
     return tensors * math.ceil(expected_tokens * factor / page_size)
 
@@ -135,19 +152,21 @@ class PagedStash:
     ) -> None:
         if not pools:
             raise InvalidArgumentError("PagedStash: pools: expected at least one dtype and hidden size, got none")
-        if type(page_size) is not int or not 1 <= page_size <= 65536:
-            raise InvalidArgumentError(f"PagedStash: page_size: expected 1 to 65536, got {page_size}")
+        page_size = integer("PagedStash", "page_size", page_size, 1, 65536)
         for key, size in pools.items():
             _check_size(key, size)
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
+        elif device.type == "cpu":
+            device = torch.device("cpu")  # without a number, as its tensors say
         self.page_size, self.device = page_size, device
         self.stashed = self.popped = 0
-        self._epoch = 0
+        self._step = _Step(self)
+        self._dropped: deque[StashHandle] = deque()  # whose pages the next call gives back
         self._stream = torch.cuda.Stream(device) if side_stream and device.type == "cuda" else None
         self._pending = False  # whether the side stream has work that no stream waits for yet
-        self._rows: dict[int, Tensor] = {}
+        self._rows: dict[tuple[int, int], Tensor] = {}
         self._allocate(dict(pools))
 
     def _allocate(self, sizes: dict[PoolKey, PoolSize]) -> None:
@@ -209,8 +228,8 @@ class PagedStash:
 
     @property
     def live(self) -> int:
-        """Handles that have not been popped."""
-        return self.stashed - self.popped
+        """Handles that have not been popped, without those that nobody can pop any more."""
+        return self.stashed - self.popped - len(self._dropped)
 
     @property
     def device_bytes(self) -> int:
@@ -226,7 +245,9 @@ class PagedStash:
 
     def has_pool(self, tensor: Tensor) -> bool:
         """Whether a tensor's rows have a pool here."""
-        return tensor.dim() > 0 and tensor.numel() > 0 and _key_of(tensor) in self._pools
+        return (
+            tensor.dim() > 0 and tensor.numel() > 0 and tensor.device == self.device and _key_of(tensor) in self._pools
+        )
 
     def stash(self, tensor: Tensor, num_tokens: Tensor | None = None) -> StashHandle:
         """Copies the first num_tokens rows into pages. The tensor is not needed afterwards.
@@ -237,7 +258,15 @@ class PagedStash:
 
         Returns:
             The handle for pop(). Where neither pool has room, overflow is set, which check() reports.
+
+        Raises:
+            InvalidArgumentError: a tensor that no pool is for, or num_tokens that is not as it should be; nothing has
+                changed.
         """
+        if not isinstance(tensor, Tensor):
+            raise InvalidArgumentError(
+                f"PagedStash.stash: tensor: expected a torch tensor, got {type(tensor).__name__}"
+            )
         if tensor.dim() == 0 or _key_of(tensor) not in self._pools:
             held = ", ".join(f"{hidden} x {dtype}" for dtype, hidden in self._pools)
             got = "a scalar" if tensor.dim() == 0 else f"{_key_of(tensor)[1]} x {tensor.dtype}"
@@ -247,13 +276,24 @@ class PagedStash:
             raise InvalidArgumentError(
                 f"PagedStash.stash: tensor: expected a contiguous tensor, got {got}; call .contiguous()"
             )
+        if tensor.device != self.device:
+            raise InvalidArgumentError(
+                f"PagedStash.stash: tensor: expected one on {self.device}, where the pools are, got {tensor.device}"
+            )
         key = _key_of(tensor)
         pool, rows = self._pools[key], tensor.shape[0]
         if num_tokens is None:
             num_tokens = self._all_rows(rows)
+        elif not isinstance(num_tokens, Tensor):
+            raise InvalidArgumentError(
+                f"PagedStash.stash: num_tokens: expected a tensor of one int64 on {self.device}, or None for all rows, "
+                f"got {num_tokens!r}"
+            )
+        self._give_back()
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         # The last entry is the flag: one allocation.
         record = torch.empty(-(-rows // self.page_size) + 1, dtype=torch.int64, device=self.device)
-        handle = StashHandle(key, tensor.shape, num_tokens, record[:-1], record[-1:], self._epoch)
+        handle = StashHandle(key, tensor.shape, num_tokens, record[:-1], record[-1:], self._step, capturing)
         with self._beside(tensor, record, num_tokens), torch.no_grad():
             paged_stash_copy(
                 tensor.detach().view(rows, key[1]),
@@ -286,17 +326,28 @@ class PagedStash:
         Returns:
             out. After an overflow it is not written: the step is worthless, see check().
         """
+        if not isinstance(handle, StashHandle):
+            raise InvalidArgumentError(f"PagedStash.pop: handle: expected a StashHandle, got {type(handle).__name__}")
+        if handle.step.owner() is not self:
+            raise InvalidArgumentError("PagedStash.pop: handle: expected one of this stash, got one of another")
         if handle.popped:
             raise InvalidArgumentError("PagedStash.pop: handle: expected one that was not popped, got one that was")
-        if handle.epoch != self._epoch:
+        if handle.step is not self._step:
             raise InvalidArgumentError("PagedStash.pop: handle: expected one of this step, got one from before reset()")
         pool = self._pools[handle.key]
         if out is None:
             out = torch.empty(handle.shape, dtype=handle.key[0], device=self.device)
-        elif out.shape != handle.shape or not out.is_contiguous():
-            got = f"shape {list(out.shape)}, strides {list(out.stride())}"
+        elif (
+            not isinstance(out, Tensor)
+            or (out.shape, out.dtype, out.device) != (handle.shape, handle.key[0], self.device)
+            or not out.is_contiguous()
+        ):
+            got = type(out).__name__
+            if isinstance(out, Tensor):
+                got = f"{out.dtype} on {out.device}, shape {list(out.shape)}, strides {list(out.stride())}"
             raise InvalidArgumentError(
-                f"PagedStash.pop: out: expected a contiguous tensor of shape {list(handle.shape)}, got {got}"
+                f"PagedStash.pop: out: expected a contiguous tensor of shape {list(handle.shape)} and {handle.key[0]} "
+                f"on {self.device}, got {got}"
             )
         self.join()
         with torch.no_grad():
@@ -324,11 +375,13 @@ class PagedStash:
         """A new step: all pages free, all flags clear, high-water marks at 0. Handles from before are void."""
         self.join()
         self._state.copy_(self._initial)
-        self._epoch += 1
+        self._step = _Step(self)
+        self._dropped.clear()
         self.stashed = self.popped = 0
 
     def check(self) -> StashReport:
         """What happened since the last reset(). The only call that synchronises: once a step, outside of captures."""
+        self._give_back()
         self.join()
         overflow, spilled, *counters = self._counters.tolist()
         pools = {}
@@ -358,8 +411,11 @@ class PagedStash:
                 y = experts(saved.mark(x, num_tokens))
 
         A marked tensor is stashed when an operation saves it, once however many do, and popped when backward first asks
-        for it. Rows behind the last token come back as zeros, so gradients equal those without the stash, bit for bit,
-        where those rows were zeros or count for nothing. Backward can run once (no retain_graph).
+        for it. It then stays until the last of these operations has run backward, or with retain_graph until the graph
+        is gone, whatever the number of times that they ask; a later graph that saves it stashes it anew. Pages of a
+        graph that goes without running backward are given back by the next call of stash() or check(). Rows behind the
+        last token come back as zeros, so gradients equal those without the stash, bit for bit, where those rows were
+        zeros or count for nothing.
 
         Args:
             select: asked about every other tensor that is saved: its num_tokens, True for all rows, None to leave it.
@@ -369,13 +425,35 @@ class PagedStash:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
             yield saved
 
+    def drop(self, handle: StashHandle) -> None:
+        """Says that nobody will pop a handle. The next stash() or check() outside of a capture gives its pages back.
+
+        It launches nothing, so it may be called from a finaliser, in any thread and at any time. What was stashed in a
+        capture stays until reset(): each replay stashes it again.
+        """
+        if not handle.popped and not handle.captured and handle.step is self._step:
+            self._dropped.append(handle)
+
+    def _give_back(self) -> None:
+        """Returns the pages of dropped handles, by way of a tensor that nobody reads."""
+        if not self._dropped or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return
+        while self._dropped:
+            handle = self._dropped.popleft()
+            if not handle.popped and handle.step is self._step:
+                self.pop(handle)
+
     def _all_rows(self, rows: int) -> Tensor:
-        if rows not in self._rows:
+        """A count of so many rows, filled on the current stream: another one would have to wait for that."""
+        on_device = self.device.type == "cuda"
+        stream = torch.cuda.current_stream(self.device).cuda_stream if on_device else 0
+        count = self._rows.get((rows, stream))
+        if count is None:
             count = torch.full((1,), rows, dtype=torch.int64, device=self.device)
-            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if on_device and torch.cuda.is_current_stream_capturing():
                 return count  # belongs to the graph
-            self._rows[rows] = count
-        return self._rows[rows]
+            self._rows[rows, stream] = count
+        return count
 
     def _beside(self, *tensors: Tensor) -> Any:
         """The context in which a copy runs: on the side stream if there is one, behind what the current one has."""
@@ -409,8 +487,10 @@ def _check_size(key: PoolKey, size: PoolSize) -> None:
         or key[1] < 1
     ):
         raise InvalidArgumentError(f"PagedStash: pools: expected keys of a dtype and a hidden size, got {key!r}")
-    if not isinstance(size, PoolSize) or size.pages < 0 or size.host_pages < 0:
-        raise InvalidArgumentError(f"PagedStash: pools: expected a PoolSize that is not negative, got {size!r}")
+    if not isinstance(size, PoolSize):
+        raise InvalidArgumentError(f"PagedStash: pools: expected a PoolSize, got {size!r}")
+    integer("PagedStash", "pools (pages)", size.pages, 0)
+    integer("PagedStash", "pools (host_pages)", size.host_pages, 0)
 
 
 def available_host_memory() -> int | None:

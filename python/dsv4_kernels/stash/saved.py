@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +15,34 @@ if TYPE_CHECKING:
     from dsv4_kernels.stash.paged_stash import PagedStash, StashHandle
 
 
-@dataclass
 class _Entry:
-    """One tensor in the stash, and how many operations saved it and have not asked for it yet."""
+    """One tensor in the stash. It lives as long as autograd keeps what an operation saved of it, and so does what came
+    back; if it goes before that, its pages are given back.
+    """
 
-    handle: StashHandle
-    waiting: int = 0
-    restored: Tensor | None = None
+    def __init__(self, stash: PagedStash, handle: StashHandle) -> None:
+        self._stash, self._handle = stash, handle
+        self._restored: Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None  # that it came back on
+        self._lock = threading.Lock()  # backward of several graphs may run in several threads
+        weakref.finalize(self, stash.drop, handle).atexit = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is still in its pages."""
+        return self._restored is None
+
+    def restore(self) -> Tensor:
+        """The tensor: popped once, then the same one for everybody who asks."""
+        with self._lock:
+            on_device = self._stash.device.type == "cuda"
+            stream = torch.cuda.current_stream(self._stash.device) if on_device else None
+            if self._restored is None:
+                self._restored, self._stream = self._stash.pop(self._handle, zero_rest=True), stream
+            elif stream is not None and self._stream is not None and stream != self._stream:
+                stream.wait_stream(self._stream)
+                self._restored.record_stream(stream)
+            return self._restored
 
 
 @dataclass(frozen=True)
@@ -39,7 +61,8 @@ class SavedActivations:
         self._select = select
         # By where the bytes are. A tensor that is gone frees its address for another one, so each is watched.
         self._marked: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], Tensor | None]] = {}
-        self._entries: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], _Entry]] = {}
+        # Entries belong to what autograd saved.
+        self._entries: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], weakref.ref[_Entry]]] = {}
 
     def mark(self, tensor: Tensor, num_tokens: Tensor | None = None) -> Tensor:
         """Has a tensor stashed when an operation saves it, or a view of all of it. Returns the tensor.
@@ -59,9 +82,10 @@ class SavedActivations:
         if not tensor.is_contiguous() or not tensor.numel() or tensor.device != self._stash.device:
             return tensor
         place = _place(tensor)
-        known = self._entries.get(place)
-        if known is not None and known[0]() is not None and known[1].restored is None:
-            return self._hold(known[1], tensor)
+        source_of, entry_of = self._entries.get(place, (_nothing, _nothing))
+        known = entry_of()
+        if known is not None and known.waits and source_of() is not None:
+            return _Saved(known, tensor.shape)
         watch, num_tokens = self._marked.get(place, (None, None))
         source = watch() if watch is not None else None
         if source is None:
@@ -70,12 +94,8 @@ class SavedActivations:
                 return tensor
             source, num_tokens = tensor, None if chosen is True else chosen
         # A saved view of another shape has the rows of what was marked.
-        entry = _Entry(self._stash.stash(source.detach(), num_tokens))
-        self._entries[place] = (weakref.ref(source), entry)
-        return self._hold(entry, tensor)
-
-    def _hold(self, entry: _Entry, tensor: Tensor) -> _Saved:
-        entry.waiting += 1
+        entry = _Entry(self._stash, self._stash.stash(source.detach(), num_tokens))
+        self._entries[place] = (weakref.ref(source), weakref.ref(entry))
         return _Saved(entry, tensor.shape)
 
     def unpack(self, saved: Any) -> Tensor:
@@ -83,14 +103,11 @@ class SavedActivations:
         if not isinstance(saved, _Saved):
             tensor: Tensor = saved
             return tensor
-        entry = saved.entry
-        if entry.restored is None:
-            entry.restored = self._stash.pop(entry.handle, zero_rest=True)
-        result = entry.restored.view(saved.shape)
-        entry.waiting -= 1
-        if entry.waiting == 0:
-            entry.restored = None  # nobody else will ask: its memory lives as long as this operation needs it
-        return result
+        return saved.entry.restore().view(saved.shape)
+
+
+def _nothing() -> None:
+    """A weak reference to what is gone."""
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
