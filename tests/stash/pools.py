@@ -47,9 +47,13 @@ class Pools:
         hidden: int = 32,
         dtype: torch.dtype = torch.bfloat16,
         head: int = 0,
+        bytewise: bool = False,
     ) -> None:
+        """bytewise: the pool lies an element off 16 bytes, where the kernels that move bytes are the ones that can."""
         self.device, self.page_size, self.hidden, self.dtype = device, page_size, hidden, dtype
-        self.pool = poison(torch.empty(pages, page_size, hidden, dtype=dtype, device=device))
+        elements = pages * page_size * hidden
+        storage = torch.empty(elements + 1, dtype=dtype, device=device)[bytewise : elements + bytewise]
+        self.pool = poison(storage.view(pages, page_size, hidden))
         self.host_pool = None
         self.host_list = None
         if host_pages is not None:

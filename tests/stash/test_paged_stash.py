@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cases import is_poison, poison
 from dsv4_kernels.stash import paged_stash_copy, paged_stash_pop, reference
 
+from tests.emulated import ARCHITECTURES, emulated, ptx_folder
 from tests.stash.pools import Pools, as_bytes, number, random_rows
 
 FAR = 1 << 40
@@ -120,7 +122,7 @@ def test_exact_fit_and_wrap(head: int, device: str) -> None:
 @pytest.mark.parametrize("host_pages", [None, 0, 2])
 @pytest.mark.parametrize("hidden", [16, 3])
 def test_overflow_is_sticky(hidden: int, host_pages: int | None, device: str) -> None:
-    pools = Pools(device, 3, host_pages, hidden=hidden)
+    pools = Pools(device, 3, host_pages, hidden=hidden, bytewise=hidden == 3)
     rows = pools.rows(80)
     first = pools.copy(rows, 20)
     before = pools.state()
@@ -145,7 +147,7 @@ def test_overflow_is_sticky(hidden: int, host_pages: int | None, device: str) ->
 @pytest.mark.parametrize("hidden", [16, 3])
 def test_cuda_then_host_then_overflow(hidden: int, device: str) -> None:
     """A tensor never splits; smaller ones still find room; each goes back to where it came from."""
-    pools = Pools(device, 4, 5, hidden=hidden, head=FAR)
+    pools = Pools(device, 4, 5, hidden=hidden, bytewise=hidden == 3, head=FAR)
     host = pools.free(1)
     assert host == [1, 2, 3, 4, 0]
     rows = [pools.rows(64, seed) for seed in range(4)]
@@ -201,7 +203,7 @@ def test_interleaved_then_refilled(device: str) -> None:
 @pytest.mark.parametrize("hidden", [16, 3])
 @pytest.mark.parametrize("tokens", [0, 13, 32, 50])
 def test_rest_zeroed(tokens: int, hidden: int, device: str) -> None:
-    pools = Pools(device, 4, hidden=hidden, dtype=torch.uint8)
+    pools = Pools(device, 4, hidden=hidden, bytewise=hidden == 3, dtype=torch.uint8)
     rows = pools.rows(50)
     record = pools.copy(rows, tokens)
     record.spilled.clamp_(min=0)
@@ -236,7 +238,7 @@ def test_new_heads_and_tails_to_other_tensors(device: str) -> None:
 @pytest.mark.parametrize("hidden", [16, 3])
 @pytest.mark.parametrize(("tokens", "used"), [(-1, 0), (-(2**63), 0), (41, 40), (2**63 - 1, 40)])
 def test_counts_outside_the_rows(tokens: int, used: int, hidden: int, device: str) -> None:
-    pools = Pools(device, 6, hidden=hidden)
+    pools = Pools(device, 6, hidden=hidden, bytewise=hidden == 3)
     rows = pools.rows(40)
     record = pools.copy(rows, tokens)
     assert pools.free() == list(range(-(-used // 16), 6))
@@ -263,7 +265,7 @@ CONTRADICTIONS: dict[str, Callable[[Pools], object]] = {
 @pytest.mark.parametrize("hidden", [16, 3])
 @pytest.mark.parametrize("contradiction", CONTRADICTIONS)
 def test_lists_that_contradict_themselves_have_no_pages(contradiction: str, hidden: int, device: str) -> None:
-    pools = Pools(device, 5, hidden=hidden)
+    pools = Pools(device, 5, hidden=hidden, bytewise=hidden == 3)
     CONTRADICTIONS[contradiction](pools)
     before = pools.state()
     record = pools.copy(pools.rows(20), 20)
@@ -294,7 +296,7 @@ def test_lists_that_contradict_themselves_have_no_pages(contradiction: str, hidd
     ],
 )
 def test_a_pop_that_cannot_be_does_nothing(change: Callable[..., object], hidden: int, device: str) -> None:
-    pools = Pools(device, 5, hidden=hidden)
+    pools = Pools(device, 5, hidden=hidden, bytewise=hidden == 3)
     record = pools.copy(pools.rows(20), 20)
     change(pools, record)
     before = pools.state()
@@ -306,7 +308,7 @@ def test_a_pop_that_cannot_be_does_nothing(change: Callable[..., object], hidden
 @pytest.mark.parametrize("identity", [-1, 5, 2**62, -(2**63)])
 def test_page_ids_outside_the_pool(identity: int, hidden: int, device: str) -> None:
     """Recorded and given back as they are; their rows are not moved."""
-    pools = Pools(device, 5, hidden=hidden, dtype=torch.uint8)
+    pools = Pools(device, 5, hidden=hidden, bytewise=hidden == 3, dtype=torch.uint8)
     pools.list[1] = identity
     rows = pools.rows(60)
     record = pools.copy(rows, 60)
@@ -345,6 +347,55 @@ def test_large_pages_with_odd_ends(device: str) -> None:
     assert is_poison(back[560:672]).all()
     assert not back[1003:].any()
     assert pools.tail.tolist() == [FAR + 21, FAR + 12]
+
+
+def test_large_whole_pages(device: str) -> None:
+    """Bulk copies of pages of which the last one is as full as the others."""
+    pools = Pools(device, 12, 12, page_size=112, hidden=8320, dtype=torch.uint8)
+    rows = pools.rows(1120)
+    record = pools.copy(rows, 1120)
+    pools.expect_stashed(rows, record, list(range(10)))
+    assert torch.equal(pools.pop(pools.poisoned(1120), record), rows)
+    assert pools.free() == [10, 11, *range(10)]
+
+
+@pytest.mark.parametrize(("bytewise", "head"), [(False, 5), (True, 5), (True, FAR + 4)])
+def test_pages_from_where_the_list_wraps(bytewise: bool, head: int, device: str) -> None:
+    """Pages of an odd number of bytes (bytewise), or of 16 rows: the end of the list lies within one tensor."""
+    page_size = 5 if bytewise else 16
+    pools = Pools(device, 7, page_size=page_size, hidden=3, dtype=torch.uint8, head=head)
+    pools.list.copy_(torch.tensor([3, 0, 6, 1, 5, 2, 4]))
+    free = pools.free()
+    rows = pools.rows(5 * page_size)
+    record = pools.copy(rows, 5 * page_size)
+    pools.expect_stashed(rows, record, free[:5])
+    assert pools.free() == free[5:]
+    assert torch.equal(pools.pop(pools.poisoned(5 * page_size), record), rows)
+    assert pools.free() == [*free[5:], *free[:5]]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("kernels", "options"),
+    [
+        ("units", {"hidden": 16}),
+        ("bytes", {"hidden": 3, "bytewise": True}),
+        ("units", {"hidden": 3, "dtype": torch.uint8}),  # 16 rows of 3 bytes are a multiple of 16
+        ("bytes", {"hidden": 3, "dtype": torch.uint8, "page_size": 5}),
+        ("bulk", {"hidden": 8321, "dtype": torch.uint8, "page_size": 112}),
+        ("bulk", {"hidden": 8320, "dtype": torch.uint8, "page_size": 112}),
+    ],
+    ids=str,
+)
+def test_which_kernels_the_tests_above_run(kernels: str, options: dict[str, Any], architecture: str) -> None:
+    ptx_folder()
+    with emulated(architecture) as symbols:
+        pools = Pools("cpu", 12, 12, **options)
+        rows = pools.page_size * (10 if kernels == "bulk" else 2)
+        pools.pop(pools.poisoned(rows), pools.copy(pools.rows(rows), 1))
+    assert len(symbols) == 2
+    for symbol, op in zip(symbols, ("copy", "pop"), strict=True):
+        assert f"paged_stash_{op}_{kernels}" in symbol
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (0, 3)])
@@ -414,7 +465,7 @@ def test_pages_are_conserved_over_100000_operations() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("hidden", [16, 3])
 def test_pages_are_conserved_over_2000_operations_on_a_gpu(hidden: int) -> None:
-    pools = Pools("cuda", 37, 11, page_size=4, hidden=hidden, dtype=torch.uint8, head=FAR)
+    pools = Pools("cuda", 37, 11, page_size=4, hidden=hidden, bytewise=hidden == 3, dtype=torch.uint8, head=FAR)
     lists = (pools.list, pools.host_list)
 
     def copy(source, tokens, record, spilled, workspace):  # type: ignore[no-untyped-def]
@@ -432,7 +483,7 @@ def test_pages_are_conserved_over_2000_operations_on_a_gpu(hidden: int) -> None:
 @pytest.mark.parametrize("hidden", [16, 3])
 def test_a_captured_graph_follows_the_counts(hidden: int) -> None:
     """One capture, in place, replayed with counts that fit, spill, overflow, and are none."""
-    pools = Pools("cuda", 6, 9, hidden=hidden, dtype=torch.uint8)
+    pools = Pools("cuda", 6, 9, hidden=hidden, bytewise=hidden == 3, dtype=torch.uint8)
     rows, back = pools.rows(140), pools.poisoned(140)
     graph = torch.cuda.CUDAGraph()
     record = pools.record(140, 0)
