@@ -11,6 +11,10 @@ class InvalidArgumentError(KernelError, ValueError):
     """An argument that the op cannot take: dtype, shape, stride, device or value."""
 
 
+class CheckpointError(KernelError, ValueError):
+    """A checkpoint or state dict that cannot be read: the text names the file and the tensor."""
+
+
 class NoDriverError(KernelError):
     """No CUDA driver, none new enough, or no device."""
 

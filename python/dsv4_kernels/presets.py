@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsv4_kernels.errors import InvalidArgumentError
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -37,3 +39,20 @@ PRESETS = {
         Preset("v41-flash", 5120, 40, 384, 6, 2304, 0, 1.5, (0,) * 2 + (2,) * 18 + (1,) * 20 + (0,) * 3),
     )
 }
+
+
+def find_preset(module: str, preset: str | Preset) -> Preset:
+    """A public model's sizes by its name; sizes of one's own are passed through.
+
+    Args:
+        module: whose argument it is, for the error's text.
+        preset: name or sizes.
+
+    Raises:
+        InvalidArgumentError: naming the presets there are.
+    """
+    if isinstance(preset, Preset):
+        return preset
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise InvalidArgumentError(f"{module}: preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    return PRESETS[preset]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import math
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from dsv4_kernels.checkpoint import CheckpointError, check_tensor, read_tensor
 from dsv4_kernels.errors import InvalidArgumentError
+from dsv4_kernels.moe.expert_weights import LARGEST_NVFP4, ExpertWeights, as_number, check_int, refuse
 from dsv4_kernels.moe.grouped_gemm import (
     moe_grouped_gemm,
     moe_grouped_gemm_quantized,
@@ -17,33 +17,23 @@ from dsv4_kernels.moe.grouped_gemm import (
     run_nvfp4_grouped_gemm,
 )
 from dsv4_kernels.moe.grouped_gemm_reference import gate_and_up
-from dsv4_kernels.moe.interleaved_weights import can_interleave, interleave_weights
 from dsv4_kernels.moe.quantize import (
     quantize_activation_nvfp4,
-    quantize_mxfp4,
     quantize_mxfp8,
-    quantize_nvfp4_gpu_fused,
 )
 from dsv4_kernels.moe.routing import SortedRoutes, max_tiles, moe_finalize, moe_sort
-from dsv4_kernels.presets import PRESETS
+from dsv4_kernels.presets import Preset, find_preset
 
-# Rows an expert up to which tiles of 16 and of 64 rows are the fastest on an H100; see docs/decisions/0017.
+# Rows per expert up to which tiles of 16 and of 64 rows are the fastest on an H100; see docs/decisions/0017.
 ROWS_FOR_TILES_OF_16 = 12
 ROWS_FOR_TILES_OF_64 = 56
 
-ACTIVATIONS = ("bfloat16", "nvfp4", "mxfp8")
-LARGEST_NVFP4 = 6.0 * 448.0  # over the per-tensor scale: the largest code times the largest block scale
 
-# What a checkpoint may store packed FP4 codes as.
-_CODES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
-_MXFP4_SCALES = (torch.uint8, torch.float8_e8m0fnu)
-
-
-class Nvfp4MoE(nn.Module):
+class Nvfp4MoE(ExpertWeights):
     """The routed experts of one layer: y[t] = sum_k weight[t, k] * expert[id[t, k]](x[t]), with FP4 weights.
 
     An expert is w2 . (silu(min(w1 . x, limit)) * clamp(w3 . x, -limit, limit)), sums in float32, as the DeepSeek-V4
-    models have it. Weights are NVFP4 or MXFP4, whichever is prepared. A forward is four launches (moe_sort, two grouped
+    models have it. Weights are NVFP4 or MXFP4. A forward is four launches (moe_sort, two grouped
     products, moe_finalize), or five where activations are quantised: each token once, before; the rows between the
     products by the first one itself. Nothing is synchronised or copied to the host, so it captures in a CUDA graph
     whose replays follow new routes, and traces under torch.compile(fullgraph=True).
@@ -51,33 +41,40 @@ class Nvfp4MoE(nn.Module):
     Intermediate results are torch tensors: the allocator reuses their memory from layer to layer on one stream, and
     keeps streams apart. workspace_bytes() says how much a call needs.
 
+    The layer owns its buffers from construction on. Preparing weights again, loading a state dict and the setters of
+    scales write into the same memory wherever format and layout stay the same, so that a captured graph uses the new
+    values at its next replay. What a graph keeps from its capture: the SwiGLU limit and the other plain numbers and
+    options, which are arguments of the launches. Other weights (NVFP4 for MXFP4, or MXFP4 with scales above 2^9) take
+    new memory: capture again. Write to buffers through these methods only: with NVFP4 activations l1_factor and
+    l2_factor are derived from them.
+
+    A state dict holds the weights as they lie in memory and loads into a layer of the same sizes and activations,
+    whatever it held before. `.to(device)` moves everything; casts (`.to(dtype)`, `.half()`) leave all dtypes alone.
+
     A token's result does not depend on its place in the batch or on other tokens, for batches that use tiles of one
     size (see tile_size) and, where that is 16, one kernel: few tiles of some sizes have another (see moe_grouped_gemm;
     of the presets, up to 2 tokens of v4-pro). Else float32 sums round differently.
 
     Args:
         num_experts: experts that live here.
-        hidden_size, intermediate_size: an expert's outer and inner width, multiples of 64.
-        top_k: experts of a token.
+        hidden_size: an expert's outer width. Which widths there are kernels for, moe_grouped_gemm says.
+        intermediate_size: an expert's inner width, or this rank's part of it (see tensor_parallel_size).
+        top_k: experts per token.
         experts_start_idx: id of the first expert here; ids outside [start, start + num_experts) contribute nothing.
         total_experts: experts over all ranks, from which the tile size is chosen; default num_experts.
         swiglu_limit: clamp of gate and up; None or 0 for none.
         weight_before_second: multiply by the routing weight before w2, rounding to bfloat16 in between, as the models'
             own code does; else after it, in float32, which is more precise.
         activations: what the products read: "bfloat16" (W4A16, any weights), "nvfp4" (W4A4, NVFP4 weights) or "mxfp8"
-            (W4A8, MXFP4 weights). NVFP4 needs a static scale for each product: set_activation_global_scales or
-            compute_activation_global_scales.
+            (W4A8, MXFP4 weights). NVFP4 needs a static scale for each product: set_activation_global_scales,
+            compute_activation_global_scales or a checkpoint's.
+        weights: "mxfp4" or "nvfp4"; others are then refused. None: what activations need, or with bfloat16 whatever is
+            prepared or loaded; buffers for MXFP4 are allocated first.
+        tensor_parallel_rank: which part of each expert's inner width lives here, for prepare_weights_from_checkpoint.
+            The sum over ranks is the layer.
+        tensor_parallel_size: how many ranks share the inner width.
         device: of the weights.
     """
-
-    l1_weight: Tensor
-    l1_scale: Tensor
-    l1_alpha: Tensor | None
-    l2_weight: Tensor
-    l2_scale: Tensor
-    l2_alpha: Tensor | None
-    l1_activation_scale: Tensor
-    l2_activation_scale: Tensor
 
     def __init__(
         self,
@@ -91,42 +88,44 @@ class Nvfp4MoE(nn.Module):
         swiglu_limit: float | None = 10.0,
         weight_before_second: bool = False,
         activations: str = "bfloat16",
+        weights: str | None = None,
+        tensor_parallel_rank: int = 0,
+        tensor_parallel_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__()
-        if activations not in ACTIVATIONS:
-            raise InvalidArgumentError(
-                f"Nvfp4MoE: activations: expected one of {', '.join(ACTIVATIONS)}, got {activations!r}"
-            )
-        self.activations = activations
-        self.num_experts = num_experts
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
+        super().__init__(
+            num_experts,
+            hidden_size,
+            intermediate_size,
+            experts_start_idx=experts_start_idx,
+            activations=activations,
+            weights=weights,
+            tensor_parallel_rank=tensor_parallel_rank,
+            tensor_parallel_size=tensor_parallel_size,
+            device=device,
+        )
         self.top_k = top_k
-        self.experts_start_idx = experts_start_idx
-        self.total_experts = total_experts or num_experts
+        self.total_experts = num_experts if total_experts is None else total_experts
+        check_int("top_k", top_k, 1)
+        check_int("total_experts", self.total_experts, 1)
         self.weight_before_second = weight_before_second
+        # The buffers that the products are multiplied by.
+        self._factor_of = {p: f"{p}_factor" if activations == "nvfp4" else f"{p}_alpha" for p in ("l1", "l2")}
         self._fused = True
         self._limit = 0.0
         self.set_swiglu_limit(swiglu_limit)
-        self._device = torch.device(device)
-        for name in ("l1_weight", "l1_scale", "l1_alpha", "l2_weight", "l2_scale", "l2_alpha"):
-            self.register_buffer(name, None)
-        # amax 1, until they are set.
-        for name in ("l1_activation_scale", "l2_activation_scale"):
-            self.register_buffer(name, torch.full((1,), 1 / LARGEST_NVFP4, device=self._device))
-        # The factors of the products: with NVFP4 activations their scale too, each counted once.
-        self._l1_factor: Tensor | None = None
-        self._l2_factor: Tensor | None = None
 
     @staticmethod
-    def from_preset(preset: str, *, device: torch.device | str = "cpu") -> Nvfp4MoE:
-        """All experts of a layer of that model; weights are still to be prepared."""
-        sizes = PRESETS[preset]
-        return Nvfp4MoE(sizes.experts, sizes.hidden_size, sizes.expert_intermediate, top_k=sizes.top_k, device=device)
+    def from_preset(preset: str | Preset, **options: Any) -> Nvfp4MoE:
+        """All experts of a layer of that model; weights are still to be prepared. options: those of the class."""
+        sizes = find_preset("Nvfp4MoE", preset)
+        options = {"top_k": sizes.top_k, **options}
+        return Nvfp4MoE(sizes.experts, sizes.hidden_size, sizes.expert_intermediate, **options)
 
     def set_swiglu_limit(self, limit: float | None) -> None:
-        """The clamp of gate and up; None or 0 for none."""
+        """The clamp of gate and up; None or 0 for none. A captured graph keeps the limit it was captured with."""
+        if limit is not None and not 0 <= as_number(limit) < math.inf:
+            refuse("swiglu_limit", "a finite number of at least 0, or None", repr(limit))
         self._limit = float(limit or 0.0)
 
     def set_fused_swiglu(self, enabled: bool) -> None:
@@ -154,68 +153,6 @@ class Nvfp4MoE(nn.Module):
         token = quantised * self.hidden_size + 4 * self.top_k
         return int(tiles * (8 + tile_size * (4 + inner + 2 * self.hidden_size)) + tokens * token) + 8
 
-    def prepare_weights_from_stacked(
-        self,
-        l1_weight: Tensor,
-        l1_scale: Tensor,
-        l1_global_scale: Tensor | None,
-        l2_weight: Tensor,
-        l2_scale: Tensor,
-        l2_global_scale: Tensor | None,
-    ) -> None:
-        """Takes weights in the checkpoints' layout.
-
-        With bfloat16 activations they are interleaved (see interleave_weights): a copy, made expert by expert, on every
-        architecture the same. Where that cannot be (sizes that are no multiples of 128, MXFP4 scales above 2^9), and
-        for quantised activations, they are kept as they are, without a copy where they are contiguous and on the
-        device; the products then take about twice as long.
-
-        Args:
-            l1_weight: [experts, 2 * intermediate, hidden / 2] packed E2M1 codes, the gate's rows (w1) before up's (w3).
-            l1_scale: [experts, 2 * intermediate, hidden / 16] float8_e4m3fn (NVFP4), or [.., hidden / 32] uint8 or
-                float8_e8m0fnu (MXFP4).
-            l1_global_scale: the factor of each expert, [experts] or [experts, 2] (gate, up) float32: a checkpoint's
-                weight_scale_2, without any activation scale. None: 1.
-            l2_weight: [experts, hidden, intermediate / 2].
-            l2_scale: [experts, hidden, intermediate / 16 or / 32], as l1_scale.
-            l2_global_scale: [experts] float32 or None.
-        """
-        hidden, inner = self.hidden_size, self.intermediate_size
-        group = self._group_of(l1_scale)
-        self._check("l1_weight", l1_weight, (self.num_experts, 2 * inner, hidden // 2), _CODES)
-        self._check("l1_scale", l1_scale, (self.num_experts, 2 * inner, hidden // group), (l1_scale.dtype,))
-        self._check("l2_weight", l2_weight, (self.num_experts, hidden, inner // 2), _CODES)
-        self._check("l2_scale", l2_scale, (self.num_experts, hidden, inner // group), (l1_scale.dtype,))
-        for name, factor in (("l1_global_scale", l1_global_scale), ("l2_global_scale", l2_global_scale)):
-            if factor is not None:
-                pair = name == "l1_global_scale" and factor.dim() == 2
-                self._check(name, factor, (self.num_experts, 2) if pair else (self.num_experts,), (torch.float32,))
-        self.l1_weight, self.l1_scale = self._prepared(l1_weight, l1_scale, gate_and_up=True)
-        self.l2_weight, self.l2_scale = self._prepared(l2_weight, l2_scale)
-        self.l1_alpha = None if l1_global_scale is None else self._moved(l1_global_scale)
-        self.l2_alpha = None if l2_global_scale is None else self._moved(l2_global_scale)
-        needs = {"nvfp4": 16, "mxfp8": 32}.get(self.activations, group)
-        if group != needs:
-            weights = {16: "NVFP4", 32: "MXFP4"}
-            raise InvalidArgumentError(
-                f"Nvfp4MoE: l1_scale: expected {weights[needs]} weights for activations {self.activations!r}, got "
-                f"{weights[group]}"
-            )
-        self._update_factors()
-
-    def _prepared(self, weight: Tensor, scale: Tensor, *, gate_and_up: bool = False) -> tuple[Tensor, Tensor]:
-        """Weights and scales on the device, interleaved where the products can use that."""
-        codes, scale = self._moved(weight.view(torch.uint8)), self._moved(scale)
-        if self.activations != "bfloat16" or not can_interleave(codes.shape[1], 2 * codes.shape[2], scale):
-            return codes, scale
-        return interleave_weights(codes, scale, gate_and_up=gate_and_up)
-
-    def set_activation_global_scales(self, l1: float, l2: float) -> None:
-        """The static scales of NVFP4 activations, amax / 2688, of the hidden states and of the rows between."""
-        self.l1_activation_scale.fill_(l1)
-        self.l2_activation_scale.fill_(l2)
-        self._update_factors()
-
     def compute_activation_global_scales(
         self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor
     ) -> tuple[float, float]:
@@ -223,97 +160,21 @@ class Nvfp4MoE(nn.Module):
 
         Arguments are run()'s; returns the scales.
         """
-        routes = moe_sort(topk_ids, self.num_experts, self.tile_size(hidden.shape[0]), self.experts_start_idx)
+        tokens = self.check_batch("compute_activation_global_scales", hidden, topk_weights, topk_ids, None)
+        routes = moe_sort(topk_ids, self.num_experts, self.tile_size(tokens), self.experts_start_idx)
         weights = topk_weights if self.weight_before_second else None
-        rows = self._first(hidden, None, routes, topk_ids.shape[1], weights, self.l1_alpha)
+        rows = self._first(hidden, None, routes, weights, self.l1_alpha)
         used = routes.slot_to_row[routes.slot_to_row >= 0].to(torch.int64)
-        amax = [float(value.abs().amax()) if value.numel() else 0.0 for value in (hidden, rows[used])]
-        l1, l2 = (value / LARGEST_NVFP4 if value > 0 else 1 / LARGEST_NVFP4 for value in amax)
-        self.set_activation_global_scales(l1, l2)
-        return l1, l2
-
-    def _update_factors(self) -> None:
-        if self.activations != "nvfp4":
-            self._l1_factor, self._l2_factor = self.l1_alpha, self.l2_alpha
-            return
-        one = torch.ones(self.num_experts, device=self._device)
-        self._l1_factor = (one if self.l1_alpha is None else self.l1_alpha) * self.l1_activation_scale
-        self._l2_factor = (one if self.l2_alpha is None else self.l2_alpha) * self.l2_activation_scale
-
-    def prepare_weights_from_checkpoint(self, checkpoint: Path | str | Mapping[str, Tensor], layer: int) -> None:
-        """Reads a layer's experts by the models' names, `layers.N.ffn.experts.E.{w1,w2,w3}.{weight,scale}` (MXFP4).
-
-        One expert after another goes into its place, so memory beyond the layer's is one tensor's.
-
-        Args:
-            checkpoint: a .safetensors file, a folder with an index of shards, or the tensors by name.
-            layer: N.
-
-        Raises:
-            CheckpointError: naming the tensor, what was expected and what there is.
-        """
-        if isinstance(checkpoint, Mapping):
-            tensors = checkpoint
-
-            def read(name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor | None:
-                tensor = tensors.get(name)
-                if tensor is not None:
-                    check_tensor("state dict", name, tensor, shape, dtypes)
-                return tensor
-
-            self._read_experts(read, "state dict", layer)
-        else:
-            path = Path(checkpoint)
-            self._read_experts(lambda *expected: read_tensor(path, *expected), str(path), layer)
-
-    def _read_experts(self, read: Callable[..., Tensor | None], where: str, layer: int) -> None:
-        hidden, inner, experts = self.hidden_size, self.intermediate_size, self.num_experts
-
-        def codes_and_scales(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-            codes = torch.empty((experts, rows, columns // 2), dtype=torch.uint8, device=self._device)
-            return codes, codes.new_empty((experts, rows, columns // 32))
-
-        l1, l2 = codes_and_scales(2 * inner, hidden), codes_and_scales(hidden, inner)
-        places = {"w1": (l1, slice(0, inner)), "w3": (l1, slice(inner, 2 * inner)), "w2": (l2, slice(0, hidden))}
-        for expert in range(experts):
-            for matrix, (buffers, rows) in places.items():
-                for buffer, part, dtypes in zip(buffers, ("weight", "scale"), (_CODES, _MXFP4_SCALES), strict=True):
-                    name = f"layers.{layer}.ffn.experts.{self.experts_start_idx + expert}.{matrix}.{part}"
-                    place = buffer[expert, rows]
-                    tensor = read(name, tuple(place.shape), dtypes)
-                    if tensor is None:
-                        raise CheckpointError(
-                            f"{where}: {name}: no such tensor; is {layer} a layer of this checkpoint?"
-                        )
-                    place.copy_(tensor.view(torch.uint8))
-        self.prepare_weights_from_stacked(l1[0], l1[1], None, l2[0], l2[1], None)
-
-    def prepare_weights_from_dequantized(self, l1_weight: Tensor, l2_weight: Tensor, *, nvfp4: bool = True) -> None:
-        """Quantises bfloat16 or float32 weights, one expert after another.
-
-        Args:
-            l1_weight: [experts, 2 * intermediate, hidden], gate rows before up rows.
-            l2_weight: [experts, hidden, intermediate].
-            nvfp4: NVFP4 with a factor an expert, amax / 2688; else MXFP4.
-        """
-        prepared: list[Tensor | None] = []
-        for weight in (l1_weight, l2_weight):
-            codes, scales, factors = [], [], []
-            for expert in weight.to(self._device):
-                if nvfp4:
-                    code, scale, factor = quantize_nvfp4_gpu_fused(expert.contiguous())
-                    factors.append(factor)
-                else:
-                    code, scale = quantize_mxfp4(expert.contiguous())
-                codes.append(code.view(torch.uint8))
-                scales.append(scale.view(torch.uint8))
-            stacked = torch.stack(scales)
-            prepared += [
-                torch.stack(codes),
-                stacked.view(torch.float8_e4m3fn) if nvfp4 else stacked,
-                torch.cat(factors) if nvfp4 else None,
-            ]
-        self.prepare_weights_from_stacked(*prepared)  # type: ignore[arg-type]
+        scales = []
+        for name, value in (("hidden", hidden), ("the first product", rows[used])):
+            amax = float(value.abs().amax()) if value.numel() else 0.0
+            if not math.isfinite(amax):
+                raise InvalidArgumentError(
+                    f"compute_activation_global_scales: {name}: expected finite values, got a largest one of {amax}"
+                )
+            scales.append((amax or 1.0) / LARGEST_NVFP4)
+        self.set_activation_global_scales(*scales)
+        return scales[0], scales[1]
 
     def run(self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, shared: Tensor | None = None) -> Tensor:
         """The experts' sums.
@@ -326,21 +187,25 @@ class Nvfp4MoE(nn.Module):
 
         Returns:
             [tokens, hidden_size] bfloat16.
+
+        Raises:
+            InvalidArgumentError: extents that do not agree, or no weights yet; nothing has been launched.
         """
-        if self.l1_weight is None:
-            raise InvalidArgumentError("Nvfp4MoE: weights: expected prepared weights, got none; call prepare_weights_*")
-        routes = moe_sort(topk_ids, self.num_experts, self.tile_size(hidden.shape[0]), self.experts_start_idx)
+        tokens = self.check_batch("Nvfp4MoE", hidden, topk_weights, topk_ids, shared)
+        routes = moe_sort(topk_ids, self.num_experts, self.tile_size(tokens), self.experts_start_idx)
+        # In the dictionary itself: as attributes, modules look buffers up slowly.
+        buffers: dict[str, Any] = self._buffers
         inner_weights = topk_weights if self.weight_before_second else None
-        x, x_scale = self._quantized(hidden, self.l1_activation_scale)
-        inner, inner_scale = self._between(x, x_scale, routes, topk_ids.shape[1], inner_weights)
+        x, x_scale = self._quantized(hidden, buffers["l1_activation_scale"])
+        inner, inner_scale = self._between(x, x_scale, routes, inner_weights)
         rows = run_nvfp4_grouped_gemm(
             inner,
-            self.l2_weight,
-            self.l2_scale,
+            buffers["l2_weight"],
+            buffers["l2_scale"],
             routes.tile_to_expert,
             routes.row_to_slot,
             x_scale=inner_scale,
-            alpha=self._l2_factor,
+            alpha=buffers[self._factor_of["l2"]],
         )
         return moe_finalize(rows, routes.slot_to_row, None if self.weight_before_second else topk_weights, shared)
 
@@ -353,23 +218,25 @@ class Nvfp4MoE(nn.Module):
         return x, None
 
     def _between(
-        self, x: Tensor, x_scale: Tensor | None, routes: SortedRoutes, top_k: int, weights: Tensor | None
+        self, x: Tensor, x_scale: Tensor | None, routes: SortedRoutes, weights: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The rows between the products as the second one reads them, and their scales."""
+        buffers: dict[str, Any] = self._buffers
+        alpha = buffers[self._factor_of["l1"]]
         if x_scale is None or not self._fused:
-            rows = self._first(x, x_scale, routes, top_k, weights, self._l1_factor)
-            return self._quantized(rows, self.l2_activation_scale)
+            rows = self._first(x, x_scale, routes, weights, alpha)
+            return self._quantized(rows, buffers["l2_activation_scale"])
         codes, scales = moe_grouped_gemm_quantized(
             x,
-            self.l1_weight,
-            self.l1_scale,
+            buffers["l1_weight"],
+            buffers["l1_scale"],
             routes.tile_to_expert,
             routes.row_to_slot,
             x_scale,
-            self.l2_activation_scale if self.activations == "nvfp4" else None,
-            self._l1_factor,
+            buffers["l2_activation_scale"] if self.activations == "nvfp4" else None,
+            alpha,
             weights,
-            top_k,
+            self.top_k,
             self._limit,
         )
         return (codes.view(torch.uint8) if self.activations == "nvfp4" else codes), scales
@@ -379,23 +246,23 @@ class Nvfp4MoE(nn.Module):
         x: Tensor,
         x_scale: Tensor | None,
         routes: SortedRoutes,
-        top_k: int,
         weights: Tensor | None,
         alpha: Tensor | None,
     ) -> Tensor:
         """The rows between the products, bfloat16, routing weights in them if given."""
         if not self._fused:
-            return self._first_unfused(x, x_scale, routes, top_k, weights, alpha)
+            return self._first_unfused(x, x_scale, routes, weights, alpha)
+        buffers: dict[str, Any] = self._buffers
         return run_fused_swiglu_grouped_gemm(
             x,
-            self.l1_weight,
-            self.l1_scale,
+            buffers["l1_weight"],
+            buffers["l1_scale"],
             routes.tile_to_expert,
             routes.row_to_slot,
             x_scale=x_scale,
             alpha=alpha,
             slot_weights=weights,
-            top_k=top_k,
+            top_k=self.top_k,
             limit=self._limit,
         )
 
@@ -406,14 +273,15 @@ class Nvfp4MoE(nn.Module):
         x: Tensor,
         x_scale: Tensor | None,
         routes: SortedRoutes,
-        top_k: int,
         weights: Tensor | None,
         alpha: Tensor | None,
     ) -> Tensor:
         """The first product into bfloat16, then SwiGLU. Rows without a slot hold anything."""
         maps = routes.tile_to_expert, routes.row_to_slot
         rows = routes.row_to_slot.shape[0]
-        both = moe_grouped_gemm(x, self.l1_weight, self.l1_scale, *maps, x_scale, None, None, top_k).to(torch.float32)
+        both = moe_grouped_gemm(x, self.l1_weight, self.l1_scale, *maps, x_scale, None, None, self.top_k).to(
+            torch.float32
+        )
         gate, up = gate_and_up(both, self.l1_weight.dtype == torch.int32)
         if alpha is not None:
             tile_size = rows // max(maps[0].shape[0], 1)
@@ -428,21 +296,52 @@ class Nvfp4MoE(nn.Module):
             inner = inner * weights.reshape(-1)[slots, None]
         return inner.to(torch.bfloat16)
 
-    def _group_of(self, scale: Tensor) -> int:
-        if scale.dtype == torch.float8_e4m3fn:
-            return 16
-        if scale.dtype in _MXFP4_SCALES:
-            return 32
-        raise InvalidArgumentError(
-            f"Nvfp4MoE: l1_scale: expected dtype float8_e4m3fn (NVFP4), or uint8 or float8_e8m0fnu (MXFP4), "
-            f"got {str(scale.dtype).removeprefix('torch.')}"
+    def extra_repr(self) -> str:
+        """Sizes, formats, and which part of the layer this is."""
+        last = self.experts_start_idx + self.num_experts - 1
+        return (
+            f"experts={self.experts_start_idx}..{last} of {self.total_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, top_k={self.top_k}, activations={self.activations!r}, "
+            f"weights={self._layout('l1').format!r}"
         )
 
-    def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-            need = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-            raise InvalidArgumentError(f"Nvfp4MoE: {name}: expected {need} {list(shape)}, got {got}")
+    def check_batch(
+        self, function: str, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared: Tensor | None
+    ) -> int:
+        """Checks run()'s extents, which only the whole layer knows, and returns the number of tokens.
 
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device).contiguous()
+        Raises:
+            InvalidArgumentError: extents that do not agree, or no weights yet. function: whom the text names.
+        """
+        routed = topk_ids.shape
+        if (
+            self._prepared
+            and len(routed) == 2
+            and routed[1] == self.top_k
+            and topk_weights.shape == routed
+            and hidden.shape == (routed[0], self.hidden_size)
+            and (shared is None or shared.shape == hidden.shape)
+        ):
+            tokens: int = routed[0]
+            return tokens
+        return self._refuse_batch(function, hidden, topk_weights, topk_ids, shared)
+
+    def _refuse_batch(
+        self, function: str, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared: Tensor | None
+    ) -> NoReturn:
+        """Says which of the extents is wrong, hidden's number of tokens being taken for right."""
+        if not self._prepared:
+            refuse("weights", "prepared weights", "none; call prepare_weights_* or load a state dict")
+        tokens = hidden.shape[0] if hidden.dim() else 0
+        wrong = [
+            (name, need, list(tensor.shape))
+            for name, tensor, need in (
+                ("hidden", hidden, [tokens, self.hidden_size]),
+                ("topk_ids", topk_ids, [tokens, self.top_k]),
+                ("topk_weights", topk_weights, [tokens, self.top_k]),
+                ("shared", shared, [tokens, self.hidden_size]),
+            )
+            if tensor is not None and list(tensor.shape) != need
+        ]
+        name, expected, got = wrong[0]
+        raise InvalidArgumentError(f"{function}: {name}: expected shape {expected}, got {got}")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dsv4_kernels.checkpoint import CheckpointError, check_tensor, load_gate
+from dsv4_kernels.checkpoint import CheckpointError, Source, check_tensor, load_gate
 from dsv4_kernels.errors import InvalidArgumentError
-from dsv4_kernels.presets import PRESETS, Preset
+from dsv4_kernels.presets import Preset, find_preset
 from dsv4_kernels.router.functions import dense_router_decode, hash_router_fused, hash_router_scored
 from dsv4_kernels.router.prefill import check_operand, dense_router_prefill, gate_logits
 
@@ -96,7 +95,7 @@ class Router(torch.nn.Module):
     @classmethod
     def from_preset(cls, mode: Mode, preset: str | Preset, **options: Any) -> Router:
         """A router of a public model's sizes; tensors are zero. options: scale, renormalize, epsilon, device."""
-        sizes = find_preset(preset)
+        sizes = find_preset("Router", preset)
         return cls(
             mode,
             hidden_size=sizes.hidden_size,
@@ -107,20 +106,20 @@ class Router(torch.nn.Module):
         )
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, layer: int, preset: str | Preset, **options: Any) -> Router:
+    def from_checkpoint(cls, path: Source, layer: int | str, preset: str | Preset, **options: Any) -> Router:
         """The router of a layer of a safetensors checkpoint; its mode is what the layer's tensors are for.
 
         Args:
-            path: a .safetensors file, or a folder with one or with shards and their index.
-            layer: number of the layer.
+            path: a .safetensors file, a folder with one or with shards and their index, or the tensors by name.
+            layer: N, for the gate of `layers.N` or `model.layers.N`; or the name of the block, such as "mtp.0".
             preset: the model, by name or by its sizes.
             options: scale, renormalize, epsilon, device.
 
         Raises:
-            CheckpointError: naming the tensor, its shape and what was expected.
+            CheckpointError: naming file and tensor, what was expected and what there is.
         """
-        sizes = find_preset(preset)
-        gate = load_gate(Path(path), layer, sizes)
+        sizes = find_preset("Router", preset)
+        gate = load_gate(path, layer, sizes)
         router = cls.from_preset("dense" if gate.tid2eid is None else "hash", sizes, **options)
         tensors = {"weight": gate.weight, "bias": gate.bias, "tid2eid": gate.tid2eid}
         router.load_state_dict({name: tensor for name, tensor in tensors.items() if tensor is not None})
@@ -209,12 +208,3 @@ class Router(torch.nn.Module):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def find_preset(preset: str | Preset) -> Preset:
-    """A public model's sizes by its name. Sizes of one's own are passed through."""
-    if isinstance(preset, Preset):
-        return preset
-    if preset not in PRESETS:
-        raise InvalidArgumentError(f"Router: preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    return PRESETS[preset]
