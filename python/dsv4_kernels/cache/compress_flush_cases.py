@@ -8,25 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_kernels.cache.compress_flush_reference import (
-    ROPE_DIM,
-    finished,
-    finished_entries,
-    tokens_of,
-    unpack_entries,
-)
-from dsv4_kernels.cache.page_layouts import (
-    LAYOUTS_BY_INDEX,
-    PAGE_LAYOUTS,
-    PageLayout,
-    Pages,
-    Quantization,
-    decode_values,
-    encode_values,
-    read_entries,
-    scales_of,
-    write_entries,
-)
+from dsv4_kernels import baselines
+from dsv4_kernels.cache import definitions
+from dsv4_kernels.cache.definitions import ROPE_DIM, Pool
+from dsv4_kernels.cache.page_layouts import LAYOUTS_BY_INDEX, PAGE_LAYOUTS, PageLayout, Pages, Quantization
 from dsv4_kernels.cases import POISON_BYTE, Case, Verdict, Yardstick, fresh, same_bits, to_cpu
 
 DECODE_REQUESTS = (1, 16, 64, 256)
@@ -45,29 +30,37 @@ def judge_compress_flush(arguments: tuple[Any, ...], results: tuple[Tensor, ...]
     layout_index, entries_per_page, scales, rope, use_hadamard = given[14:19]
     quantization = Quantization(*given[21:])
     layout = LAYOUTS_BY_INDEX[layout_index]
-    expected = Pages(given[9], scales, rope, layout, entries_per_page)
-    inputs: Any = (*given[:9], expected, *given[10:14], *given[18:21])
-    slots, channels = finished_entries(*inputs)
-    state, *parts = results
-    if not same_bits(state, given[5]):  # finished_entries() has stored the call's rows
+    expected = Pool(given[9], scales, rope, layout, entries_per_page)
+    of_call: Any = (*given[:9], expected, *given[10:14], *given[18:21])
+    slots, channels = definitions.compressed(*of_call)
+    state, *parts = (result.clone() for result in results)
+    if not same_bits(state, given[5]):  # compressed() has stored the call's rows
         return Verdict(float("inf"), 0.0, "state")
     scales_part, rope_part = (*parts[1:], None, None)[:2]
-    got_pages = Pages(parts[0], scales_part, rope_part, layout, entries_per_page)
-    got_values, got_scales = got_pages.get(slots)
-    expected.put(slots, got_values, got_scales)
+    pool = Pool(parts[0], scales_part, rope_part, layout, entries_per_page)
+    entries = [[part.clone() for part in pool.entry(slot)] for slot in slots]
+    for slot in slots:
+        for got, before in zip(pool.entry(slot), expected.entry(slot), strict=True):
+            got.copy_(before)
     if not all(same_bits(a, b) for a, b in zip(parts, (given[9], scales, rope), strict=False)):
         return Verdict(float("inf"), 0.0, "bytes outside of the new entries")
+    if not slots:
+        return Verdict(0.0, 0.0, "no entry")
+    values, rest, got_scales = (torch.stack(part) for part in zip(*entries, strict=True))
     made_of = _made_of(channels, use_hadamard) * 2.0**-7
-    variants = [(channels + sign * made_of).to(torch.bfloat16).to(torch.float32) for sign in (0, -1, 1)]
-    scales = got_scales.unflatten(1, (layout.groups, -1)) if layout.groups else got_scales
+    variants = [(channels + sign * made_of).to(torch.bfloat16) for sign in (0, -1, 1)]
     wrong = other = 0
     if layout.groups:
-        same = torch.stack([(scales_of(variant, layout, quantization) == scales).all(dim=2) for variant in variants])
+        of_group = [definitions.scales_of(variant, layout, quantization) == got_scales for variant in variants]
+        same = torch.stack(of_group).unflatten(2, (layout.groups, -1)).all(dim=3)
         wrong, other = int((~same.any(dim=0)).sum()), int((~same[0]).sum())
     exact, low, high = (
-        decode_values(encode_values(variant, scales, layout, quantization), scales, layout) for variant in variants
+        definitions.decode_entries(
+            *definitions.encode_entries(variant, got_scales, layout, quantization), got_scales, layout
+        )
+        for variant in variants
     )
-    got = decode_values(got_values, scales, layout)
+    got = definitions.decode_entries(values, rest, got_scales, layout)
     wrong += int((~((got >= low) & (got <= high))).sum())
     other += int((got != exact).sum())
     if other > 2 + got.numel() * (FLIPS if not use_hadamard else 20 * FLIPS):
@@ -82,6 +75,52 @@ def _made_of(channels: Tensor, use_hadamard: bool) -> Tensor:
         return made_of.amax(dim=1, keepdim=True).expand_as(made_of)
     pairs = channels[:, -ROPE_DIM:].unflatten(1, (-1, 2))
     return torch.cat((made_of[:, :-ROPE_DIM], pairs.norm(dim=2).repeat_interleave(2, dim=1)), dim=1)
+
+
+def plain_finished(
+    entries: Tensor, norm_weight: Tensor, cos_sin: Tensor, use_hadamard: bool, round_once: bool, epsilon: float
+) -> Tensor:
+    """Norm, rotation and Hadamard transform in float32, rounded to bfloat16 between them and at the end."""
+
+    def step(values: Tensor) -> Tensor:
+        return values if round_once else values.to(torch.bfloat16).to(torch.float32)
+
+    values = step(torch.nn.functional.rms_norm(step(entries), entries.shape[1:], norm_weight, epsilon))
+    even, odd = values[:, -ROPE_DIM:].unflatten(1, (-1, 2)).unbind(2)
+    cosine, sine = cos_sin.chunk(2, dim=1)
+    turned = torch.stack((even * cosine - odd * sine, odd * cosine + even * sine), dim=2).flatten(1)
+    values = torch.cat((values[:, :-ROPE_DIM], turned), dim=1)
+    if use_hadamard:
+        values, channels = step(values), values.shape[1]
+        for bit in range(channels.bit_length() - 1):
+            low, high = values.unflatten(1, (-1, 2, 1 << bit)).unbind(2)
+            values = torch.stack((low + high, low - high), dim=2).flatten(1)
+        values = values * channels**-0.5
+    return values.to(torch.bfloat16).to(torch.float32)
+
+
+def plain_quantized(values: Tensor, layout: PageLayout, quantization: Quantization) -> tuple[Tensor, Tensor]:
+    """The bytes of entries [entries, d] and of their scales: one amax, one quotient, one conversion each."""
+    rest = values[:, layout.quantized_dims :].to(torch.bfloat16).contiguous().view(torch.uint8)
+    if not layout.groups:
+        return rest, rest[:, :0]
+    groups = values[:, : layout.quantized_dims].unflatten(1, (layout.groups, layout.group))
+    fp8 = layout.element == "float8_e4m3fn"
+    amax = groups.abs().amax(dim=2).clamp(min=quantization.amax_floor)
+    wanted = (amax / (448.0 if fp8 else 6.0)).clamp(min=quantization.scale_floor)
+    if layout.scale == "float8_e4m3fn":
+        codes = baselines.encode_e4m3(wanted)
+        scale = baselines.decode_e4m3(codes)
+    elif layout.scale == "float32" and quantization.exact_scale:
+        scale, codes = wanted, wanted.view(torch.uint8)
+    else:
+        power = baselines.power_of_two_up(wanted)
+        scale = (power << 23).view(torch.float32)
+        codes = scale.view(torch.uint8) if layout.scale == "float32" else power.to(torch.uint8)
+    scaled = (groups / scale[:, :, None]).flatten(1)
+    ties_to_even = not quantization.fp4_ties_toward_zero
+    quantized = baselines.encode_e4m3(scaled) if fp8 else baselines.encode_e2m1(scaled, ties_to_even)
+    return torch.cat((quantized, rest), dim=1), codes
 
 
 def plain_compress_flush(
@@ -144,13 +183,13 @@ def plain_compress_flush(
     weights = gathered(score, 1).masked_fill((rows_at < 0)[..., None], -torch.inf).softmax(dim=1)
     entries = (weights * gathered(kv, 0)).sum(dim=1)
     at = position[last] // ratio
-    channels = finished(entries, norm_weight, cos_sin[at * ratio], use_hadamard, round_once, epsilon)
+    channels = plain_finished(entries, norm_weight, cos_sin[at * ratio], use_hadamard, round_once, epsilon)
     page = block_table[request[last], at // entries_per_page] if slot_mapping is None else slot_mapping[last]
     slots = page.to(torch.int64)
     if slot_mapping is None:
         slots = slots * entries_per_page + at % entries_per_page
     pool = Pages(pages, scales, rope, layout, entries_per_page)
-    write_entries(pool, slots, channels, Quantization(*quantization))
+    pool.put(slots, *plain_quantized(channels, layout, Quantization(*quantization)))
     kept = place_of(request, position)
     flat_state[kept] = torch.stack((kv, score), dim=1)
     return tuple(tensor for tensor in (state, pages, scales, rope) if tensor is not None)
@@ -169,26 +208,32 @@ def compress_flush_bytes(
     """Each row that is needed once, from the call or from the state; rows stored; entries written."""
     ratio, overlap, layout_index = arguments[5:8]
     layout = LAYOUTS_BY_INDEX[layout_index]
-    tokens = tokens_of(kv.shape[0], query_starts, start_positions)
     capacity = state.shape[1] * state_table.shape[1]
-    width = kv.shape[1]
-    completes = (tokens.position + 1) % ratio == 0
-    position, start = tokens.position[completes], tokens.start[completes]
+    width = int(kv.shape[1])
     window = ratio * (2 if overlap else 1)
-    earlier = (torch.minimum(start, position + 1) - (position + 1 - window).clamp(min=0)).clamp(min=0)
-    stored = int((tokens.position + capacity >= tokens.end).sum())
+    earlier = entries = stored = 0
+    phases: set[int] = set()
+    for _, first, end, start in definitions.tokens_of(kv, query_starts, start_positions):
+        last = start + end - first
+        for position in range(start + -(start + 1) % ratio, last, ratio):  # of the last token of each block
+            entries += 1
+            earlier += max(min(start, position + 1) - max(position + 1 - window, 0), 0)
+        stored += min(end - first, capacity)
+        phases |= {position % ratio for position in range(start, min(last, start + ratio))}
     streams = 2 if score is not None else 1
-    read = int(earlier.sum()) * layout.head_dim * 2 * 4 + kv.numel() * kv.element_size() * streams
-    written = int(completes.sum()) * layout.entry_bytes + stored * 2 * width * 4
-    biases = int((tokens.position % ratio).unique().numel()) * int(width) * 4
-    return int(read + written + biases)
+    read = earlier * layout.head_dim * 2 * 4 + kv.numel() * kv.element_size() * streams
+    return int(read + entries * layout.entry_bytes + stored * 2 * width * 4 + len(phases) * width * 4)
 
 
 def judge_unpack_entries(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
-    """To the bit: a product of two short numbers is exact."""
-    expected = torch.empty_like(results[0])
+    """To the bit: float64 holds the product of a code and a scale, float32 rounds it once."""
     pages, slots, layout, entries_per_page, scales, rope = to_cpu(arguments)
-    unpack_entries(pages, slots, layout, entries_per_page, scales, rope, expected)
+    pool = Pool(pages, scales, rope, LAYOUTS_BY_INDEX[layout], entries_per_page)
+    expected = torch.full_like(results[0], torch.nan)
+    for row, slot in enumerate(slots.tolist()):
+        if 0 <= slot < pool.slots:
+            values, rest, codes = (part[None] for part in pool.entry(slot))
+            expected[row] = definitions.decode_entries(values, rest, codes, pool.layout)[0].to(torch.float32)
     return Verdict(float((results[0].view(torch.int32) != expected.view(torch.int32)).sum()), 0.0, "wrong numbers")
 
 
@@ -197,7 +242,18 @@ def plain_unpack_entries(
 ) -> tuple[Tensor, ...]:
     """As an engine would write it: no check of the slots."""
     pool = Pages(pages, scales, rope, LAYOUTS_BY_INDEX[layout], entries_per_page)
-    return (read_entries(pool, slots.clamp(0, pool.count - 1).to(torch.int64)),)
+    values, codes = pool.get(slots.clamp(0, pool.count - 1).to(torch.int64))
+    of = pool.layout
+    fp8 = of.element == "float8_e4m3fn"
+    split = of.quantized_dims // (1 if fp8 else 2)
+    rest = values[:, split:].contiguous().view(torch.bfloat16).to(torch.float32)
+    if not of.groups:
+        return (rest,)
+    quantized = values[:, :split].contiguous()
+    decoded = baselines.decode_e4m3(quantized) if fp8 else baselines.decode_e2m1(quantized)
+    scale = codes.contiguous().view(getattr(torch, of.scale)).to(torch.float32)
+    groups = decoded.unflatten(1, (of.groups, of.group)) * scale[:, :, None]
+    return (torch.cat((groups.flatten(1), rest), dim=1),)
 
 
 def unpack_entries_bytes(
@@ -265,8 +321,11 @@ def compress_flush_case(
     large: bool = False,
     entries_per_page: int = ENTRIES_PER_PAGE,
     zero_pages: bool = False,
+    mapped: bool = False,
 ) -> Case:
-    """A call in which request r brings counts[r] tokens from position starts[r] on."""
+    """A call in which request r brings counts[r] tokens from position starts[r] on. mapped: entries go where a
+    slot_mapping says, not a block table, those of every third token nowhere.
+    """
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         layout = PAGE_LAYOUTS[layer.layout]
@@ -278,6 +337,9 @@ def compress_flush_case(
         state = torch.randn(requests, layer.rows, 2, width, generator=generator)
         angle = torch.arange(columns * entries_per_page * layer.ratio)[:, None] * 0.7 ** torch.arange(32)
         pool = pool_of(layout, requests * columns, entries_per_page, 0 if zero_pages else POISON_BYTE)
+        table = torch.randperm(requests * columns, generator=generator).to(torch.int32).view(requests, columns)
+        slots = torch.randperm(pool.count, generator=generator)[:tokens].to(torch.int32)
+        slots[::3] = -1
         return (
             kv,
             3 * score,
@@ -289,8 +351,8 @@ def compress_flush_case(
             1 + 0.1 * torch.randn(layout.head_dim, generator=generator),
             torch.cat((angle.cos(), angle.sin()), dim=1),
             pool.pages,
-            torch.randperm(requests * columns, generator=generator).to(torch.int32).view(requests, columns),
-            None,
+            None if mapped else table,
+            slots if mapped else None,
             layer.ratio,
             layer.overlap,
             layout.index,
@@ -343,7 +405,7 @@ def unpack_case(layout: str, entries: int, entries_per_page: int, valid: bool = 
         pool = pool_of(page_layout, page_count, entries_per_page, 0)
         every = torch.arange(page_count * entries_per_page)
         quantization = Quantization(page_layout.amax_floor, exact_scale=page_layout.exact_scale)
-        write_entries(pool, every, channels.to(torch.bfloat16).to(torch.float32), quantization)
+        pool.put(every, *plain_quantized(channels.to(torch.bfloat16).to(torch.float32), page_layout, quantization))
         slots = torch.randperm(page_count * entries_per_page, generator=generator)[:entries]
         if not valid:
             slots[entries // 3 :: 5] = -1
@@ -370,6 +432,9 @@ CASES = (
     steady_case(HCA, 256),
     compress_flush_case(
         "one token", Layer("m 1", "indexer_fp8", 1, False), (0,), (1,), entries_per_page=1, zero_pages=True
+    ),
+    compress_flush_case(
+        "slots", Layer("m 2", "indexer_fp8", 2, False), (3, 2), (5, 6), entries_per_page=6, mapped=True
     ),
     compress_flush_case(
         "mixed", Layer("m 4", "indexer_fp8", 4, True), (3, 0, 5, 40), (1, 23, 3, 4), entries_per_page=4

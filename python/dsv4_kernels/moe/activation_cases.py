@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cases import Case, Verdict, Yardstick, is_poison, to_cpu, worst_relative_error
-from dsv4_kernels.moe import reference
-from dsv4_kernels.moe.layout_cases import plain_swizzle, swizzled_positions
+from dsv4_kernels.moe import definitions
+from dsv4_kernels.moe.definitions import held_rows, swizzled_positions
+from dsv4_kernels.moe.layout_cases import plain_swizzle
 from dsv4_kernels.number_formats import LARGEST_E4M3
 
 LIMIT = 10.0  # of the models' SwiGLU
@@ -43,17 +44,10 @@ def plain_swiglu_mxfp8(*arguments: Any) -> tuple[Tensor, ...]:
     return plain_mxfp8(plain_swiglu(*arguments)[0])
 
 
-def used(permutation_map: Tensor, n_used: Tensor) -> Tensor:
-    """[rows] bool: which rows hold a token."""
-    held = torch.zeros(permutation_map.shape[0], dtype=torch.bool)
-    held[reference.used_rows(permutation_map, n_used)] = True
-    return held
-
-
 def judge_squared_relu(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
     """To the bit; rows that hold no token must still be poisoned."""
     _, permutation_map, n_used = to_cpu(arguments)
-    held = used(permutation_map, n_used)
+    held = held_rows(permutation_map, n_used)
     wrong = int((results[0][held].view(torch.int16) != plain[0][held].view(torch.int16)).sum())
     wrong += int((~is_poison(results[0][~held])).sum())
     return Verdict(float(wrong), 0.0, "wrong or touched elements")
@@ -61,8 +55,9 @@ def judge_squared_relu(arguments: tuple[Any, ...], results: tuple[Tensor, ...], 
 
 def judge_swiglu(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
     x, permutation_map, n_used, limit = to_cpu(arguments)
-    held = used(permutation_map, n_used)
-    exact = reference.swiglu(x[held], limit)
+    held = held_rows(permutation_map, n_used)
+    gate, up = x[held].chunk(2, dim=-1)
+    exact = definitions.swiglu(gate, up, limit)
     if not is_poison(results[0][~held]).all():
         return Verdict(float("inf"), 0.0, "rows that hold no token were touched")
     allowed = 2 * worst_relative_error(plain[0][held], exact)
@@ -104,7 +99,7 @@ def judge_squared_relu_mxfp8(
 ) -> Verdict:
     """To the bit, from the square that is rounded to bfloat16."""
     x, permutation_map, n_used = to_cpu(arguments)
-    held = used(permutation_map, n_used)
+    held = held_rows(permutation_map, n_used)
     value = plain_squared_relu(x[held], permutation_map, n_used)[0].to(torch.float64)
     return wrong_mxfp8(arguments, results, value, value, held)
 
@@ -112,8 +107,9 @@ def judge_squared_relu_mxfp8(
 def judge_swiglu_mxfp8(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
     """To the bit for some values that are as near to float64 as twice the error of plain torch in bfloat16."""
     x, permutation_map, n_used, limit = to_cpu(arguments)
-    held = used(permutation_map, n_used)
-    exact = reference.swiglu(x[held], limit)
+    held = held_rows(permutation_map, n_used)
+    gate, up = x[held].chunk(2, dim=-1)
+    exact = definitions.swiglu(gate, up, limit)
     in_bfloat16 = plain_swiglu(x[held], permutation_map, n_used, limit)[0]
     margin = 2 * worst_relative_error(in_bfloat16, exact) * exact.abs()
     return wrong_mxfp8(arguments, results, exact - margin, exact + margin, held)
@@ -123,7 +119,7 @@ def moved_bytes(out_bytes_of_32: int) -> Any:
     """Input, output and map of the used rows; out_bytes_of_32: what 32 columns of the output take."""
 
     def count(x: Tensor, permutation_map: Tensor, n_used: Tensor, *limit: float) -> int:
-        rows = reference.used_rows(permutation_map.cpu(), n_used.cpu()).numel()
+        rows = int(held_rows(permutation_map.cpu(), n_used.cpu()).sum())
         columns = x.shape[1] // 2 if limit else x.shape[1]
         return rows * (x.shape[1] * 2 + columns * out_bytes_of_32 // 32) + int(n_used) * permutation_map.element_size()
 

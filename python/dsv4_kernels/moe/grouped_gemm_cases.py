@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_kernels import number_formats as formats
+from dsv4_kernels import baselines, code_tables
 from dsv4_kernels.cases import Case, Verdict, Yardstick, is_poison, to_cpu
-from dsv4_kernels.moe import grouped_gemm_reference as reference
-from dsv4_kernels.moe.interleaved_weights import SIGNS, interleave_weights
+from dsv4_kernels.moe import definitions
+from dsv4_kernels.moe.definitions import E4M3, swizzled_positions
+from dsv4_kernels.moe.interleaved_weights import PAIR_ROWS, interleave_weights
 from dsv4_kernels.moe.quantize_cases import encode_mx, encode_nvfp4, plain_scales, unpack
-from dsv4_kernels.moe.quantize_reference import E4M3, unswizzle
-from dsv4_kernels.moe.quantized_gemm_reference import quantized
 from dsv4_kernels.moe.routing_cases import uniform_ids
 from dsv4_kernels.op_table import OPS
 from dsv4_kernels.presets import PRESETS, Preset
@@ -28,19 +27,39 @@ def bfloat16_weights(weight: Tensor, scale: Tensor) -> Tensor:
     """One expert's weights of either layout, [N, K] bfloat16."""
     if weight.dtype != torch.int32:
         return bfloat16_values(weight, scale)
-    codes, factors = reference.widen_interleaved(weight, scale)
+    codes, factors = widened_words(weight, scale)
     return (codes * factors * 2.0**8).flatten(1)
 
 
+def widened_words(words: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """One expert's interleaved weights as bfloat16: codes times 2^-126 [N, blocks, 2, 2, 4, 8] and what they are to be
+    multiplied by, but for 2^8, in the same shape. With masks and rotations, as kernels do it.
+
+    The dimensions of K are block, half, group of 32, pair and place.
+    """
+    bits = words.to(torch.int64) & 0xFFFFFFFF
+    mask = 0x81C081C0
+    pairs = [bits & mask] + [((bits >> by) | (bits << (32 - by))) & mask for by in (3, 6)]
+    pairs.append(((bits & 0x001B001B) * 0x4108) & mask)
+    stacked = torch.stack(pairs, dim=-1)
+    stacked = (stacked - ((stacked >> 31) << 32)).to(torch.int32)
+    blocks, rows = words.shape[:2]
+    # [blocks, rows, place, group, half, pair, code]
+    codes = stacked.view(torch.bfloat16).reshape(blocks, rows, 4, 2, 2, 4, 2).permute(1, 0, 4, 3, 5, 2, 6)
+    # [blocks, rows, factors of a half, half]: a factor for 4 or for 2 pairs
+    factor = factors.contiguous().view(torch.bfloat16).reshape(blocks, rows, 2, -1, 2).permute(1, 0, 4, 2, 3)
+    factor = factor.repeat_interleave(4 // factor.shape[-1], dim=-1)[..., None]
+    return codes.reshape(rows, blocks, 2, 2, 4, 8), factor.expand(rows, blocks, 2, 2, 4, 8)
+
+
 def bfloat16_values(codes: Tensor, scale: Tensor | None) -> Tensor:
-    """Dequantised to bfloat16, which holds every product of an FP4 code and a scale, through a table of the bytes."""
+    """Dequantised to bfloat16, which holds every product of an FP4 code and a scale."""
     if codes.dtype == torch.bfloat16 or scale is None:
         return codes
     if codes.dtype == torch.float8_e4m3fn:
         values = codes.to(torch.bfloat16)
     else:
-        table = reference.dequantize(torch.arange(256, dtype=torch.uint8)[:, None], None)
-        values = table.to(codes.device, torch.bfloat16)[codes.view(torch.uint8).to(torch.int32)].flatten(-2)
+        values = baselines.decode_e2m1(codes.view(torch.uint8)).to(torch.bfloat16)
     if scale.dtype == torch.float8_e4m3fn:
         factor = scale.to(torch.bfloat16)
     else:
@@ -67,7 +86,9 @@ def plain_gemm(
     columns = weight.shape[-2] // 2 if swiglu else weight.shape[-2]
     interleaved = weight.dtype == torch.int32
     out = x.new_zeros((row_to_slot.shape[0], columns), dtype=torch.bfloat16)
-    source, present = reference.sources(row_to_slot, top_k, x.shape[0])
+    slot = row_to_slot.to(torch.int64)
+    source = slot // top_k if top_k else torch.arange(slot.numel(), device=slot.device)
+    present = (slot >= 0) & (source < x.shape[0])
     source = torch.where(present, source, 0)
     for tile in range(tiles):
         rows = slice(tile * (row_to_slot.shape[0] // tiles), (tile + 1) * (row_to_slot.shape[0] // tiles))
@@ -80,8 +101,11 @@ def plain_gemm(
         result = (values @ weights.T).to(torch.float32)
         factor = torch.ones_like(result[0, :1]) if alpha is None else alpha[expert].reshape(-1)
         if swiglu:
-            gate, up = reference.gate_and_up(result, interleaved)
-            result = reference.swiglu(gate * factor[0], up * factor[-1], limit)
+            halves = result.unflatten(1, (-1, 2, PAIR_ROWS if interleaved else columns))
+            gate, up = halves[:, :, 0].flatten(1) * factor[0], halves[:, :, 1].flatten(1) * factor[-1]
+            if limit > 0:
+                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            result = torch.nn.functional.silu(gate) * up
         else:
             result = result * factor[0]
         if slot_weights is not None:
@@ -95,33 +119,31 @@ def exact_and_allowed(given: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Of moe_grouped_gemm's arguments on the CPU: results in float64, the error that rounding to bfloat16 and SUM_ERROR
     of the operands' sizes allow, and which rows there are.
     """
-    x, weight, _, tile_to_expert, row_to_slot, _, alpha, weights, top_k, swiglu, limit = given
-    columns = weight.shape[-2] // 2 if swiglu else weight.shape[-2]
-    exact = torch.full((row_to_slot.shape[0], columns), torch.nan, dtype=torch.float64)
-    OPS["moe_grouped_gemm"].reference(*given, exact)
-    written = torch.zeros(exact.shape[0], dtype=torch.bool)
-    written[reference.rows_of_experts(tile_to_expert, row_to_slot, top_k, x.shape[0], weight.shape[0])[0]] = True
+    x, weight, weight_scale, tile_to_expert, row_to_slot, x_scale, alpha, weights, top_k, swiglu, limit = given
+    count, interleaved = row_to_slot.shape[0], weight.dtype == torch.int32
+    rows = definitions.rows_of_tiles(tile_to_expert, row_to_slot, top_k, x.shape[0], weight.shape[0])
+    operands = (x, weight, weight_scale, x_scale, rows, count)
+    exact, sizes = definitions.products(*operands), definitions.products(*operands, absolute=True)
+    written = torch.zeros(count, dtype=torch.bool)
+    factor, slot_weight = torch.ones((count, 2), dtype=torch.float64), torch.ones((count, 1), dtype=torch.float64)
+    for row, slot, _, expert in rows:
+        written[row] = True
+        if alpha is not None:
+            factor[row] = alpha[expert].to(torch.float64)  # one for both, or one each
+        if weights is not None:
+            slot_weight[row] = weights.flatten()[slot]
 
-    # The same product of absolute values bounds the sums; SwiGLU's derivatives are at most 1.1 times the other factor.
-    sizes = torch.zeros((exact.shape[0], weight.shape[-2]), dtype=torch.float64)
-    absolute = list(given)
-    absolute[:2] = [x.abs() if x.dtype == torch.bfloat16 else without_sign(x), without_sign(weight)]
-    absolute[6:8], absolute[9] = [None, None], False
-    OPS["moe_grouped_gemm"].reference(*absolute, sizes)
-    factor = torch.ones((sizes.shape[0], 1), dtype=torch.float64)
-    if alpha is not None:
-        of_tile = alpha.abs().reshape(alpha.shape[0], -1)[tile_to_expert.clamp(0).to(torch.int64)]
-        factor = of_tile.repeat_interleave(row_to_slot.shape[0] // max(tile_to_expert.shape[0], 1), dim=0)
     if not swiglu:
-        sizes = sizes * factor[:, :1]
+        exact, sizes = exact * factor[:, :1], sizes * factor[:, :1].abs()
     else:
-        gate, up = reference.gate_and_up(sizes, weight.dtype == torch.int32)
-        gate, up = gate * factor[:, :1], up * factor[:, -1:]
+        gate, up = definitions.gate_and_up(exact, interleaved)
+        exact = definitions.swiglu(gate * factor[:, :1], up * factor[:, 1:], limit)
+        gate, up = definitions.gate_and_up(sizes, interleaved)
+        gate, up = gate * factor[:, :1].abs(), up * factor[:, 1:].abs()
+        # SwiGLU's derivatives are at most 1.1 times the other factor.
         bound = limit if limit > 0 else torch.inf
         sizes = 2.2 * gate.clamp(max=1e30) * up.clamp(max=bound) + up * gate.clamp(max=bound)
-    if weights is not None:
-        slots = row_to_slot.clamp(0).to(torch.int64)
-        sizes = sizes * weights.abs().reshape(-1)[slots, None]
+    exact, sizes = exact * slot_weight, sizes * slot_weight.abs()
     return exact, exact.abs() * 2.0**-8 + sizes * SUM_ERROR + 2.0**-126, written
 
 
@@ -146,11 +168,15 @@ def plain_quantized(*arguments: Any) -> tuple[Tensor, ...]:
     product, global_scale, swizzle = of_product(arguments)
     (values,) = plain_gemm(*product)
     wide = values.to(torch.float32)
-    if global_scale is None:
-        data, scale = encode_mx(wide, E4M3, True, 0.0, True)
-    else:
-        data, scale = encode_nvfp4(wide, global_scale, None, False, True, 0.0)
+    data, scale = plain_codes(wide, global_scale)
     return data, plain_scales(scale, swizzle, None)
+
+
+def plain_codes(values: Tensor, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Bytes of codes and of scales, one row after another: NVFP4 under a global scale, without one MXFP8."""
+    if global_scale is None:
+        return encode_mx(values, E4M3, True, 0.0, True)
+    return encode_nvfp4(values, global_scale, None, False, True, 0.0)
 
 
 def judge_quantized(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
@@ -163,9 +189,9 @@ def judge_quantized(arguments: tuple[Any, ...], results: tuple[Tensor, ...], pla
     data, scale = (result.view(torch.uint8) for result in results)
     groups = exact.shape[1] // (32 if global_scale is None else 16)
     if swizzle:
-        scale = unswizzle(scale)
-        rows, padding = scale[: exact.shape[0], :groups], scale.clone()
-        padding[: exact.shape[0], :groups][written] = 0
+        places = swizzled_positions(exact.shape[0], groups)
+        rows, padding = scale.flatten()[places], scale.flatten().clone()
+        padding[places[written]] = 0
         wrong = int((padding != 0).sum())
     else:
         rows, wrong = scale, int((~is_poison(scale[~written])).sum())
@@ -175,29 +201,22 @@ def judge_quantized(arguments: tuple[Any, ...], results: tuple[Tensor, ...], pla
     least = torch.where((low < 0) & (high > 0), 0.0, torch.minimum(low.abs(), high.abs()))
     largest = torch.maximum(low.abs(), high.abs())
     got = rows[written]
-    bounds = [quantized(size.to(torch.float32), global_scale)[1] for size in (least, largest)]
+    bounds = [plain_codes(size.to(torch.float32), global_scale)[1] for size in (least, largest)]
     wrong += int(((got < bounds[0]) | (got > bounds[1])).sum())
     fp4 = global_scale is not None
     if global_scale is not None:
-        decoded = formats.decode_e4m3(got)
+        decoded = code_tables.decode_e4m3(got).to(torch.float32)
         factor = torch.where(decoded == 0, 0.0, 1.0 / (decoded * global_scale.reshape(-1)))
     else:
-        factor = formats.reciprocal_e8m0(got)
+        factor = 1.0 / code_tables.decode_e8m0(got)
     codes = []
     for values in (low, high):
         scaled = (values * factor.to(torch.float64).repeat_interleave(exact.shape[1] // groups, dim=1)).float()
-        codes.append(formats.pack_e2m1(formats.encode_e2m1(scaled)) if fp4 else formats.encode_e4m3(scaled))
+        nearest = code_tables.nearest(scaled, code_tables.E2M1 if fp4 else code_tables.E4M3)
+        codes.append(code_tables.pack(nearest) if fp4 else nearest)
     at_least, at_most, found = (unpack(value, fp4) for value in (*codes, data[written]))
     wrong += int(((found < at_least) | (found > at_most)).sum())
     return Verdict(float(wrong), 0.0, "wrong or touched bytes")
-
-
-def without_sign(codes: Tensor) -> Tensor:
-    """Packed FP4 codes, interleaved ones or FP8 codes of the absolute values."""
-    if codes.dtype == torch.int32:
-        return (codes.to(torch.int64) & ~SIGNS).to(torch.int32)
-    mask = 0x7F if codes.dtype == torch.float8_e4m3fn else 0x77
-    return (codes.view(torch.uint8) & mask).view(codes.dtype)
 
 
 def gemm_bytes(
@@ -262,11 +281,8 @@ def gemm_case(
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         ids = uniform_ids(tokens, experts, top_k, generator)
         ids[torch.rand(ids.shape, generator=generator) < dropped] = -1
-        routes = tuple(
-            torch.empty(shape, dtype=dtype) for shape, dtype in OPS["moe_sort"].outputs(ids, experts, tile_size)
-        )
-        routes[2].fill_(-1)
-        OPS["moe_sort"].reference(ids, experts, tile_size, 0, *routes)
+        ((tiles,), _), *_ = OPS["moe_sort"].outputs(ids, experts, tile_size)
+        routes = definitions.sorted_routes(ids, experts, tile_size, 0, tiles)
         rows = columns * (2 if swiglu else 1)
         weight, scale = random_weights(1 if benched else experts, rows, inner, nvfp4, generator)
         if interleaved:

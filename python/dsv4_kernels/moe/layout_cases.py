@@ -9,19 +9,12 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cases import Case, Verdict, Yardstick, to_cpu
-from dsv4_kernels.moe import reference
-
-
-def swizzled_positions(rows: int, columns: int) -> Tensor:
-    """[rows, columns] int64: the byte that holds each scale."""
-    r, c = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
-    across = -(-columns // 4)
-    return (r // 128 * across + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4
+from dsv4_kernels.moe.definitions import as_batch, swizzled_positions
 
 
 def expected_swizzle(scales: Tensor) -> Tensor:
     """[matrices, bytes] uint8."""
-    matrices = reference.as_batch(scales)
+    matrices = as_batch(scales)
     rows, columns = matrices.shape[1:]
     flat = torch.zeros(matrices.shape[0], -(-rows // 128) * 128 * -(-columns // 4) * 4, dtype=torch.uint8)
     flat[:, swizzled_positions(rows, columns).flatten()] = matrices.flatten(1)
@@ -38,7 +31,7 @@ def judge_swizzle(arguments: tuple[Any, ...], results: tuple[Tensor, ...], _: tu
 
 def judge_unswizzle(arguments: tuple[Any, ...], results: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Verdict:
     swizzled, rows, columns = to_cpu(arguments)
-    matrices = reference.as_batch(swizzled).flatten(1)
+    matrices = as_batch(swizzled).flatten(1)
     return wrong_bytes(results[0], matrices[:, swizzled_positions(rows, columns).flatten()])
 
 
@@ -52,7 +45,7 @@ def judge_assemble(arguments: tuple[Any, ...], results: tuple[Tensor, ...], _: t
 
 def plain_swizzle(scales: Tensor) -> tuple[Tensor, ...]:
     """As engines write it: pad, then permute."""
-    as_bytes = reference.as_batch(scales)
+    as_bytes = as_batch(scales)
     count, rows, columns = as_bytes.shape
     down, across = -(-rows // 128), -(-columns // 4)
     padded = torch.nn.functional.pad(as_bytes, (0, across * 4 - columns, 0, down * 128 - rows))
@@ -61,7 +54,7 @@ def plain_swizzle(scales: Tensor) -> tuple[Tensor, ...]:
 
 
 def plain_unswizzle(swizzled: Tensor, rows: int, columns: int) -> tuple[Tensor, ...]:
-    as_bytes = reference.as_batch(swizzled)
+    as_bytes = as_batch(swizzled)
     count, down, across = as_bytes.shape[0], as_bytes.shape[1] // 128, as_bytes.shape[2] // 4
     matrices = as_bytes.view(count, down, across, 32, 4, 4).permute(0, 1, 4, 3, 2, 5).reshape(as_bytes.shape)
     cut = matrices[:, :rows, :columns].contiguous()

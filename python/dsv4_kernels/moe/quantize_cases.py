@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cases import Case, Verdict, Yardstick, is_poison, to_cpu
-from dsv4_kernels.moe.quantize_reference import DEINTERLEAVE, E2M1, E4M3, PLAIN, SWIGLU
+from dsv4_kernels.moe.definitions import DEINTERLEAVE, E2M1, E4M3, PLAIN, SWIGLU
 from dsv4_kernels.op_table import OPS
 
 # Halfway between E2M1 values. A tie goes to the lower code at those of even index, where that is the even code; at the

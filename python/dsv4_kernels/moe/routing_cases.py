@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cases import Case, Verdict, Yardstick, is_poison, to_cpu
-from dsv4_kernels.moe import routing_reference
+from dsv4_kernels.moe import definitions
 from dsv4_kernels.op_table import OPS
 from dsv4_kernels.presets import PRESETS, Preset
 
@@ -49,10 +49,12 @@ def plain_sort(
 
 
 def judge_sort(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
-    """To the bit; rows of unused tiles must still be poisoned. plain torch's rows there are -1."""
-    wrong = sum(int((results[i] != plain[i]).sum()) for i in (0, 1, 3, 4))
-    rows = int(plain[4][0]) * arguments[2]
-    wrong += int((results[2][:rows] != plain[2][:rows]).sum()) + int((~is_poison(results[2][rows:])).sum())
+    """To the bit; rows of unused tiles must still be poisoned."""
+    topk_ids, local_experts, tile_size, start = to_cpu(arguments)
+    expected = definitions.sorted_routes(topk_ids, local_experts, tile_size, start, len(results[0]))
+    wrong = sum(int((results[i] != expected[i]).sum()) for i in (0, 1, 3, 4))
+    rows = int(expected[4][0]) * arguments[2]
+    wrong += int((results[2][:rows] != expected[2][:rows]).sum()) + int((~is_poison(results[2][rows:])).sum())
     return Verdict(float(wrong), 0.0, "wrong or touched elements")
 
 
@@ -79,10 +81,9 @@ def plain_finalize(
 def judge_finalize(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
     """Error over the largest sum: at most half a bfloat16 unit and what float32 sums lose."""
     rows, slot_to_row, weights, shared = to_cpu(arguments)
-    exact, sizes = torch.empty(2, *results[0].shape, dtype=torch.float64)
-    routing_reference.moe_finalize(rows, slot_to_row, weights, shared, exact)
+    exact = definitions.finalized(rows, slot_to_row, weights, shared)
     sizes_of = [None if value is None else value.abs() for value in (weights, shared)]
-    routing_reference.moe_finalize(rows.abs(), slot_to_row, sizes_of[0], sizes_of[1], sizes)
+    sizes = definitions.finalized(rows.abs(), slot_to_row, *sizes_of)
     # A product and a sum a slot, each rounded to 2^-24, and the rounding to bfloat16, 2^-8 of the result.
     allowed = exact.abs() * 2.0**-8 + sizes * (slot_to_row.shape[1] + 2) * 2.0**-23 + 2.0**-133
     error = (results[0].to(torch.float64) - exact).abs() / allowed

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4_kernels.cases import FLOAT32_ULP, Case, Composite, Verdict, Yardstick, to_cpu, worst_relative_error
-from dsv4_kernels.op_table import OPS
 from dsv4_kernels.presets import PRESETS, Preset
-from dsv4_kernels.router import reference
+from dsv4_kernels.router import definitions
 from dsv4_kernels.router.prefill import dense_router_prefill
 
 TOKENS = (1, 16, 64, 1024, 8192)
@@ -31,35 +29,33 @@ TOPK_SHAPES = (
 WEIGHT_LIMIT = 4 * FLOAT32_ULP
 
 
-def float64_results(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """Weights in float64 and ids, by the CPU implementation."""
-    (shape, _), (_, id_type) = OPS[op].outputs(*arguments)
-    weights, ids = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=id_type)
-    OPS[op].reference(*arguments, weights, ids)
-    return weights, ids
-
-
-def judge_lookup(op: str) -> Callable[[tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, ...]], Verdict]:
-    """Ids must be the table's; weights as near to float64 as twice plain torch's."""
-
-    def judge(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
-        weights, ids = float64_results(op, to_cpu(arguments))
-        if not torch.equal(results[1], ids):
-            return Verdict(float((results[1] != ids).sum()), 0.0, "wrong ids")
-        limit = max(2 * worst_relative_error(plain[0], weights), WEIGHT_LIMIT)
-        return Verdict(worst_relative_error(results[0], weights), limit, "weight, relative")
-
-    return judge
+def judge_lookup(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
+    """Of the three ops that look experts up: ids must be the table's; weights as near to float64 as twice plain
+    torch's.
+    """
+    token_ids, hash_lut, *rest = to_cpu(arguments)
+    logits, weighing = None, (True, 1.0, 0.0)
+    if len(rest) > 5:  # hash_router_fused
+        logits = definitions.logits_of(rest.pop(0), rest.pop(0))
+    elif len(rest) > 1:  # hash_router_scored
+        logits = rest.pop(0)
+    padding_mask, *options = rest
+    ids = definitions.looked_up(token_ids, hash_lut, padding_mask)
+    if not torch.equal(results[1], ids):
+        return Verdict(float((results[1] != ids).sum()), 0.0, "wrong ids")
+    renormalize, scale, epsilon = options or weighing
+    weights = definitions.looked_up_weights(ids, logits, renormalize, scale, epsilon)
+    limit = max(2 * worst_relative_error(plain[0], weights), WEIGHT_LIMIT)
+    return Verdict(worst_relative_error(results[0], weights), limit, "weight, relative")
 
 
 def judge_selection(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
     """A chosen expert is right if its float64 score is within rounding of the k-th best; so is their order. Weights are
     judged for the experts that were chosen. Rounding is twice what plain float32 torch shows on the same inputs.
     """
-    plain_scores = reference.sqrt_softplus(plain_logits(arguments[0], arguments[1]).cpu())
+    plain_scores = definitions.scores_of(plain_logits(arguments[0], arguments[1]).cpu())
     hidden, weight, bias, k, renormalize, scale, epsilon = to_cpu(arguments)
-    exact_logits = hidden.to(torch.float64) @ weight.to(torch.float64).T
-    scores = reference.sqrt_softplus(exact_logits)
+    scores = definitions.scores_of(definitions.logits_of(hidden, weight))
     selection = scores if bias is None else scores + bias.to(torch.float64)
     rounding = 2 * float((plain_scores - scores).abs().max()) + 2 * FLOAT32_ULP * float(selection.abs().max())
 
@@ -73,8 +69,8 @@ def judge_selection(arguments: tuple[Any, ...], results: tuple[Tensor, ...], pla
     shortfall = float((best - chosen).max()) if ids.numel() else 0.0  # position by position: membership and order
     if shortfall > rounding:
         return Verdict(shortfall, rounding, "score of a chosen expert")
-    exact = reference.weigh(scores.gather(1, ids), renormalize, scale, epsilon)
-    rounded = reference.weigh(plain_scores.gather(1, ids), renormalize, scale, epsilon)
+    exact = definitions.weights_of(scores.gather(1, ids), renormalize, scale, epsilon)
+    rounded = definitions.weights_of(plain_scores.gather(1, ids), renormalize, scale, epsilon)
     limit = max(2 * worst_relative_error(rounded, exact), WEIGHT_LIMIT)
     return Verdict(worst_relative_error(weights, exact), limit, "weight, relative")
 
@@ -82,7 +78,14 @@ def judge_selection(arguments: tuple[Any, ...], results: tuple[Tensor, ...], pla
 def plain_lookup(token_ids: Tensor, hash_lut: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """As an engine would write it: no check of the ids."""
     ids = hash_lut[token_ids].to(torch.int32)
-    return torch.full(ids.shape, 1.0 / hash_lut.shape[1], dtype=torch.float32, device=ids.device), ids
+    return without_padding(torch.full_like(ids, 1.0 / hash_lut.shape[1], dtype=torch.float32), ids, padding_mask)
+
+
+def without_padding(weights: Tensor, ids: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight 0 and id -1 for the tokens that the mask marks."""
+    if padding_mask is None:
+        return weights, ids
+    return torch.where(padding_mask[:, None], 0.0, weights), torch.where(padding_mask[:, None], -1, ids)
 
 
 def plain_weigh(scores: Tensor, renormalize: bool, scale: float, epsilon: float) -> Tensor:
@@ -100,7 +103,7 @@ def plain_lookup_scored(
 ) -> tuple[Tensor, Tensor]:
     ids = hash_lut[token_ids].to(torch.int64)
     scores = torch.nn.functional.softplus(logits.to(torch.float32).gather(1, ids)).sqrt()
-    return plain_weigh(scores, renormalize, scale, epsilon), ids.to(torch.int32)
+    return without_padding(plain_weigh(scores, renormalize, scale, epsilon), ids.to(torch.int32), padding_mask)
 
 
 def plain_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -139,9 +142,9 @@ def plain_activation_topk(
     int64_ids: bool,
 ) -> tuple[Tensor, Tensor]:
     x = logits.to(torch.float32)
-    if score_function == reference.SOFTMAX:
+    if score_function == definitions.SOFTMAX:
         scores = torch.softmax(x, dim=1)
-    elif score_function == reference.SIGMOID:
+    elif score_function == definitions.SIGMOID:
         scores = torch.sigmoid(x)
     else:
         scores = torch.nn.functional.softplus(x).sqrt()
@@ -150,8 +153,7 @@ def plain_activation_topk(
         selection = torch.where(bias_alt_mask[:, None], scores + bias_alt, selection)
     ids = selection.topk(k, dim=1).indices
     weights = plain_weigh(scores.gather(1, ids), renormalize, scale, epsilon)
-    if padding_mask is not None:
-        ids, weights = torch.where(padding_mask[:, None], -1, ids), torch.where(padding_mask[:, None], 0.0, weights)
+    weights, ids = without_padding(weights, ids, padding_mask)
     return weights, ids if int64_ids else ids.to(torch.int32)
 
 
@@ -160,8 +162,10 @@ def judge_activation_topk(
 ) -> Verdict:
     """As judge_selection, from given logits: rounding is that of the scores alone."""
     logits, bias, k, score_function, renormalize, scale, epsilon, padding, bias_alt, mask, _ = to_cpu(arguments)
-    scores = reference.activate(logits, score_function)
-    selection = reference.selection_scores(scores, bias, bias_alt, mask)
+    scores = definitions.scores_of(logits, score_function)
+    selection = scores if bias is None else scores + bias.to(torch.float64)
+    for token in [] if mask is None else mask.nonzero()[:, 0].tolist():
+        selection[token] = scores[token] + bias_alt.to(torch.float64)
     weights, ids = results[0], results[1].to(torch.int64)
     if padding is not None:
         if bool((ids[padding] != -1).any() | (weights[padding] != 0).any()):
@@ -175,7 +179,7 @@ def judge_activation_topk(
     shortfall = float((selection.topk(k, dim=1).values - selection.gather(1, ids)).max())  # membership and order
     if shortfall > rounding:
         return Verdict(shortfall, rounding, "score of a chosen expert")
-    exact = reference.weigh(scores.gather(1, ids), renormalize, scale, epsilon)
+    exact = definitions.weights_of(scores.gather(1, ids), renormalize, scale, epsilon)
     limit = max(2 * worst_relative_error(plain[0] if padding is None else plain[0][~padding], exact), WEIGHT_LIMIT)
     if not bool(
         (results[1] == plain[1]).all()
@@ -201,11 +205,13 @@ def plain_topk_select(
 
 def judge_topk_select(arguments: tuple[Any, ...], results: tuple[Tensor, ...], plain: tuple[Tensor, ...]) -> Verdict:
     """Nothing is rounded, so everything must be equal, values bit for bit."""
-    arguments = to_cpu(arguments)
-    values, ids = OPS["topk_select"].allocate(arguments, "cpu")
-    OPS["topk_select"].reference(*arguments, values, ids)
-    wrong_values = results[0].view(torch.int32) != values.view(torch.int32)
-    return Verdict(float(wrong_values.sum() + (results[1] != ids).sum()), 0.0, "wrong values and ids")
+    scores, k, lengths, by_score, with_values = to_cpu(arguments)
+    ids = definitions.largest(scores, k, lengths, by_score)
+    wrong = int((results[1] != ids).sum())
+    if with_values:
+        values = scores.to(torch.float32).gather(1, ids.clamp(min=0).to(torch.int64)).masked_fill(ids < 0, -torch.inf)
+        wrong += int((results[0].view(torch.int32) != values.view(torch.int32)).sum())
+    return Verdict(float(wrong), 0.0, "wrong values and ids")
 
 
 RESULT_BYTES = 8  # of a routed slot: a float32 weight and an int32 id
@@ -241,24 +247,29 @@ def topk_select_bytes(scores: Tensor, k: int, *_: Any) -> int:
 
 
 YARDSTICKS = {
-    "hash_router": Yardstick(plain_lookup, judge_lookup("hash_router"), lookup_bytes),
-    "hash_router_scored": Yardstick(plain_lookup_scored, judge_lookup("hash_router_scored"), lookup_scored_bytes),
-    "hash_router_fused": Yardstick(plain_fused, judge_lookup("hash_router_fused"), fused_bytes),
+    "hash_router": Yardstick(plain_lookup, judge_lookup, lookup_bytes),
+    "hash_router_scored": Yardstick(plain_lookup_scored, judge_lookup, lookup_scored_bytes),
+    "hash_router_fused": Yardstick(plain_fused, judge_lookup, fused_bytes),
     "dense_router_decode": Yardstick(plain_dense, judge_selection, dense_bytes),
     "activation_topk": Yardstick(plain_activation_topk, judge_activation_topk, activation_topk_bytes),
     "topk_select": Yardstick(plain_topk_select, judge_topk_select, topk_select_bytes),
 }
 
 
-def hash_router_case(preset: Preset, tokens: int, dtype: torch.dtype = torch.int64) -> Case:
+def padding_of(generator: torch.Generator, tokens: int, padded: bool) -> Tensor | None:
+    """A mask that marks about a third of the tokens, or none."""
+    return torch.rand(tokens, generator=generator) < 0.3 if padded else None
+
+
+def hash_router_case(preset: Preset, tokens: int, dtype: torch.dtype = torch.int64, padded: bool = False) -> Case:
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         token_ids = torch.randint(preset.vocab_size, (tokens,), generator=generator, dtype=dtype)
         table = torch.randint(preset.experts, (preset.vocab_size, preset.top_k), generator=generator, dtype=dtype)
-        return token_ids, table, None
+        return token_ids, table, padding_of(generator, tokens, padded)
 
     return Case(
         "hash_router",
-        f"{preset.name}, {tokens} tokens, {str(dtype).removeprefix('torch.')}",
+        f"{preset.name}, {tokens} tokens, {str(dtype).removeprefix('torch.')}" + ", padding" * padded,
         make,
         YARDSTICKS["hash_router"],
         benched=dtype is torch.int32 and preset.name == "v4-flash",
@@ -266,16 +277,18 @@ def hash_router_case(preset: Preset, tokens: int, dtype: torch.dtype = torch.int
     )
 
 
-def hash_router_scored_case(preset: Preset, tokens: int, logit_dtype: torch.dtype = torch.float32) -> Case:
+def hash_router_scored_case(
+    preset: Preset, tokens: int, logit_dtype: torch.dtype = torch.float32, padded: bool = False
+) -> Case:
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         token_ids = torch.randint(preset.vocab_size, (tokens,), generator=generator, dtype=torch.int32)
         table = torch.randint(preset.experts, (preset.vocab_size, preset.top_k), generator=generator, dtype=torch.int32)
         logits = (3 * torch.randn(tokens, preset.experts, generator=generator)).to(logit_dtype)
-        return token_ids, table, logits, None, True, preset.routed_scaling, 0.0
+        return token_ids, table, logits, padding_of(generator, tokens, padded), True, preset.routed_scaling, 0.0
 
     return Case(
         "hash_router_scored",
-        f"{preset.name}, {tokens} tokens, {str(logit_dtype).removeprefix('torch.')}",
+        f"{preset.name}, {tokens} tokens, {str(logit_dtype).removeprefix('torch.')}" + ", padding" * padded,
         make,
         YARDSTICKS["hash_router_scored"],
         benched=logit_dtype is torch.float32 and preset.name == "v4-flash",
@@ -302,13 +315,14 @@ def fused_case(
     vocab_size: int,
     scale: float = 1.0,
     renormalize: bool = True,
+    padded: bool = False,
     benched: bool = False,
 ) -> Case:
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         token_ids = torch.randint(vocab_size, (tokens,), generator=generator, dtype=torch.int32)
         table = torch.randint(experts, (vocab_size, k), generator=generator)
         hidden, weight, _ = gate_inputs(generator, tokens, hidden_size, experts)
-        return token_ids, table, hidden, weight, None, renormalize, scale, 0.0
+        return token_ids, table, hidden, weight, padding_of(generator, tokens, padded), renormalize, scale, 0.0
 
     return Case(
         "hash_router_fused",
@@ -349,7 +363,7 @@ def activation_case(
     tokens: int,
     experts: int,
     k: int,
-    score_function: int = reference.SQRT_SOFTPLUS,
+    score_function: int = definitions.SQRT_SOFTPLUS,
     dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
     renormalize: bool = True,
@@ -415,8 +429,10 @@ def topk_select_case(
 CASES = (
     *(hash_router_case(PRESETS["v4-flash"], tokens, torch.int32) for tokens in TOKENS),
     *(hash_router_case(PRESETS["v4-pro"], tokens, torch.int64) for tokens in (1, 1000)),
+    hash_router_case(PRESETS["v4-flash"], 11, padded=True),
     *(hash_router_scored_case(PRESETS["v4-flash"], tokens) for tokens in TOKENS),
     *(hash_router_scored_case(PRESETS["v4-pro"], tokens, torch.bfloat16) for tokens in (1, 1000)),
+    hash_router_scored_case(PRESETS["v4-flash"], 11, padded=True),
     *(
         fused_case(p.name, tokens, p.hidden_size, p.experts, p.top_k, p.vocab_size, p.routed_scaling, benched=True)
         for p in PRESETS.values()
@@ -425,6 +441,7 @@ CASES = (
     ),
     fused_case("rows beyond one step", 300, 17000, 19, 3, 50),
     fused_case("one chunk, not renormalised", 33, 8, 7, 5, 11, 1.0, renormalize=False),
+    fused_case("padding", 9, 64, 16, 4, 20, 1.5, padded=True),
     fused_case("largest k", 40, 1088, 129, 32, 70, 2.5),
     *(
         dense_case(p.name, tokens, p.hidden_size, p.experts, p.top_k, p.routed_scaling, benched=True)
@@ -442,9 +459,9 @@ CASES = (
     ),
     activation_case("v4-flash", 128, 256, 6, dtype=torch.bfloat16, scale=1.5, benched=True),
     activation_case("every option", 77, 384, 6, dtype=torch.bfloat16, scale=2.5, with_options=True),
-    activation_case("sigmoid, top-8 of 160", 33, 160, 8, reference.SIGMOID, scale=2.5),
-    activation_case("softmax, top-4 of 60, not renormalised", 33, 60, 4, reference.SOFTMAX, renormalize=False),
-    activation_case("softmax, top-9 of 515, every option", 9, 515, 9, reference.SOFTMAX, with_options=True),
+    activation_case("sigmoid, top-8 of 160", 33, 160, 8, definitions.SIGMOID, scale=2.5),
+    activation_case("softmax, top-4 of 60, not renormalised", 33, 60, 4, definitions.SOFTMAX, renormalize=False),
+    activation_case("softmax, top-9 of 515, every option", 9, 515, 9, definitions.SOFTMAX, with_options=True),
     activation_case("one expert", 3, 1, 1),
     activation_case("top-32 of 1024", 17, 1024, 32),
     *(topk_select_case(*shape, benched=True) for shape in TOPK_SHAPES),
