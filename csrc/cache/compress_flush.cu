@@ -325,6 +325,8 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   call.norm_weight = static_cast<const float*>(args.norm_weight.data);
   call.cos_sin = static_cast<const float*>(args.cos_sin.data);
   call.block_table = static_cast<const int32_t*>(args.block_table.data);
+  // A table without columns has no address and is never read. The kernel tells by the pointer which one is given.
+  if (present(args.block_table) && !call.block_table) call.block_table = call.query_starts;
   call.slot_mapping = indices_of(args.slot_mapping);
   call.pages = pages_of(args.pages, args.scales, args.rope, layout, args.entries_per_page);
   call.kv_stride = args.kv.stride[0];
