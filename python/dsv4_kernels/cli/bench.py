@@ -2,14 +2,17 @@
 
 The floor of a case is the time to move its fewest bytes at the bandwidth of a large copy, plus that of a kernel that
 does nothing; both are measured first, in the same run. Every op is timed by replays of a captured graph, on random
-inputs: "cold" takes inputs in turn that together exceed the L2 cache, "warm" one set. Rivals do the same work in
+inputs: "cold" takes inputs in turn that together exceed the L2 cache, "warm" one set. Baselines do the same work in
 the same run: torch eager, captured too, and torch.compile. Host cost of a call is timed apart.
+
+What fails while it is timed is reported with its error; everything else is timed and kept, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns the exit status."""
+    """Runs the command; returns the exit status: 1 if something failed while it was timed."""
     device = options.device or default_device()
     benched = [*(case for case in all_cases() if case.benched), *composites()]
     cases = [case for case in benched if not options.op or case.op in options.op]
@@ -69,33 +72,41 @@ def run(options: argparse.Namespace) -> int:
     if options.plot:
         plot(report, Path(options.plot))
     print_report(console, report)
-    return 0
+    failed = sum("failed" in row for row in rows)
+    if failed:
+        print(f"bench: {failed} of {len(rows)} rows failed", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def measure(case: Case, device: str, best: Ceilings, with_compile: bool) -> dict[str, Any]:
-    """One case as a JSON row; times in microseconds."""
-    first = case.arguments(device)
-    set_bytes = sum(a.numel() * a.element_size() for a in first if isinstance(a, torch.Tensor))
-    count = max(1, min(MAX_SETS, COLD_BYTES // max(set_bytes, 1))) if device != "cpu" else 1
-    sets = [first] + [fresh(first) for _ in range(count - 1)]
-    moved_bytes, plain = case.yardstick.moved_bytes(*first), case.yardstick.plain
-    row: dict[str, Any] = {
-        "family": family_of(case),
-        "op": case.op,
-        "case": case.name,
-        **case.labels,
-        "image": "several" if isinstance(case, Composite) else image_for(case.op, device),
-        "moved_bytes": moved_bytes,
-        "floor_us": best.floor(moved_bytes) * 1e6,
-        "warm_us": seconds_per_call(calls_of(case, sets[:1]), device) * 1e6,
-        "cold_us": seconds_per_call(calls_of(case, sets), device) * 1e6,
-        "cold_sets": len(sets),
-        "torch_eager_us": seconds_per_call([lambda: plain(*first)], device) * 1e6,
-    }
+    """One case as a JSON row; times in microseconds. `failed` holds the error of each time that could not be taken."""
+    row: dict[str, Any] = {"family": family_of(case), "op": case.op, "case": case.name, **case.labels}
+    failed: dict[str, str] = {}
+
+    def timed(name: str, calls: Callable[[], Sequence[Callable[[], object]]]) -> None:
+        try:
+            row[name] = seconds_per_call(calls(), device) * 1e6
+        except Exception as error:  # a row reports what fails, whatever it is, and the others go on
+            failed[name] = f"{type(error).__name__}: {error}"
+
+    try:
+        first = case.arguments(device)
+        set_bytes = sum(a.numel() * a.element_size() for a in first if isinstance(a, torch.Tensor))
+        count = max(1, min(MAX_SETS, COLD_BYTES // max(set_bytes, 1))) if device != "cpu" else 1
+        sets = [first] + [fresh(first) for _ in range(count - 1)]
+        moved_bytes, plain = case.yardstick.moved_bytes(*first), case.yardstick.plain
+        row["image"] = "several" if isinstance(case, Composite) else image_for(case.op, device)
+        row["moved_bytes"], row["floor_us"] = moved_bytes, best.floor(moved_bytes) * 1e6
+        row["cold_sets"] = len(sets)
+    except Exception as error:
+        return row | {"failed": {"inputs": f"{type(error).__name__}: {error}"}}
+    timed("warm_us", lambda: calls_of(case, sets[:1]))
+    timed("cold_us", lambda: calls_of(case, sets))
+    timed("torch_eager_us", lambda: [lambda: plain(*first)])
     if with_compile:
         compiled = torch.compile(plain)
-        row["torch_compile_us"] = seconds_per_call([lambda: compiled(*first)], device) * 1e6
-    return row
+        timed("torch_compile_us", lambda: [lambda: compiled(*first)])
+    return row | ({"failed": failed} if failed else {})
 
 
 def family_of(case: Case) -> str:
@@ -153,29 +164,33 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
         f"{device}: copy {report['copy_bandwidth'] / 1e12:.2f} TB/s, empty kernel {report['launch_us']:.2f} us",
         highlight=False,
     )
-    table = Table(title="microseconds a call", box=None)
+    table = Table(title="microseconds per call", box=None)
     for name in ("op", "case", "floor", "warm", "cold", "x floor", "eager", "compile"):
         table.add_column(name, justify="left" if name in ("op", "case") else "right")
     for row in report["rows"]:
-        compiled = f"{row['torch_compile_us']:.1f}" if "torch_compile_us" in row else "-"
-        times = [f"{row[name]:.2f}" for name in ("floor_us", "warm_us", "cold_us")]
-        ratio, eager = f"{row['cold_us'] / row['floor_us']:.2f}", f"{row['torch_eager_us']:.1f}"
-        table.add_row(row["op"], row["case"], *times, ratio, eager, compiled)
+        ratio = f"{row['cold_us'] / row['floor_us']:.2f}" if "cold_us" in row else "-"
+        times = [f"{row[name]:.2f}" if name in row else "-" for name in ("floor_us", "warm_us", "cold_us")]
+        baselines = [f"{row[name]:.1f}" if name in row else "-" for name in ("torch_eager_us", "torch_compile_us")]
+        table.add_row(row["op"], row["case"], *times, ratio, *baselines)
     console.print(table)
+    for row in report["rows"]:
+        for name, error in row.get("failed", {}).items():
+            console.print(f"FAILED {row['op']}[{row['case']}]: {name}: {error}", markup=False, style="red")
     for name, cost in report["calls_us"].items():
         console.print(f"host cost of a call without its launch, {name}: {cost:.2f} us", highlight=False)
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Bars: the time of each op's largest case and its rivals', over the floor."""
+    """Bars: the time of each op's largest case and its baselines', over the floor; of cases that could be timed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = []
-    for op in dict.fromkeys(row["op"] for row in report["rows"]):
-        rows.append(max((row for row in report["rows"] if row["op"] == op), key=lambda row: row["moved_bytes"]))
+    timed = [row for row in report["rows"] if "cold_us" in row]
+    for op in dict.fromkeys(row["op"] for row in timed):
+        rows.append(max((row for row in timed if row["op"] == op), key=lambda row: row["moved_bytes"]))
     figure, axes = plt.subplots(figsize=(9, 1 + 0.35 * len(rows)))
     series = [("cold_us", "dsv4-kernels"), ("torch_compile_us", "torch.compile"), ("torch_eager_us", "torch eager")]
     for offset, (key, label) in enumerate(series):
