@@ -155,14 +155,17 @@ extern "C" dsv4_status dsv4_append(const dsv4_append_args* given, dsv4_stream st
   const int64_t width = extent(args.tail_ka, 2);
   const int64_t streams = present(args.next_kb) ? 2 : 1;
   const int64_t head_dim = extent(args.kv, 1) / streams;
-  const int64_t indexer_head_dim = width - head_dim;
   check_token_rows(check, "kv", args.kv, kAny, kAny);
+  check.range("kv rows (tokens)", tokens, 0, INT32_MAX);
   check.multiple("kv columns (streams * head_dim)", extent(args.kv, 1), streams * kFour);
   check_token_rows(check, "z", args.z, tokens, streams * head_dim);
   check.tensor("request_slots", args.request_slots, one_of(DSV4_INT32), {kAny});
+  check.range("request_slots (requests)", requests, 0, INT32_MAX - 1);
   check.tensor("positions", args.positions, one_of(DSV4_INT64), {requests});
   check_first_tail(check, "tail_ka", args.tail_ka);
-  check.range("kv columns (streams * head_dim)", streams * head_dim, 0, streams * width);
+  check.range("kv columns (streams * head_dim)", streams * head_dim, 0, saturating_product(streams, width));
+  if (check.status()) return check.status();  // what follows computes with these extents
+  const int64_t indexer_head_dim = width - head_dim;
   check_tail(check, "tail_za", args.tail_za, args.tail_ka);
   check.tensor("tail_len", args.tail_len, one_of(DSV4_INT32), {slots});
   check.tensor("slot_positions", args.slot_positions, one_of(DSV4_INT64), {slots});

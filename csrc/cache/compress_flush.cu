@@ -8,6 +8,7 @@
 #include "core/dtype.h"
 #include "core/launch.h"
 #include "device/cluster.cuh"
+#include "kernels.h"
 
 namespace dsv4 {
 
@@ -110,11 +111,13 @@ __global__ void __launch_bounds__(Groups* kMaxThreads, Groups == 1 ? 3 : 1)
 constexpr int kRowsAtOnce = 2;  // of a group: few, so that blocks share a multiprocessor and overlap
 constexpr int kSliceThreads = 256;
 
-constexpr int kResidentOnHopper = 3;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kLongBlocks = 2;  // of a multiprocessor: three would spill
+// Blocks that a multiprocessor holds, by the major compute capability: what the kernel is compiled for, and what the
+// host counts on. Three would spill from sm_100 on.
+constexpr int long_blocks(int major) { return major >= 10 ? 2 : 3; }
+#if defined(__CUDA_ARCH__)
+constexpr int kLongBlocks = long_blocks(__CUDA_ARCH__ / 100);
 #else
-constexpr int kLongBlocks = kResidentOnHopper;
+constexpr int kLongBlocks = 1;  // the host's pass compiles no kernel
 #endif
 constexpr int kLongestWindow = 256;
 static_assert(kLongestWindow <= kSliceThreads, "a thread finds a row");
@@ -247,7 +250,9 @@ static dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
   if (call.head_dim != kMaxHeadDim) return launch_long(Constant<2>(), Constant<128>());
   // Many blocks for one entry are the fastest while all run at once. Beyond, they cost more to start than they gain,
   // most of all where no entry completes.
-  if (clusters * int64_t{8} <= int64_t{target.device->multiprocessors} * kResidentOnHopper)
+  const int64_t resident = int64_t{target.device->multiprocessors} *
+                           long_blocks(kArchitectures[target.device->architecture].major);
+  if (clusters * int64_t{8} <= resident)
     return launch_long(Constant<8>(), Constant<kMaxHeadDim>());
   return launch_long(Constant<4>(), Constant<kMaxHeadDim>());
 }
@@ -282,6 +287,7 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   check.aligned_rows("ape", args.ape, kVector);
   check.tensor("start_positions", args.start_positions, indices, {kAny});
   check.range("start_positions (requests)", requests, 0, INT32_MAX - 1);
+  if (check.status()) return check.status();  // what follows computes with these extents
   check.tensor("query_starts", args.query_starts, one_of(DSV4_INT32), {requests + 1});
   check.tensor("state", args.state, one_of(DSV4_FLOAT32), {kAny, kAny, 2, width});
   check.aligned_rows("state", args.state, kVector);
@@ -289,8 +295,8 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   const int64_t state_rows = extent(args.state, 1), state_columns = extent(args.state_table, 1);
   check.range("state rows", state_rows, 1, INT32_MAX);
   check.range("state_table columns", state_columns, 1, INT32_MAX);
-  check.range("state rows x state_table columns (a request's rows)", state_rows * state_columns, args.ratio * streams,
-              INT64_MAX);
+  const int64_t capacity = saturating_product(state_rows, state_columns);
+  check.range("state rows x state_table columns (a request's rows)", capacity, args.ratio * streams, INT64_MAX);
   check.tensor("norm_weight", args.norm_weight, one_of(DSV4_FLOAT32), {layout.head_dim});
   check.aligned_rows("norm_weight", args.norm_weight, kVector);
   check.tensor("cos_sin", args.cos_sin, one_of(DSV4_FLOAT32), {kAny, kRopeDim});
@@ -344,7 +350,7 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   while (1 << call.ratio_bits < args.ratio) ++call.ratio_bits;
   call.state_rows = Divisor(static_cast<uint32_t>(state_rows));
   call.state_columns = Divisor(static_cast<uint32_t>(state_columns));
-  call.capacity = Divisor(static_cast<uint32_t>(std::min<int64_t>(state_rows * state_columns, INT32_MAX)));
+  call.capacity = Divisor(static_cast<uint32_t>(std::min<int64_t>(capacity, INT32_MAX)));
   call.blocks_a_request = static_cast<int32_t>(extent(args.block_table, 1));
   call.epsilon = args.epsilon;
   call.reciprocal_dim = 1.0f / static_cast<float>(layout.head_dim);

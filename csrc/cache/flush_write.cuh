@@ -173,6 +173,7 @@ void check_flush_write(Check& check, const Args& args) {
   check.range("entries_rope columns (rope_dim)", rope_dim, 0, head_dim);
   check.multiple("entries_rope columns (rope_dim)", rope_dim, kFour);
   check.aligned_rows("entries_rope", args.entries_rope, kFour * sizeof(__nv_bfloat16));
+  if (check.status()) return;  // what follows computes with these extents
   check.tensor("entries_fp8", args.entries_fp8, one_of(DSV4_FLOAT8_E4M3FN, DSV4_UINT8),
                {extent(args.entries_rope, 0), extent(args.entries_rope, 1), head_dim - rope_dim});
   check.aligned_rows("entries_fp8", args.entries_fp8, kFour);

@@ -36,7 +36,7 @@ extern "C" dsv4_status dsv4_hca_reset_state(const dsv4_hca_reset_state_args* giv
   const dsv4_hca_reset_state_args args = check.read(given);
   const int64_t requests = extent(args.valid_mask, 0);
   const int64_t slots = extent(args.tail_ka, 0);
-  const int64_t slot_columns = extent(args.tail_ka, 1) * extent(args.tail_ka, 2);
+  const int64_t slot_columns = saturating_product(extent(args.tail_ka, 1), extent(args.tail_ka, 2));
   constexpr int64_t columns_a_block = kThreads * kFoursAThread * kFour;
   check.tensor("valid_mask", args.valid_mask, one_of(DSV4_BOOL), {kAny});
   check.tensor("request_slots", args.request_slots, one_of(DSV4_INT32), {requests});

@@ -74,6 +74,20 @@ def test_long_windows_of_many_requests(architecture: str) -> None:
         assert f"Li{4 if multiprocessors == 1 else 8}E" in symbol
 
 
+@pytest.mark.parametrize("multiprocessors", [5, 6, 7, 8])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_blocks_of_an_entry_by_what_is_resident(architecture: str, multiprocessors: int) -> None:
+    """Two requests of eight blocks each run at once on 6 multiprocessors of three blocks (sm_90a), and on 8 of two, as
+    the kernel is compiled for sm_100a and later."""
+    ptx_folder()
+    resident = 3 if architecture == "sm_90a" else 2
+    with emulated(architecture, multiprocessors=multiprocessors) as symbols:
+        one = engine(128, False, "cpu", "bf16")
+        one.step([(one.request(0), 1), (one.request(1), 1)])
+    (symbol,) = symbols
+    assert f"Li{8 if resident * multiprocessors >= 16 else 4}E" in symbol
+
+
 @pytest.mark.parametrize("start", [0, 3, 6])
 @pytest.mark.parametrize("tokens", [7, 9, 23])
 @pytest.mark.parametrize("rows", [8, 11])
