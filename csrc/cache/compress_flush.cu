@@ -250,10 +250,9 @@ static dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
   if (call.head_dim != kMaxHeadDim) return launch_long(Constant<2>(), Constant<128>());
   // Many blocks for one entry are the fastest while all run at once. Beyond, they cost more to start than they gain,
   // most of all where no entry completes.
-  const int64_t resident = int64_t{target.device->multiprocessors} *
-                           long_blocks(kArchitectures[target.device->architecture].major);
-  if (clusters * int64_t{8} <= resident)
-    return launch_long(Constant<8>(), Constant<kMaxHeadDim>());
+  const int64_t resident =
+      int64_t{target.device->multiprocessors} * long_blocks(kArchitectures[target.device->architecture].major);
+  if (clusters * int64_t{8} <= resident) return launch_long(Constant<8>(), Constant<kMaxHeadDim>());
   return launch_long(Constant<4>(), Constant<kMaxHeadDim>());
 }
 
