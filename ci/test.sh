@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # Builds wheel and sdist from this checkout, installs the wheel into an environment of its own (.venv-test), and runs the
-# lint set and every test against the installed package. Fails if anything does.
+# lint set and tests against the installed package. Fails if anything does.
 #
-#     ci/test.sh [ARGUMENT ...]      arguments of pytest, such as tests/router or -k hash
+#     ci/test.sh                     a representative set of the tests: about ten minutes on two cores
+#     ci/test.sh --all               every test: about half an hour
+#     ci/test.sh ARGUMENT ...        arguments of pytest instead, such as tests/router or -k hash
+#
+# The representative set emulates one architecture of three and leaves out the tests that are marked `thorough`.
 #
 # Needs what ci/demo.sh needs. The build requirements live in a second environment (.venv-build), so that the package is
 # tested where no compiler, Triton or CuTe DSL can be imported; the tests of the build itself use that one.
@@ -51,12 +55,15 @@ run_tests() {
   DSV4_TEST_DIST=$output DSV4_TEST_BUILD_PYTHON=$build/bin/python DSV4_TEST_PTX=$ptx \
     pytest --junitxml="$output/$report.xml" "$@"
 }
-if (($#)); then
+if (($#)) && [[ $* != --all ]]; then
   run_tests tests "$@" || failed+=(tests)
 else
-  # First what measures time and builds, alone; then the rest, a process for each processor.
-  run_tests package tests/package tests/cpp || failed+=(package)
-  run_tests tests -n "$(nproc)" --ignore tests/package --ignore tests/cpp || failed+=(tests)
+  set_of_tests=()
+  (($#)) || set_of_tests=(--representative)
+  # First what measures time and builds, alone; then the rest, a process per processor.
+  run_tests package "${set_of_tests[@]}" tests/package tests/cpp || failed+=(package)
+  run_tests tests "${set_of_tests[@]}" -n "$(nproc)" tests --ignore tests/package --ignore tests/cpp || failed+=(tests)
+  (($#)) || echo "test: a representative set ran (what it left out is counted above as deselected); ci/test.sh --all runs every test"
 fi
 python ci/count_skipped.py "$output"/*.xml
 if ((${#failed[@]})); then
