@@ -164,14 +164,20 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
         f"{device}: copy {report['copy_bandwidth'] / 1e12:.2f} TB/s, empty kernel {report['launch_us']:.2f} us",
         highlight=False,
     )
-    table = Table(title="microseconds per call", box=None)
-    for name in ("op", "case", "floor", "warm", "cold", "x floor", "eager", "compile"):
-        table.add_column(name, justify="left" if name in ("op", "case") else "right")
+    # An op's name on a line of its own, so that cases have room.
+    table = Table(title="microseconds per call", box=None, padding=(0, 1, 0, 0))
+    table.add_column("op and case", overflow="fold")
+    for name in ("floor", "warm", "cold", "x floor", "eager", "compile"):
+        table.add_column(name, justify="right", no_wrap=True)
+    op = None
     for row in report["rows"]:
+        if row["op"] != op:
+            op = row["op"]
+            table.add_row(f"[bold]{op}")
         ratio = f"{row['cold_us'] / row['floor_us']:.2f}" if "cold_us" in row else "-"
         times = [f"{row[name]:.2f}" if name in row else "-" for name in ("floor_us", "warm_us", "cold_us")]
         baselines = [f"{row[name]:.1f}" if name in row else "-" for name in ("torch_eager_us", "torch_compile_us")]
-        table.add_row(row["op"], row["case"], *times, ratio, *baselines)
+        table.add_row(f" {row['case']}", *times, ratio, *baselines)
     console.print(table)
     for row in report["rows"]:
         for name, error in row.get("failed", {}).items():

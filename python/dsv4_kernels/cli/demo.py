@@ -179,13 +179,20 @@ def print_report(report: dict[str, Any]) -> None:
     console = Console()
     machine = report["machine"]["device"]
     console.print(f"{report['preset']}: {report['tokens']} tokens on {machine}", highlight=False)
-    table = Table(box=None)
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for name in ("layer", "op", "image", "time us", "floor us", "error", ""):
-        table.add_column(name, justify="left" if name in ("layer", "op", "image", "") else "right")
+        words = name in ("layer", "op", "image", "")
+        table.add_column(name, justify="left" if words else "right", no_wrap=name not in ("layer", ""))
     for row in report["steps"]:
         figures = [f"{row['time_us']:.1f}", f"{row['floor_us']:.1f}", f"{row['worst_error']:.1e}"]
         verdict = "[green]right" if row["passed"] else f"[red]WRONG: {row['what']}"
         table.add_row(row["layer"], row["op"], row["image"], *figures, verdict)
     console.print(table)
+    right = sum(row["passed"] for row in report["steps"])
+    console.print(
+        f"Shown: what surrounds attention in one {report['preset']} layer (router, experts, compressed cache) on "
+        f"{report['tokens']} tokens; {right} of {len(report['steps'])} results are right when checked against float64.",
+        highlight=False,
+    )
     if any(row["device"] == "cpu" for row in report["steps"]):
         console.print("No CUDA device: this ran the CPU implementations, not the kernels.")

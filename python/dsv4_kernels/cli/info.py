@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 import dsv4_kernels
+from dsv4_kernels.cli.tables import add_ops, op_table
+
+WITHOUT_A_DEVICE = (
+    "Kernels need an NVIDIA driver of the R580 line or later (see nvidia-smi) and a device of an architecture below. "
+    "Without them the same functions run on CPU tensors."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,21 +34,28 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     console.print(f"dsv4-kernels {facts['version']}")
     console.print(f"device: {facts['device_error'] or 'ready'}", highlight=False)
+    if facts["device_error"]:
+        console.print(WITHOUT_A_DEVICE, highlight=False)
     images = facts["images"]
-    architectures = list(dict.fromkeys(image["architecture"] for image in images))
-    architectures.sort(key=lambda name: int("".join(filter(str.isdigit, name))))
-    table = Table(title="kernels in the images of each op", box=None)
-    for name in ("op", "language", *architectures, "regs", "KiB"):
-        table.add_column(name, justify="left" if name in ("op", "language") else "right")
-    for op in dict.fromkeys(image["op"] for image in images):
-        rows = [image for image in images if image["op"] == op]
+    architectures = sorted({image["architecture"] for image in images}, key=lambda name: int(name[3:-1]))
+    short = [name.removeprefix("sm_") for name in architectures]
+    table = op_table("kernels in the images of each op, by architecture (sm_)", ["language"], [*short, "regs", "KiB"])
+    of_op: dict[str, list[dict[str, Any]]] = {}
+    for image in images:
+        of_op.setdefault(image["op"], []).append(image)
+
+    def cells(op: str) -> list[str]:
+        rows = of_op[op]
         counts = [sum(row["architecture"] == name for row in rows) for name in architectures]
         size = sum({row["sha256"]: row["bytes"] for row in rows}.values())
-        registers = max(row["registers"] for row in rows)
-        languages = "+".join(sorted({row["language"] for row in rows}))
-        table.add_row(
-            op, languages, *(str(n) if n else "[red]none" for n in counts), str(registers), f"{size / 1024:.0f}"
-        )
+        return [
+            "+".join(sorted({row["language"] for row in rows})),
+            *(str(n) if n else "[red]none" for n in counts),
+            str(max(row["registers"] for row in rows)),
+            f"{size / 1024:.0f}",
+        ]
+
+    add_ops(table, {op: rows[0]["family"] for op, rows in of_op.items()}, cells)
     console.print(table)
     compilers = {f"{name} {version}" for image in images for name, version in image["compilers"].items()}
     console.print("compilers: " + ", ".join(sorted(compilers)), highlight=False)

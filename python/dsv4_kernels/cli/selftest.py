@@ -12,10 +12,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from dsv4_kernels.cases import Case, all_cases, same_bits, to_cpu
 from dsv4_kernels.cli.machine import default_device, describe, image_for
+from dsv4_kernels.cli.tables import add_ops, op_table
+from dsv4_kernels.op_table import OPS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,18 +67,22 @@ def check(case: Case, device: str, judge_on_cpu: bool) -> dict[str, Any]:
 
 def print_report(console: Console, report: dict[str, Any]) -> None:
     """A line for each op, and one for each case that failed."""
-    table = Table(title=f"selftest on {report['machine']['device']}", box=None)
-    for name in ("op", "image", "cases", "worst error / limit", ""):
-        table.add_column(name, justify="right" if name == "cases" else "left")
-    for op in dict.fromkeys(result["op"] for result in report["results"]):
-        rows = [result for result in report["results"] if result["op"] == op]
+    of_op: dict[str, list[dict[str, Any]]] = {}
+    for result in report["results"]:
+        of_op.setdefault(result["op"], []).append(result)
+
+    def cells(op: str) -> list[str]:
+        rows = of_op[op]
         measured = [row for row in rows if row["error"] is not None]
         worst = max(
             measured, key=lambda row: row["error"] / row["limit"] if row["limit"] else row["error"], default=None
         )
         text = f"{worst['error']:.1e} / {worst['limit']:.1e} ({worst['what']})" if worst else "-"
-        passed = all(row["passed"] for row in rows)
-        table.add_row(op, rows[0]["image"], str(len(rows)), text, "[green]pass" if passed else "[red]FAIL")
+        verdict = "[green]pass" if all(row["passed"] for row in rows) else "[red]FAIL"
+        return [rows[0]["image"], text, str(len(rows)), verdict]
+
+    table = op_table(f"selftest on {report['machine']['device']}", ["image", "worst error / limit"], ["cases", ""])
+    add_ops(table, {op: OPS[op].family for op in of_op}, cells)
     console.print(table)
     for row in report["results"]:
         if not row["passed"]:
