@@ -44,9 +44,11 @@ def as_ml_dtypes(values: torch.Tensor, kind: type, largest: float) -> torch.Tens
         return torch.from_numpy(np.clip(values.numpy(), -largest, largest).astype(kind).view(np.uint8))
 
 
-def test_largest_magnitude_passes_nan_over() -> None:
+def test_largest_magnitude_keeps_nan() -> None:
     rows = torch.tensor([[1.0, -3.0, math.nan], [math.nan, math.nan, math.nan], [-math.inf, 2.0, math.nan]])
-    assert formats.largest_magnitude(rows).tolist() == [3.0, 0.0, math.inf]
+    assert formats.largest_magnitude(rows).isnan().all()
+    assert formats.largest_magnitude(rows[:, :2].nan_to_num(nan=0.0, neginf=-math.inf)).tolist() == [3.0, 0.0, math.inf]
+    assert formats.ceil_e8m0_of_amax(torch.tensor([math.nan, 0.0, 12.0]), 6.0, 6.0).tolist() == [255, 127, 128]
 
 
 def test_e2m1_codes() -> None:

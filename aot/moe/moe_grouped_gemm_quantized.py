@@ -19,7 +19,7 @@ from aot.moe.device.grouped_product import (
     product_constants,
     product_inputs,
 )
-from aot.moe.device.padded_rows import quantize_mxfp8
+from aot.moe.device.padded_rows import larger_or_nan, quantize_mxfp8
 
 
 def encode_e2m1(register: str, value: str) -> str:
@@ -71,8 +71,8 @@ def quantize_nvfp4(value, decode, LANES: tl.constexpr, COLUMNS: tl.constexpr, CO
     decode: what products of codes and scales are multiplied by.
     """
     blocks = tl.reshape(value, LANES, COLUMNS // 16, 16)
-    largest = tl.maximum(tl.max(tl.abs(blocks), axis=2), 0.0)  # NaN is passed over
-    wanted = tl.maximum(tl.div_rn(1.0, decode) * (largest * (1 / 6)), 0.0)
+    largest = tl.reduce(tl.abs(blocks), 2, larger_or_nan)
+    wanted = larger_or_nan(tl.div_rn(1.0, decode) * (largest * (1 / 6)), 0.0)
     scale = wanted.to(tl.float8e4nv)
     decoded = scale.to(tl.float32)
     factor = tl.where(decoded == 0, 0.0, tl.div_rn(1.0, decoded * decode))

@@ -9,6 +9,7 @@
 #include "device/e8m0.cuh"
 #include "device/fp4.cuh"
 #include "device/fp8.cuh"
+#include "device/max_or_nan.cuh"
 #include "device/reduce.cuh"
 
 namespace dsv4 {
@@ -139,9 +140,9 @@ __device__ inline uint16_t encode_e2m1x4(const float (&v)[kChannels], bool ties_
                                                 : encode_e2m1x8<Ties::kToEven>(values));
 }
 
-// A group's scale before it is rounded to what is stored. An amax that is NaN counts as the floor.
+// A group's scale before it is rounded to what is stored; NaN for an amax that is NaN.
 __device__ inline float wanted_scale(float amax, float largest, float amax_floor, float scale_floor = 0.0f) {
-  return fmaxf(__fdiv_rn(fmaxf(amax, amax_floor), largest), scale_floor);
+  return max_or_nan(__fdiv_rn(max_or_nan(amax, amax_floor), largest), scale_floor);
 }
 
 // Values in units of a scale, to the nearest; 0 where the scale is 0.
@@ -156,23 +157,24 @@ __device__ inline void divide_by_scale(float (&values)[Count], float scale) {
   }
 }
 
-// The largest of a value over the lanes of a group, a power of two; every lane of the warp must call it.
+// The largest of a value over the lanes of a group, a power of two, or NaN; every lane of the warp must call it.
 __device__ inline float max_over_group(float value, int group) {
   for (int distance = group / 2; distance > 0; distance /= 2)
-    value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, distance));
+    value = max_or_nan(value, __shfl_xor_sync(kFullWarp, value, distance));
   return value;
 }
 
 // A barrier of the block's first four warps alone.
 __device__ inline void await_four_warps() { asm volatile("barrier.sync 1, 128;" ::: "memory"); }
 
-// The largest over the first four warps of the block. `scratch`, 16-byte aligned, is read until the next barrier.
+// The largest, or NaN, over the first four warps of the block. `scratch`, 16-byte aligned, is read until the next
+// barrier.
 __device__ inline float max_over_four_warps(float value, float* scratch) {
   value = max_over_group(value, kWarpLanes);
   if (threadIdx.x % kWarpLanes == 0) scratch[threadIdx.x / kWarpLanes] = value;
   await_four_warps();
   const float4 all = *reinterpret_cast<const float4*>(scratch);
-  return fmaxf(fmaxf(all.x, all.y), fmaxf(all.z, all.w));
+  return max_or_nan(max_or_nan(all.x, all.y), max_or_nan(all.z, all.w));
 }
 
 // Writes channels `channel` to `channel + 3` of an entry, values that are bfloat16 already. Every thread of the entry
@@ -181,7 +183,7 @@ __device__ inline void store_entry(const PageLayout& layout, const Quantization&
                                    const Place& place, int channel, const float (&values)[kChannels], float* scratch) {
   float amax = 0.0f;
   if (channel < layout.quantized_dims)
-    amax = fmaxf(fmaxf(fabsf(values[0]), fabsf(values[1])), fmaxf(fabsf(values[2]), fabsf(values[3])));
+    amax = max_or_nan(max_or_nan(fabsf(values[0]), fabsf(values[1])), max_or_nan(fabsf(values[2]), fabsf(values[3])));
   const int lanes = layout.group / kChannels;
   if (lanes > kWarpLanes)
     amax = max_over_four_warps(amax, scratch);

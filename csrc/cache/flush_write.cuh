@@ -73,7 +73,7 @@ __device__ inline void write_indexer_key(const SplitPages& pages, const __nv_bfl
 #pragma unroll
         for (int j = 0; j < kFour; ++j) {
           values[i + j] = static_cast<float>(four.values[j]);
-          amax = fmaxf(amax, fabsf(values[i + j]));
+          amax = max_or_nan(amax, fabsf(values[i + j]));
         }
       }
     }
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kEntryThreads)
     for (int i = 0; i < kFoursALane; ++i) {
       if (column_of(i) >= stored) continue;
 #pragma unroll
-      for (int j = 0; j < kFour; ++j) amax = fmaxf(amax, fabsf(static_cast<float>(fours[i].values[j])));
+      for (int j = 0; j < kFour; ++j) amax = max_or_nan(amax, fabsf(static_cast<float>(fours[i].values[j])));
     }
     scale = wanted_scale(max_over_group(amax, kWarpLanes), kLargestE4m3, kSplit.amax_floor);
 #pragma unroll

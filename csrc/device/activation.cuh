@@ -1,6 +1,8 @@
 // Scalar activations in float32, accurate in relative terms over the whole range.
 #pragma once
 
+#include "device/max_or_nan.cuh"
+
 namespace dsv4 {
 
 __device__ inline float exp2_approx(float x) {
@@ -12,13 +14,6 @@ __device__ inline float exp2_approx(float x) {
 __device__ inline float sqrt_approx(float x) {
   float result;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
-// The larger one; NaN if one is.
-__device__ inline float max_or_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
   return result;
 }
 

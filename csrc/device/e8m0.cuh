@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "device/max_or_nan.cuh"
+
 namespace dsv4 {
 
 // The least power of two that is not below `scale`, 0 or more: 2^ceil(log2(scale)). 0 gives byte 0, infinity and NaN
@@ -20,9 +22,9 @@ namespace dsv4 {
 // ((bits(scale) + 0x7fffff) & 0x7f800000) >> 23.
 __device__ inline uint32_t ceil_e8m0(float scale) { return min((__float_as_uint(scale) + 0x7fffffu) >> 23, 255u); }
 
-// ceil_e8m0(max(amax, floor) / largest), `largest` being the element format's. An amax that is NaN counts as the floor.
+// ceil_e8m0(max(amax, floor) / largest), `largest` being the element format's. 255 for an amax that is NaN.
 __device__ inline uint32_t ceil_e8m0_of_amax(float amax, float floor, float largest) {
-  return ceil_e8m0(__fdiv_rn(fmaxf(amax, floor), largest));
+  return ceil_e8m0(__fdiv_rn(max_or_nan(amax, floor), largest));
 }
 
 // The power of two in `amax`, 0 or more, divided by that in the element format's largest value (2^8 of E4M3, 2^2 of

@@ -34,11 +34,12 @@ struct Nvfp4Rule {
   bool ties_to_even;
 };
 
-// Encodes the values of one block, of which amax is the largest magnitude, and writes codes and scale.
+// Encodes the values of one block, of which amax is the largest magnitude, and writes codes and scale. Where amax is
+// NaN the scale is too, 0x7f, and all codes are +6.
 __device__ inline void store_nvfp4_block(const Target& target, const Nvfp4Rule& rule, const GlobalScale& global,
                                          uint32_t row, uint32_t column, const float (&values)[kChunk], float amax) {
   const float wanted = global.encode * (amax * (1.0f / kLargestE2m1));
-  const uint32_t scale = encode_e4m3(fmaxf(wanted, rule.scale_floor));
+  const uint32_t scale = encode_e4m3(max_or_nan(wanted, rule.scale_floor));
   const float decoded = decode_e4m3(scale);
   const float factor = decoded == 0.0f ? 0.0f : __frcp_rn(decoded * global.decode);
   uint2 codes;

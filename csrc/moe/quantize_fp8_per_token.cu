@@ -10,15 +10,16 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   await_previous_grid();
   const uint32_t row = blockIdx.x;
   float scale = 0.0f, factor = 0.0f;
-  by_row_amax<T, Unit, false>(source, row, target.columns, [&](float amax) {
-    scale = fmaxf(__fdiv_rn(amax, kLargestE4m3), scale_floor);
-    factor = scale > 0.0f ? __frcp_rn(scale) : 0.0f;
+  by_row_amax<NanChunk::kCounts, T, Unit, false>(source, row, target.columns, [&](float amax) {
+    scale = max_or_nan(__fdiv_rn(amax, kLargestE4m3), scale_floor);
+    factor = scale == 0.0f ? 0.0f : __frcp_rn(scale);
+    divide |= factor == INFINITY;  // of a scale below 2^-128
     if (threadIdx.x == 0) scales[row] = scale;
   }, [&](uint32_t column, const float (&values)[kChunk], float /* amax */) {
     float scaled[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
-      scaled[i] = divide && scale > 0.0f ? __fdiv_rn(values[i], scale) : values[i] * factor;
+      scaled[i] = divide && scale != 0.0f ? __fdiv_rn(values[i], scale) : values[i] * factor;
     const auto four = [&](int i) { return encode_e4m3x4(scaled[i], scaled[i + 1], scaled[i + 2], scaled[i + 3]); };
     *target.data_at<uint4>(row, column, 1) = {four(0), four(4), four(8), four(12)};
   });

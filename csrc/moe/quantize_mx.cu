@@ -19,7 +19,7 @@ struct MxRule {
 template <bool kFp4>
 __device__ inline uint32_t mx_scale(float amax, const MxRule& rule) {
   return rule.round_scale_up ? ceil_e8m0_of_amax(amax, rule.amax_floor, kFp4 ? kLargestE2m1 : kLargestE4m3)
-                             : floor_e8m0(fmaxf(amax, rule.amax_floor), kFp4 ? 2 : 8);
+                             : floor_e8m0(max_or_nan(amax, rule.amax_floor), kFp4 ? 2 : 8);
 }
 
 // Writes the codes of values * factor.
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_mx_kernel(Source so
     float values[kChunk] = {};
     if (item == Item::kChunk) load_chunk<Unit, kSwiglu, T>(source, row, column, values);
     float amax = largest_magnitude(values);
-    amax = fmaxf(amax, __shfl_xor_sync(kFullWarp, amax, kMxLanes / 2));
+    amax = max_or_nan(amax, __shfl_xor_sync(kFullWarp, amax, kMxLanes / 2));
     if (item == Item::kNothing) return;
     const uint32_t scale = item == Item::kChunk ? mx_scale<kFp4>(amax, rule) : 0;
     if (item == Item::kChunk) store_mx_codes<kFp4>(target, rule, row, column, reciprocal_e8m0(scale), values);

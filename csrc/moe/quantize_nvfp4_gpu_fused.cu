@@ -1,10 +1,14 @@
 // NVFP4 with the global scale taken from the values, on the device. Of a whole tensor or of experts: one kernel finds
 // the largest magnitudes, a second one reads them, and its last block leaves the workspace zeroed. Of tokens: one
-// kernel, a block a row. Maxima do not depend on the order in which they are taken, so the bits are always the same.
+// kernel, a block a row. Maxima do not depend on the order in which they are taken, so the bits are always the same. A
+// block of values with a NaN counts for no global scale: it alone is lost.
 #include "moe/nvfp4_block.cuh"
 #include "moe/row_amax.cuh"
 
 namespace dsv4 {
+
+// Global scales are then normal numbers, and so are their reciprocals.
+constexpr float kLeastAmaxFloor = kNvfp4Range * 0x1p-126f;
 
 struct AmaxRule {
   float floor;
@@ -38,7 +42,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) amax_kernel(Source source, T
       index = amaxes.index(row);
       if (index < amaxes.count) load_chunk<Unit, kSwiglu, T>(source, row, column, values);
     }
-    const float amax = largest_magnitude(values);
+    const float amax = fmaxf(largest_magnitude(values), 0.0f);  // of a block with a NaN: 0
     of_all = fmaxf(of_all, amax);
     if (!amaxes.expert_ids) return;
     const uint32_t first = __shfl_sync(kFullWarp, index, 0);
@@ -96,7 +100,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   if (row >= target.written_rows(used)) return;
   GlobalScale global = {};
   if (row < used)
-    by_row_amax<T, Unit, kSwiglu>(source, row, target.columns, [&](float amax) {
+    by_row_amax<NanChunk::kPassedOver, T, Unit, kSwiglu>(source, row, target.columns, [&](float amax) {
       const float value = amax_rule(amax);
       global = global_scale_of(value, amax_rule.reciprocal);
       if (threadIdx.x == 0) global_scale[row] = value;
@@ -125,7 +129,7 @@ extern "C" dsv4_status dsv4_quantize_nvfp4_gpu_fused(const dsv4_quantize_nvfp4_g
   check.range("experts", args.experts, present(args.expert_ids) ? 1 : 0, present(args.expert_ids) ? INT32_MAX - 1 : 0);
   check.range("per_token", args.per_token, 0, present(args.expert_ids) ? 0 : 1);
   check.flag("reciprocal_global_scale", args.reciprocal_global_scale);
-  check.number("amax_floor", args.amax_floor, FLT_MIN);
+  check.number("amax_floor", args.amax_floor, kLeastAmaxFloor);
   check.flag("ties_to_even", args.ties_to_even);
   check.number("scale_floor", args.scale_floor, 0.0f);
   const int64_t count = args.per_token ? rows : std::max<int64_t>(args.experts, 1);

@@ -8,6 +8,7 @@
 
 #include "core/check.h"
 #include "core/dtype.h"
+#include "device/max_or_nan.cuh"
 
 namespace dsv4 {
 
@@ -83,11 +84,11 @@ __device__ inline void load_chunk(const Source& source, int64_t row, uint32_t co
   values_of(source, load_raw<T, Unit, kSwiglu>(source, row, column), values);
 }
 
-// The largest magnitude; NaN is passed over.
+// The largest magnitude; NaN if one of the values is.
 __device__ inline float largest_magnitude(const float (&values)[kChunk]) {
   float amax = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) amax = fmaxf(amax, fabsf(values[i]));
+  for (int i = 0; i < kChunk; ++i) amax = max_or_nan(amax, fabsf(values[i]));
   return amax;
 }
 

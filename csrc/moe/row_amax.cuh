@@ -6,7 +6,7 @@
 
 namespace dsv4 {
 
-// Magnitudes compare as their bits do.
+// Magnitudes compare as their bits do, and NaN is the largest.
 __device__ inline uint32_t warp_amax_bits(float amax) { return __reduce_max_sync(kFullWarp, __float_as_uint(amax)); }
 
 // The largest over the block, for every thread; a barrier for all of them.
@@ -21,7 +21,7 @@ __device__ inline float block_amax(float amax) {
   return __uint_as_float(most);
 }
 
-// The largest magnitude of a chunk; NaN is passed over. Pairs of 16-bit values are compared as they are.
+// The largest magnitude of a chunk; NaN if one of the values is. Pairs of 16-bit values are compared as they are.
 template <typename T, int Unit, bool kSwiglu>
 __device__ inline float amax_of(const Source& source, const RawChunk<T, Unit, kSwiglu>& raw) {
   if constexpr (!kSwiglu && sizeof(T) == 2) {
@@ -29,9 +29,8 @@ __device__ inline float amax_of(const Source& source, const RawChunk<T, Unit, kS
     const auto& pairs = reinterpret_cast<const Pair(&)[kChunk / 2]>(raw);
     Pair most = __habs2(pairs[0]);
 #pragma unroll
-    for (int i = 1; i < kChunk / 2; ++i) most = __hmax2(most, __habs2(pairs[i]));
-    const float low = static_cast<float>(most.x), high = static_cast<float>(most.y);
-    return fmaxf(fmaxf(low, high), 0.0f);
+    for (int i = 1; i < kChunk / 2; ++i) most = __hmax2_nan(most, __habs2(pairs[i]));
+    return max_or_nan(static_cast<float>(most.x), static_cast<float>(most.y));
   } else {
     float values[kChunk];
     values_of(source, raw, values);
@@ -41,9 +40,15 @@ __device__ inline float amax_of(const Source& source, const RawChunk<T, Unit, kS
 
 constexpr int kKeptChunks = 2;  // of a row that a thread keeps in registers until its amax is known
 
+// What a chunk that holds a NaN does to the amax of its row.
+enum class NanChunk {
+  kCounts,      // the row's amax is NaN
+  kPassedOver,  // the row's amax is that of the other chunks
+};
+
 // Finds the amax of a row, calls on_amax(amax), then encode(column, values, their amax) for each of this thread's
 // chunks. By all threads of a block.
-template <typename T, int Unit, bool kSwiglu, typename OnAmax, typename Encode>
+template <NanChunk kNan, typename T, int Unit, bool kSwiglu, typename OnAmax, typename Encode>
 __device__ inline void by_row_amax(const Source& source, uint32_t row, uint32_t columns, OnAmax&& on_amax,
                                    Encode&& encode) {
   RawChunk<T, Unit, kSwiglu> kept[kKeptChunks];
@@ -53,14 +58,17 @@ __device__ inline void by_row_amax(const Source& source, uint32_t row, uint32_t 
   for (int i = 0; i < kKeptChunks; ++i)
     if (first + i * step < columns) kept[i] = load_raw<T, Unit, kSwiglu>(source, row, first + i * step);
   float amax = 0.0f;
+  const auto include = [&](float of_chunk) {
+    amax = kNan == NanChunk::kCounts ? max_or_nan(amax, of_chunk) : fmaxf(amax, of_chunk);
+  };
 #pragma unroll
   for (int i = 0; i < kKeptChunks; ++i)
     if (first + i * step < columns) {
       of_kept[i] = amax_of(source, kept[i]);
-      amax = fmaxf(amax, of_kept[i]);
+      include(of_kept[i]);
     }
   for (uint32_t column = rest; column < columns; column += step)
-    amax = fmaxf(amax, amax_of(source, load_raw<T, Unit, kSwiglu>(source, row, column)));
+    include(amax_of(source, load_raw<T, Unit, kSwiglu>(source, row, column)));
   on_amax(block_amax(amax));
   float values[kChunk];
 #pragma unroll

@@ -1,4 +1,4 @@
-"""Checks of what a caller gives on the host: counts, slots, ids."""
+"""Checks of what a caller gives on the host: counts, slots, ids, scales."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from operator import index
 
 from dsv4_kernels.errors import InvalidArgumentError
+
+LEAST_SCALE = 2.0**-126
+LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
 def integer(where: str, name: str, value: object, low: int, high: int | None = None) -> int:
@@ -37,3 +40,23 @@ def integers(where: str, name: str, values: Iterable[object], low: int, high: in
     if set(map(type, given)) <= {int} and (not given or (min(given) >= low and (high is None or max(given) <= high))):  # type: ignore[type-var, operator]
         return given  # type: ignore[return-value]
     return [integer(where, name, value, low, high) for value in given]
+
+
+def scale(where: str, name: str, value: object) -> float:
+    """A scale as a float that float32 holds as a normal number, so that its reciprocal is one too.
+
+    Args:
+        where: the function that was called, for the text of the error.
+        name: of its argument.
+        value: a number (Python's, numpy's, a tensor of one element on the host).
+
+    Raises:
+        InvalidArgumentError: 0, negative, NaN, infinite, below 2^-126, or no number.
+    """
+    try:
+        number = float(value)  # type: ignore[arg-type]  # what is no number raises
+    except (TypeError, ValueError):
+        number = 0.0
+    if not LEAST_SCALE <= number <= LARGEST_FLOAT32:
+        raise InvalidArgumentError(f"{where}: {name}: expected a finite float32 of at least 2^-126, got {value!r}")
+    return number

@@ -24,9 +24,8 @@ _MIDPOINTS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, Fa
 
 
 def largest_magnitude(values: Tensor) -> Tensor:
-    """Over the last dimension, which is gone; NaN is passed over. What the scale of a group of values is taken from."""
-    sizes: Tensor = values.abs().nan_to_num(nan=0.0, posinf=torch.inf)
-    return sizes.amax(dim=-1)
+    """Over the last dimension, which is gone; NaN if a value is. What the scale of a group of values is taken from."""
+    return values.abs().amax(dim=-1)
 
 
 def encode_e2m1(values: Tensor, *, ties_to_even: bool = True) -> Tensor:
@@ -95,10 +94,10 @@ def ceil_e8m0(scale: Tensor) -> Tensor:
 def ceil_e8m0_of_amax(amax: Tensor, floor: float, largest: float) -> Tensor:
     """The scale of a group: ceil_e8m0(max(amax, floor) / largest), the quotient rounded to float32.
 
-    MXFP8: floor 0, largest 448. KV cache: floor 1e-4, largest 448. MXFP4: floor 6 * 2^-126, largest 6. An amax that is
-    NaN counts as the floor.
+    MXFP8: floor 0, largest 448. KV cache: floor 1e-4, largest 448. MXFP4: floor 6 * 2^-126, largest 6. 255 for an amax
+    that is NaN.
     """
-    return ceil_e8m0(torch.fmax(amax, amax.new_tensor(floor)) / amax.new_tensor(largest))
+    return ceil_e8m0(amax.clamp(min=floor) / amax.new_tensor(largest))
 
 
 def floor_e8m0(amax: Tensor, largest_exponent: int) -> Tensor:

@@ -140,7 +140,7 @@ def test_dequantize(device: str) -> None:
 
 
 def test_what_is_no_number(device: str) -> None:
-    """NaN becomes NaN alone; an infinity takes its group with it."""
+    """NaN and infinity take their group with them, scale and codes."""
     x = torch.full((3, 64), 2.0).to(torch.bfloat16)
     x[0, 5] = math.nan
     x[1, 40] = math.inf
@@ -148,9 +148,9 @@ def test_what_is_no_number(device: str) -> None:
     result = squared_relu_and_quantize_mxfp8(x.to(device), *everyone(3, device))
     codes, scales = as_bytes(result.data), as_bytes(result.scales())
     four, of_four = 0x78, scale_of(4.0)  # 4 / 2^-6 = 256
-    assert scales.tolist() == [[of_four, of_four], [of_four, E8M0_NAN], [0, of_four]]
+    assert scales.tolist() == [[E8M0_NAN, of_four], [of_four, E8M0_NAN], [E8M0_NAN, of_four]]
     plain = torch.full((3, 64), four, dtype=torch.uint8)
-    plain[0, 5] = E4M3_NAN
+    plain[0, :32] = E4M3_NAN
     plain[1, 32:] = E4M3_NAN
     plain[2, :32] = E4M3_NAN
     assert torch.equal(codes, plain)
@@ -163,11 +163,12 @@ def test_swiglu_that_is_no_number(device: str) -> None:
     x = torch.ones(2, 128).to(torch.bfloat16)
     x[0, 3], x[1, 64 + 33] = math.nan, math.inf
     free = swiglu_and_quantize_mxfp8(x.to(device), *everyone(2, device))
-    assert (as_bytes(free.data) == E4M3_NAN).nonzero().tolist() == [[0, 3], *([1, column] for column in range(32, 64))]
-    assert (as_bytes(free.scales()) == E8M0_NAN).tolist() == [[False, False], [False, True]]
+    groups = as_bytes(free.data).unflatten(1, (2, 32)) == E4M3_NAN
+    assert groups.all(dim=2).tolist() == groups.any(dim=2).tolist() == [[True, False], [False, True]]
+    assert (as_bytes(free.scales()) == E8M0_NAN).tolist() == [[True, False], [False, True]]
     clamped = swiglu_and_quantize_mxfp8(x.to(device), *everyone(2, device), 10.0)
-    assert (as_bytes(clamped.data) == E4M3_NAN).nonzero().tolist() == [[0, 3]]
-    assert (as_bytes(clamped.scales()) != E8M0_NAN).all()
+    assert (as_bytes(clamped.data) == E4M3_NAN).nonzero().tolist() == [[0, column] for column in range(32)]
+    assert (as_bytes(clamped.scales()) == E8M0_NAN).tolist() == [[True, False], [False, False]]
 
 
 def test_strided_and_unaligned_rows(device: str) -> None:

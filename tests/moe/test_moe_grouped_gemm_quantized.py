@@ -134,7 +134,7 @@ def test_values(x_format: str, device: str) -> None:
 
 @pytest.mark.parametrize("x_format", ["nvfp4", "mxfp8"])
 def test_zeros_and_nan(x_format: str, device: str) -> None:
-    """A weight of 0 gives scales of 0; NaN is passed over by the scale, and becomes +6 or NaN."""
+    """A weight of 0 gives scales of 0; NaN gives scales of NaN, and codes +6 or NaN."""
     problem = Problem(x_format, 16, device)
     problem.slot_weights.fill_(1.0)
     problem.slot_weights[0] = 0.0
@@ -144,7 +144,8 @@ def test_zeros_and_nan(x_format: str, device: str) -> None:
     assert same_bits(data[: len(ROUTES)], want_data.view(torch.uint8))
     assert same_bits(scale[: len(ROUTES)], want_scale.view(torch.uint8))
     token = torch.tensor(ROUTES) // TOP_K
-    assert (scale[: len(ROUTES)].cpu()[token <= 1] == 0).all()
+    assert (scale[: len(ROUTES)].cpu()[token == 0] == 0).all()
+    assert (scale[: len(ROUTES)].cpu()[token == 1] == (0x7F if problem.nvfp4 else 0xFF)).all()
     assert (data[: len(ROUTES)].cpu()[token == 1] & 0x7F == (0x77 if problem.nvfp4 else 0x7F)).all()
 
 

@@ -85,6 +85,22 @@ def moe_values(data: torch.Tensor, form: str) -> np.ndarray[Any, Any]:
     return FLOAT4[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(-1, 32)
 
 
+@pytest.mark.parametrize(("form", "largest", "exponent"), [("e4m3", 448.0, 8), ("e2m1", 6.0, 2)])
+@pytest.mark.parametrize("round_scale_up", [True, False])
+def test_mx_amax_floor(form: str, largest: float, exponent: int, round_scale_up: bool, device: str) -> None:
+    """Below the floor the scale is the floor's, above it the group's own; whichever way it is rounded."""
+    floor = 3.0
+    x = torch.zeros(5, 32)
+    x[:, 9] = torch.tensor([0.0, 1e-20, -2.9, 3.0, -24.0])
+    _, scale = moe.quantize_mx(x.to(device), element_format=form, amax_floor=floor, round_scale_up=round_scale_up)
+    amax = [max(floor, abs(value)) for value in x[:, 9].tolist()]
+    if round_scale_up:
+        powers = [math.ceil(math.log2(value / largest)) for value in amax]
+    else:
+        powers = [math.floor(math.log2(value)) - exponent for value in amax]
+    assert as_bytes(scale).flatten().tolist() == [power + 127 for power in powers]
+
+
 # Codes, all of them.
 
 
@@ -220,40 +236,147 @@ def test_nvfp4_nan_and_infinity(device: str) -> None:
     x[0, 5], x[0, 20], x[0, 37] = math.nan, math.inf, -math.inf
     data, scale = moe.quantize_nvfp4(x.to(device), torch.ones(1, device=device))
     back = moe.dequantize_nvfp4(data, scale, 1.0, dtype=torch.float32).cpu()[0]
-    assert as_bytes(scale)[0].tolist() == [0x30, 0x7E, 0x7E, 0x30]
-    assert back[5] == 3.0  # +6 under the scale 0.5
-    assert back[:5].tolist() == [3.0] * 5
+    assert as_bytes(scale)[0].tolist() == [0x7F, 0x7E, 0x7E, 0x30]
+    assert back[:16].isnan().all()
     assert (back[20], back[37]) == (6 * 448, -6 * 448)
     assert back[16:20].tolist() == [0.0] * 4
+    assert back[48:].tolist() == [3.0] * 16
     *_, global_scale = moe.quantize_nvfp4_gpu_fused(x.to(device))
     assert global_scale.item() == np.finfo(np.float32).max / np.float32(2688)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        rows = torch.full((3, 32), math.nan)
-        rows[1, 7], rows[2, 8] = -2688.0, 2688.0
-        *_, per_token = moe.quantize_nvfp4_gpu_fused(rows.to(dtype).to(device), per_token=True)
-        assert per_token.tolist() == [2.0**-110, 1.0, 1.0]
 
 
-def test_mx_nan_and_infinity(device: str) -> None:
-    x = torch.full((3, 32), 3.0)
-    x[0, 5], x[1, 7], x[2, :] = math.nan, -math.inf, math.nan
-    data, scale = moe.quantize_mxfp8(x.to(device))
-    assert as_bytes(scale)[:, 0].tolist() == [127 - 7, 255, 0]
-    back = moe.dequantize_mxfp8(data, scale, dtype=torch.float32).cpu()
-    assert back[0].isnan().nonzero().flatten().tolist() == [5]
-    assert back[1:].isnan().all()
-    data, scale = moe.quantize_mxfp4(x.to(device))
-    assert as_bytes(scale)[:2, 0].tolist() == [126, 255]
-    assert moe.dequantize_mxfp4(data, scale, dtype=torch.float32).cpu()[0, 5] == 3.0
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def test_fp8_per_token_nan_and_infinity(device: str) -> None:
-    x = torch.ones(2, 16)
-    x[0, 3], x[1, 4] = math.nan, math.inf
-    data, scale = moe.quantize_fp8_per_token(x.to(device))
-    assert scale.tolist() == [np.float32(1) / np.float32(448), math.inf]
-    assert as_bytes(data)[0].tolist() == [0x7E] * 3 + [0x7F] + [0x7E] * 12
-    assert as_bytes(data)[1].tolist() == [0] * 4 + [0x7F] + [0] * 11
+def with_nans(dtype: torch.dtype, negative: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """[5, 544] with NaN in some of each row's 17 groups of 32 at every place of a group of 16, and which groups.
+
+    The largest values are beside them.
+    """
+    x = random_rows(5, 544).to(dtype)
+    spoilt = torch.zeros(5, 17, dtype=torch.bool)
+    for row in range(4):
+        for place, group in enumerate(range(row, 17, row + 2)):
+            spoilt[row, group] = True
+            x[row, 32 * group : 32 * group + 2] = 100.0
+            x[row, 32 * group + (place + 4 * row) % 16] = -math.nan if negative else math.nan
+    spoilt[4, 3] = True
+    x[4, 96:128] = math.nan
+    return x, spoilt
+
+
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("ties_to_even", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_takes_its_block_and_nothing_else(
+    dtype: torch.dtype, ties_to_even: bool, negative: bool, device: str
+) -> None:
+    """Scale and codes of a block with a NaN; all others, and global scales, are as if that block held zeros."""
+    x, of_32 = with_nans(dtype, negative)
+    of_16 = of_32.repeat_interleave(2, dim=1)
+    of_16[:4, 1::2] = False
+    clean = torch.where(of_16.repeat_interleave(16, dim=1), 0, x)
+
+    def of(x: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
+        x = x.to(device)
+        ids = torch.tensor([1, 0, 1, 0, 0], dtype=torch.int32, device=device)
+        ties = {"ties_to_even": ties_to_even}
+        return {
+            "static": moe.quantize_nvfp4(x, torch.full((1,), 0.01, device=device), **ties),
+            "tensor": moe.quantize_nvfp4_gpu_fused(x, **ties),
+            "token": moe.quantize_nvfp4_gpu_fused(x, per_token=True, **ties),
+            "expert": moe.quantize_nvfp4_gpu_fused(x, expert_ids=ids, experts=2, **ties),
+        }
+
+    got, expected = of(x), of(clean)
+    for name, (data, scale, *global_scale) in got.items():
+        want_data, want_scale, *want_global_scale = expected[name]
+        assert all(torch.equal(a, b) for a, b in zip(global_scale, want_global_scale, strict=True)), name
+        want_scale = torch.where(of_16, 0x7F, as_bytes(want_scale))
+        want_data = torch.where(of_16.repeat_interleave(8, dim=1), 0x77, as_bytes(want_data))
+        assert torch.equal(as_bytes(scale), want_scale), name
+        assert torch.equal(as_bytes(data), want_data), name
+    clean = torch.where(of_32.repeat_interleave(32, dim=1), 0, x)
+    for form, code, bytes_of_group in (("e4m3", 0x7F, 32), ("e2m1", 0x77, 16)):
+        for up in (True, False):
+            options = {"element_format": form, "round_scale_up": up, "ties_to_even": ties_to_even}
+            data, scale = moe.quantize_mx(x.to(device), **options)
+            want_data, want_scale = moe.quantize_mx(clean.to(device), **options)
+            assert torch.equal(as_bytes(scale), torch.where(of_32, 0xFF, as_bytes(want_scale)))
+            spoilt = of_32.repeat_interleave(bytes_of_group, dim=1)
+            assert torch.equal(as_bytes(data), torch.where(spoilt, code, as_bytes(want_data)))
+
+
+@pytest.mark.parametrize("round_to_bfloat16", [True, False])
+def test_nan_of_swiglu(round_to_bfloat16: bool, device: str) -> None:
+    """From the gate or from up, whatever the clamp."""
+    x = torch.ones(3, 128)
+    x[0, 5], x[1, 64 + 40] = math.nan, -math.nan
+    options: dict[str, Any] = {"source": "swiglu", "limit": 10.0, "round_to_bfloat16": round_to_bfloat16}
+    spoilt = torch.tensor([[True, False], [False, True], [False, False]])
+    for form in ("e4m3", "e2m1"):
+        _, scale = moe.quantize_mx(x.to(device), element_format=form, **options)
+        assert torch.equal(as_bytes(scale) == 0xFF, spoilt)
+    of_16 = torch.zeros(3, 4, dtype=torch.bool)
+    of_16[0, 0] = of_16[1, 2] = True
+    for fused in (False, True):
+        if fused:
+            _, scale, _ = moe.quantize_nvfp4_gpu_fused(x.to(device), **options)
+        else:
+            _, scale = moe.quantize_nvfp4(x.to(device), torch.full((1,), 0.01, device=device), **options)
+        assert torch.equal(as_bytes(scale) == 0x7F, of_16)
+
+
+def test_global_scale_of_nothing_but_nan(device: str) -> None:
+    rows = torch.full((3, 32), math.nan)
+    rows[1, 16:], rows[2, :16] = -2688.0, 2688.0
+    *_, per_token = moe.quantize_nvfp4_gpu_fused(rows.to(device), per_token=True)
+    assert per_token.tolist() == [2.0**-110, 1.0, 1.0]
+    *_, of_all = moe.quantize_nvfp4_gpu_fused(rows[:1].to(device))
+    assert of_all.tolist() == [2.0**-110]
+
+
+def test_mx_infinity(device: str) -> None:
+    x = torch.full((2, 32), 3.0)
+    x[1, 7] = -math.inf
+    for quantize, dequantize, finite in (
+        (moe.quantize_mxfp8, moe.dequantize_mxfp8, 127 - 7),
+        (moe.quantize_mxfp4, moe.dequantize_mxfp4, 126),
+    ):
+        data, scale = quantize(x.to(device))
+        assert as_bytes(scale)[:, 0].tolist() == [finite, 255]
+        back = dequantize(data, scale, dtype=torch.float32).cpu()
+        assert (back[0] == 3.0).all()
+        assert back[1].isnan().all()
+
+
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fp8_per_token_nan_and_infinity(dtype: torch.dtype, divide: bool, device: str) -> None:
+    """Of the row in any chunk: the first, one that is kept, and one that is read again."""
+    x = torch.ones(5, 16 * 600, dtype=dtype)
+    x[0, 3], x[1, 4], x[2, -1], x[3, 16 * 300] = math.nan, math.inf, math.nan, -math.nan
+    data, scale = moe.quantize_fp8_per_token(x.to(device), divide=divide)
+    assert scale[[0, 2, 3]].isnan().all()
+    assert scale[[1, 4]].tolist() == [math.inf, np.float32(1) / np.float32(448)]
+    codes = as_bytes(data)
+    assert (codes[[0, 2, 3]] == 0x7F).all()
+    assert codes[1, :16].tolist() == [0] * 4 + [0x7F] + [0] * 11
+    assert (codes[4] == 0x7E).all()
+
+
+@pytest.mark.parametrize("divide", [False, True])
+def test_fp8_per_token_of_tiny_rows(divide: bool, device: str) -> None:
+    """Down to scales whose reciprocal is infinite: zeros stay zeros."""
+    x = torch.zeros(4, 32)
+    x[:, 5] = torch.tensor([2.0**-110, 2.0**-118, 2.0**-125, 2.0**-140])
+    data, scale = moe.quantize_fp8_per_token(x.to(device), divide=divide)
+    codes = as_bytes(data)
+    assert (codes[:, :5] == 0).all()
+    assert (codes[:, 6:] == 0).all()
+    back = moe.dequantize_fp8_per_token(data, scale, dtype=torch.float32).cpu()[:, 5].double()
+    # A scale below 2^-149 * 8 has no digits.
+    assert ((back - x[:, 5].double()).abs()[:3] <= x[:3, 5].double() / 8).all()
 
 
 def test_values_of_fp8_per_token(device: str) -> None:
@@ -418,10 +541,46 @@ def test_more_than_two_billion_elements() -> None:
             lambda x: moe.dequantize_blocks(torch.zeros(2, 8, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.uint8)),
             "dequantize_blocks: scale: expected shape [2, 1], got [2, 2]",
         ),
+        (
+            lambda x: moe.quantize_nvfp4_gpu_fused(x, amax_floor=0.0),
+            "quantize_nvfp4_gpu_fused: amax_floor: expected a finite number of at least 3.15983e-35, got 0",
+        ),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_refuses(call: Any, text: str) -> None:
     with pytest.raises(InvalidArgumentError) as raised:
         call(random_rows(4, 64))
     assert str(raised.value) == text
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, -1.0, math.nan, math.inf, -math.inf, 1e-40, 1e39])
+def test_refuses_scales_that_make_no_sense(value: float) -> None:
+    """Python numbers; what is on the device is not looked at."""
+    x = random_rows(4, 64)
+    codes, scale = moe.quantize_nvfp4(x, torch.ones(1))
+    calls = {
+        "quantize_activation_nvfp4": lambda: moe.quantize_activation_nvfp4(x, value),
+        "deinterleave_quantize_nvfp4": lambda: moe.deinterleave_quantize_nvfp4(x, 32, value),
+        "dequantize_nvfp4": lambda: moe.dequantize_nvfp4(codes, scale, value),
+    }
+    for name, call in calls.items():
+        with pytest.raises(InvalidArgumentError) as raised:
+            call()
+        assert str(raised.value) == f"{name}: global_scale: expected a finite float32 of at least 2^-126, got {value}"
+
+
+@pytest.mark.parametrize("reciprocal", [False, True])
+def test_bad_scales_on_the_device_stay_in_their_rows(reciprocal: bool, device: str) -> None:
+    x = random_rows(8, 64)
+    bad = [0.0, -1.0, math.nan, math.inf, -math.inf, 2.0**-149]
+    ids = torch.arange(8, dtype=torch.int32)
+    given = torch.tensor([0.01, *bad, 0.02])
+    data, scale = moe.quantize_nvfp4(
+        x.to(device), given.to(device), expert_ids=ids.to(device), reciprocal_global_scale=reciprocal
+    )
+    moe.dequantize_nvfp4(data, scale, given.to(device), expert_ids=ids.to(device), reciprocal_global_scale=reciprocal)
+    for row in (0, 7):
+        alone = moe.quantize_nvfp4(x[row : row + 1], given[row : row + 1], reciprocal_global_scale=reciprocal)
+        assert torch.equal(as_bytes(data)[row], as_bytes(alone[0])[0])
+        assert torch.equal(as_bytes(scale)[row], as_bytes(alone[1])[0])

@@ -55,15 +55,22 @@ def swiglu(gate, up, limit):
 
 
 @triton.jit
+def larger_or_nan(a, b):
+    """The larger one; NaN if one is. tl.max() passes NaN over."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def quantize_mxfp8(value, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """E4M3 codes [ROWS, COLUMNS] and E8M0 scales [ROWS, COLUMNS / 32] of float32 values; as csrc/device/e8m0.cuh.
 
-    NaN is passed over by the largest magnitude. For every bfloat16 magnitude, a product with 1 / 448 has the scale of
-    the quotient.
+    A group with a NaN has a scale of NaN, as one with an infinity has. For every bfloat16 magnitude, a product with
+    1 / 448 has the scale of the quotient.
     """
     groups = tl.reshape(value, ROWS, COLUMNS // 32, 32)
-    largest = tl.maximum(tl.max(tl.abs(groups), axis=2), 0.0)
-    scale = tl.minimum(((largest * (1 / 448)).to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23, 255)
+    largest = tl.reduce(tl.abs(groups), 2, larger_or_nan)
+    # Unsigned: the sum of a NaN's bits is above 2^31.
+    scale = tl.minimum(((largest * (1 / 448)).to(tl.uint32, bitcast=True) + 0x7FFFFF) >> 23, 255)
     reciprocal = tl.where(scale == 255, 0x7FFFFFFF, (254 - scale) << 23).to(tl.float32, bitcast=True)
     codes = (groups * reciprocal[:, :, None]).to(tl.float8e4nv)
     return tl.reshape(codes, ROWS, COLUMNS), scale

@@ -91,8 +91,8 @@ DSV4_API dsv4_status dsv4_append(const dsv4_append_args* args, dsv4_stream strea
  *     inv_scale = max(amax(values) / 448, 2^-126)      entries_fp8 = e4m3(values / inv_scale)      values without rope
  *     indexer_scale = e4m3(amax(16 values) / 6)        indexer_keys_fp4 = e2m1(values / indexer_scale)
  * in float32, to nearest, ties to even, saturated; a value is code times scale. Rotary columns are copied. A group
- * whose scale rounds to 0 has codes 0. An amax leaves NaN out; a NaN value gives E4M3's NaN, or E2M1's 6. A block that
- * is not in the table or not in the pool (-1) is not written. */
+ * whose scale rounds to 0 has codes 0. A group that holds a NaN has a scale of NaN, with E4M3's NaN or E2M1's 6 as its
+ * codes. A block that is not in the table or not in the pool (-1) is not written. */
 typedef struct dsv4_flush_write_csa_args {
   size_t struct_size;           /* sizeof(dsv4_flush_write_csa_args) */
   dsv4_tensor entry;            /* [requests, head_dim] bfloat16, head_dim a multiple of 4, at most 1024 */

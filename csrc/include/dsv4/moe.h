@@ -41,8 +41,8 @@ DSV4_API dsv4_status dsv4_padded_swiglu(const dsv4_padded_swiglu_args* args, dsv
  *     code = e4m3(value / scale), to nearest
  *
  * out_data is not written in rows that are not processed. out_scale is written whole, in the layout of
- * dsv4_blackwell_swizzle_32_4_4: it is 0 in those rows and in its padding. NaN is passed over by amax and becomes the
- * NaN of E4M3; a group with an infinity gets scale 255, which is NaN, and codes of NaN. */
+ * dsv4_blackwell_swizzle_32_4_4: it is 0 in those rows and in its padding. A group that holds a NaN or an infinity
+ * has scale 255, which is NaN, and codes of NaN. */
 typedef struct dsv4_squared_relu_and_quantize_mxfp8_args {
   size_t struct_size;          /* sizeof(dsv4_squared_relu_and_quantize_mxfp8_args) */
   dsv4_tensor x;               /* [rows, columns] bfloat16, columns a multiple of 32; rows may be strided */
@@ -104,7 +104,8 @@ DSV4_API int64_t dsv4_moe_sort_max_tiles(int64_t slots, int64_t local_experts, i
  * MXFP4: E2M1 codes, an E8M0 scale for 32; NVFP4: an E4M3 scale for 16, and per-tensor scales go into alpha, each once;
  * MXFP8: E4M3 with an E8M0 scale for 32. The dtype of weight_scale tells which. Rows start on multiples of 16 bytes.
  *
- * Weights of rank 4 are interleaved (bfloat16 x only, N or 2 N and K multiples of 128), about twice as fast. Word
+ * Weights of rank 4 are interleaved (bfloat16 x only), about twice as fast. K is that of x, a multiple of the scales'
+ * group; the last block of 128 inner positions may be padding in part, which is not multiplied. Word
  * 4 w + 2 g + h of row n in block b holds the codes of inner positions 128 b + 64 h + 32 g + 8 p + 2 w + c, p = 0 to 3,
  * c = 0, 1. Sign, exponent's high and low bit and mantissa of code (p, c) are at bits
  *     p = 0: 15 8 7 6, 31 24 23 22      p = 1: 18 11 10 9, 2 27 26 25
@@ -115,10 +116,10 @@ typedef struct dsv4_moe_grouped_gemm_args {
   size_t struct_size;         /* sizeof(dsv4_moe_grouped_gemm_args) */
   dsv4_tensor x;              /* [x_rows, K] bfloat16 or float8_e4m3fn, or [x_rows, K / 2] packed FP4; may be strided */
   dsv4_tensor weight;         /* [experts, N, K / 2] packed FP4 (uint8 or float4_e2m1fn_x2, low nibble first); with
-                                 swiglu [experts, 2 N, K / 2], gate rows before up rows. K and N multiples of 64.
-                                 Interleaved: [experts, K / 128, N or 2 N, 16] int32 */
+                                 swiglu [experts, 2 N, K / 2], gate rows before up rows. K a multiple of 32, N
+                                 one of 16. Interleaved: [experts, ceil(K / 128), N or 2 N, 16] int32 */
   dsv4_tensor weight_scale;   /* [experts, N or 2 N, K / 16] float8_e4m3fn, or [.., K / 32] uint8 or float8_e8m0fnu;
-                                 interleaved: [experts, K / 128, N or 2 N, 4 (NVFP4) or 2 (MXFP4)] int32 */
+                                 interleaved: [experts, ceil(K / 128), N or 2 N, 4 (NVFP4) or 2 (MXFP4)] int32 */
   dsv4_tensor tile_to_expert; /* [tiles] int32, of dsv4_moe_sort */
   dsv4_tensor row_to_slot;    /* [tiles * T] int32, of dsv4_moe_sort */
   dsv4_tensor x_scale;        /* of quantised x: [x_rows, K / 16] float8_e4m3fn, or [x_rows, K / 32] uint8 or
@@ -143,7 +144,7 @@ typedef struct dsv4_moe_grouped_gemm_quantized_args {
   size_t struct_size; /* sizeof(dsv4_moe_grouped_gemm_quantized_args) */
   dsv4_tensor x;      /* [x_rows, K / 2] packed FP4 or [x_rows, K] float8_e4m3fn; rows may be strided */
   dsv4_tensor weight; /* [experts, 2 N, K / 2], and up to slot_weights as in dsv4_moe_grouped_gemm_args with
-                         swiglu, but not interleaved */
+                         swiglu, but not interleaved, and N a multiple of 32 */
   dsv4_tensor weight_scale;
   dsv4_tensor tile_to_expert; /* [tiles] int32 */
   dsv4_tensor row_to_slot;    /* [tiles * T] int32 */
@@ -237,8 +238,10 @@ typedef enum dsv4_quantize_source {
  *     scale = e4m3(max(encode * (amax * (1/6)), scale_floor))
  *     code = e2m1(value * (1 / (scale * decode))), 0 if scale is 0
  *
- * NaN is passed over by amax and becomes +6; infinities become +-6 under the largest scale. Both conversions saturate.
- * global_scale must be finite and above 0. A row whose expert id is outside [0, experts) gets codes and scales 0. */
+ * A block that holds a NaN has scale NaN (0x7f) and codes +6; infinities become +-6 under the largest scale. Both
+ * conversions saturate. global_scale must be finite and at least 2^-126: being on the device it is not checked, and
+ * under another one codes and scales mean nothing. A row whose expert id is outside [0, experts) gets codes and scales
+ * 0. */
 typedef struct dsv4_quantize_nvfp4_args {
   size_t struct_size;       /* sizeof(dsv4_quantize_nvfp4_args) */
   dsv4_tensor x;            /* [rows, columns or 2 * columns] bfloat16, float16 or float32; rows may be strided */
@@ -273,8 +276,7 @@ typedef enum dsv4_element_format {
  *     else: scale = the power of two in max(amax, amax_floor), over that in `largest` (OCP MX 1.0). Codes may saturate.
  *     code = nearest of value / scale, exact but for underflow
  *
- * NaN is passed over by amax and becomes the NaN of E4M3, or +6 in E2M1. A group with an infinity gets scale 255, which
- * is NaN, and codes of NaN. */
+ * A group that holds a NaN or an infinity has scale 255, which is NaN, and as codes the NaN of E4M3, or +6 of E2M1. */
 typedef struct dsv4_quantize_mx_args {
   size_t struct_size;     /* sizeof(dsv4_quantize_mx_args) */
   dsv4_tensor x;          /* [rows, columns or 2 * columns] bfloat16, float16 or float32; rows may be strided */
@@ -300,7 +302,8 @@ DSV4_API dsv4_status dsv4_quantize_mx(const dsv4_quantize_mx_args* args, dsv4_st
  *     global_scale = amax / (448 * 6) (reciprocal_global_scale: 448 * 6 / amax)
  *
  * of the whole tensor, of each row (per_token), or of the rows of each expert (expert_ids). The codes and scales are
- * then to the bit those of dsv4_quantize_nvfp4 with that global_scale. The workspace must be zeroed once before its
+ * then to the bit those of dsv4_quantize_nvfp4 with that global_scale. A block of 16 values that holds a NaN counts for
+ * no global_scale: its own scale is NaN, and no other block notices. The workspace must be zeroed once before its
  * first use; every call leaves it ready for the next one on the same stream. Calls that may run at the same time need a
  * workspace each. */
 typedef struct dsv4_quantize_nvfp4_gpu_fused_args {
@@ -314,7 +317,7 @@ typedef struct dsv4_quantize_nvfp4_gpu_fused_args {
   int32_t granularity;
   int32_t round_to_bfloat16;
   float limit;
-  float amax_floor; /* above 0 */
+  float amax_floor; /* at least 448 * 6 * 2^-126 */
   int32_t ties_to_even;
   float scale_floor;
   int32_t swizzle;
@@ -331,8 +334,9 @@ DSV4_API size_t dsv4_quantize_nvfp4_gpu_fused_workspace_size(int64_t experts);
 DSV4_API dsv4_status dsv4_quantize_nvfp4_gpu_fused(const dsv4_quantize_nvfp4_gpu_fused_args* args, dsv4_stream stream);
 
 /* FP8 E4M3 with a scale a row: scale = max(amax / 448, scale_floor), code = e4m3(value * (1 / scale)), or with divide
- * e4m3(value / scale), in float32, each step rounded to nearest; a scale of 0 gives codes 0. NaN is passed over by amax
- * and stays NaN; a row with an infinity gets scale infinity and codes 0, and NaN where it is infinite. */
+ * e4m3(value / scale), in float32, each step rounded to nearest; a scale of 0 gives codes 0. A row that
+ * holds a NaN has scale and codes NaN; one with an infinity has scale infinity and codes 0, and NaN where it is
+ * infinite. */
 typedef struct dsv4_quantize_fp8_per_token_args {
   size_t struct_size; /* sizeof(dsv4_quantize_fp8_per_token_args) */
   dsv4_tensor x;      /* [rows, columns] bfloat16, float16 or float32, columns a multiple of 16; rows may be strided */

@@ -210,7 +210,7 @@ def flush_write_csa(
         indexer_scale = e4m3(amax(16 values) / 6)       indexer_keys_fp4 = e2m1(values / indexer_scale)
 
     in float32, to nearest with ties to even, saturated: a value is its code times its scale. A group of zeros has codes
-    and scale 0. An amax leaves NaN out; a NaN value gives E4M3's NaN, or 6 in E2M1, which has none.
+    and scale 0. A group that holds a NaN has a scale of NaN; its codes are E4M3's NaN, or 6 in E2M1, which has none.
 
     Args:
         entry: [requests, head_dim] bfloat16, head_dim a multiple of 4, at most 1024; the last rope_dim columns rotary.

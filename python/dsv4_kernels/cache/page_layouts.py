@@ -98,8 +98,8 @@ def scales_of(values: Tensor, layout: PageLayout, quantization: Quantization) ->
     values: [entries, head_dim] float32 that are bfloat16 numbers.
     """
     grouped = values[:, : layout.quantized_dims].unflatten(1, (layout.groups, layout.group))
-    amax = torch.fmax(number_formats.largest_magnitude(grouped), _like(values, quantization.amax_floor))
-    wanted = torch.fmax(amax / _like(values, LARGEST[layout.element]), _like(values, quantization.scale_floor))
+    amax = number_formats.largest_magnitude(grouped).clamp(min=quantization.amax_floor)
+    wanted = (amax / _like(values, LARGEST[layout.element])).clamp(min=quantization.scale_floor)
     if layout.scale == "float32":
         scale = wanted if quantization.exact_scale else number_formats.decode_e8m0(number_formats.ceil_e8m0(wanted))
         return scale.unsqueeze(2).contiguous().view(torch.uint8)

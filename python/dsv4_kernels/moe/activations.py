@@ -44,7 +44,7 @@ def padded_swiglu(
         x: [rows, 2 * columns] bfloat16, the gate in the first half of a row, up in the second; rows may be strided.
         permutation_map: [rows] int32, the token of each row, negative for padding.
         n_used: one int32 on the device, of rank 0 or 1; values outside [0, rows] act as the nearest end.
-        limit: of the clamps; None or 0 for none.
+        limit: of the clamps, finite, 0 or more; None or 0 for none.
         out: [rows, columns] bfloat16 to write to, no part of x.
 
     Returns:
@@ -79,8 +79,7 @@ def squared_relu_and_quantize_mxfp8(
     Returns:
         data and swizzled scales. Rows of data that were not processed keep what they held; in an allocated result that
         is undefined. Scales are written whole: those of rows that were not processed, and the padding, are 0. A group
-        of zeros has scale 0. NaN is passed over by amax and becomes the code of NaN; a group with an infinity gets the
-        scale of NaN, and codes of NaN.
+        of zeros has scale 0. A group that holds a NaN or an infinity has scale and codes NaN.
     """
     return _as_mxfp8(_squared_relu_and_quantize_mxfp8((x, permutation_map, n_used), (out_data, out_scale)))
 
@@ -101,7 +100,7 @@ def swiglu_and_quantize_mxfp8(
             second; rows may be strided.
         permutation_map: [rows] int32, the token of each row, negative for padding.
         n_used: one int32 on the device, of rank 0 or 1; values outside [0, rows] act as the nearest end.
-        limit: of the clamps, see padded_swiglu; None or 0 for none.
+        limit: of the clamps, as in padded_swiglu; None or 0 for none.
         out_data: [rows, columns] float8_e4m3fn or uint8 to write to, contiguous, on a multiple of 16 bytes.
         out_scale: [rows to a multiple of 128, columns / 32 to one of 4] float8_e8m0fnu or uint8 to write to, likewise.
 

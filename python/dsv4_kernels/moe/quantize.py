@@ -12,6 +12,8 @@ use. What all have in common:
   columns and ups in the second, another one that each granularity of gates is followed by as many ups.
 - `swizzle`: scales in the order 32_4_4 (see blackwell_swizzle_32_4_4), rows padded to multiples of 128 and columns to
   multiples of 4, with 0; no second pass over the scales is needed.
+- NaN: a block that holds one has a scale that is NaN, so that all of it comes back as NaN (see "NaN and infinities" of
+  the number formats' page).
 - `n_used`: one int32 on the device. Rows from it on are not written, except that a tile of 128 rows of swizzled scales
   that it cuts is filled with 0. A captured graph follows its value.
 - Conversions round to nearest, ties to the even code, and saturate. ties_to_even=False sends ties of E2M1 toward zero.
@@ -26,6 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4_kernels import host_values
 from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.moe import quantize_reference as codes
 from dsv4_kernels.op_table import NVFP4_AMAX_FLOOR, OPS
@@ -74,13 +77,14 @@ def quantize_nvfp4(
 
     Args:
         x: [rows, columns], columns a multiple of 16; [rows, 2 * columns] unless source is "plain".
-        global_scale: float32, finite, above 0: one element for all rows; [rows]; or [experts] with expert_ids. It is
-            amax / (448 * 6), by which results are multiplied: weight_scale_2 and input_scale of NVFP4 checkpoints.
+        global_scale: float32, finite, at least 2^-126: one element for all rows; [rows]; or [experts] with expert_ids.
+            It is amax / (448 * 6), by which results are multiplied: weight_scale_2 and input_scale of NVFP4
+            checkpoints. It is not read by the host: under another one, codes and scales mean nothing.
         expert_ids: [rows] int32; rows with an id outside [0, experts) get codes and scales 0.
         reciprocal_global_scale: global_scale is 448 * 6 / amax, as the engines' functions of this kind take it.
         source: see the module's docstring.
         granularity: of gates and ups, a power of two from 4 that divides columns.
-        limit: of SwiGLU; None: no clamp.
+        limit: of SwiGLU, finite; None or 0: no clamp.
         round_to_bfloat16: of SwiGLU.
         ties_to_even: of E2M1.
         scale_floor: the least block scale.
@@ -90,8 +94,8 @@ def quantize_nvfp4(
         out_scale: [rows, columns / 16] to write to; with swizzle padded to multiples of 128 and 4.
 
     Returns:
-        codes float4_e2m1fn_x2, scales float8_e4m3fn. NaN is passed over by amax and becomes +6; an infinity becomes +-6
-        under the largest scale.
+        codes float4_e2m1fn_x2, scales float8_e4m3fn. A block that holds a NaN has scale NaN (0x7f) and codes +6; an
+        infinity becomes +-6 under the largest scale.
     """
     data, scale = _quantize_nvfp4(
         (
@@ -139,9 +143,10 @@ def quantize_nvfp4_gpu_fused(
         reciprocal_global_scale: return, and work with, 448 * 6 / amax.
         source: see the module's docstring.
         granularity: as in quantize_nvfp4.
-        limit: of SwiGLU; None: no clamp.
+        limit: of SwiGLU, finite; None or 0: no clamp.
         round_to_bfloat16: of SwiGLU.
-        amax_floor: above 0; so that zeros have a scale. The default keeps all products in float32's normal range.
+        amax_floor: so that zeros have a scale; at least 448 * 6 * 2^-126. The default keeps all products in float32's
+            normal range.
         ties_to_even: of E2M1.
         scale_floor: the least block scale.
         swizzle: scales in the order 32_4_4.
@@ -151,7 +156,8 @@ def quantize_nvfp4_gpu_fused(
         out_global_scale: [1], [experts] or [rows] float32 to write to.
 
     Returns:
-        codes float4_e2m1fn_x2, scales float8_e4m3fn, global scales float32. NaN is passed over by amax.
+        codes float4_e2m1fn_x2, scales float8_e4m3fn, global scales float32. A block that holds a NaN has scale NaN and
+        does not count for the global scale.
     """
     name = "quantize_nvfp4_gpu_fused"
     data, scale, global_scale = _quantize_nvfp4_gpu_fused(
@@ -169,10 +175,14 @@ def quantize_activation_nvfp4(
 ) -> tuple[Tensor, Tensor]:
     """Activations under a static global scale, amax / (448 * 6): quantize_nvfp4, which also takes a float here.
 
+    Raises:
+        InvalidArgumentError: also for a float that is no finite float32 of at least 2^-126.
+
     Returns:
         codes [rows, columns / 2] float4_e2m1fn_x2, scales [rows, columns / 16] float8_e4m3fn.
     """
-    return quantize_nvfp4(x, _as_tensor(global_scale, x), swizzle=swizzle, n_used=n_used)
+    scale = _as_tensor("quantize_activation_nvfp4", global_scale, x)
+    return quantize_nvfp4(x, scale, swizzle=swizzle, n_used=n_used)
 
 
 def quantize_weight_to_nvfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +218,7 @@ def deinterleave_quantize_nvfp4(
     Args:
         x: [rows, 2 * intermediate_size]: of each 2 * granularity columns the first granularity are quantised.
         intermediate_size: a multiple of 16 and of the granularity.
-        global_scale: amax / (448 * 6), a float32 tensor as in quantize_nvfp4 or a float.
+        global_scale: amax / (448 * 6), a float32 tensor as in quantize_nvfp4 or a finite float of at least 2^-126.
         granularity: of the weights' interleaving (see interleave_l1_weights).
         swizzle: scales in the order 32_4_4.
         n_used: one int32, rank 0 or 1.
@@ -217,7 +227,7 @@ def deinterleave_quantize_nvfp4(
         codes [rows, intermediate_size / 2], scales [rows, intermediate_size / 16].
     """
     _check_columns("deinterleave_quantize_nvfp4", x, intermediate_size)
-    scale = _as_tensor(global_scale, x)
+    scale = _as_tensor("deinterleave_quantize_nvfp4", global_scale, x)
     return quantize_nvfp4(x, scale, source="deinterleave", granularity=granularity, swizzle=swizzle, n_used=n_used)
 
 
@@ -268,7 +278,7 @@ def quantize_mx(
         element_format: "e4m3" or "e2m1".
         source: see the module's docstring.
         granularity: as in quantize_nvfp4.
-        limit: of SwiGLU; None: no clamp.
+        limit: of SwiGLU, finite; None or 0: no clamp.
         round_to_bfloat16: of SwiGLU.
         round_scale_up: as above (DeepSeek, cuBLAS, torchao's RCEIL); False for the rule of the OCP MX specification
             1.0, the power of two in amax over that in `largest`, under which values may saturate.
@@ -280,8 +290,8 @@ def quantize_mx(
         out_scale: [rows, columns / 32] to write to; with swizzle padded to multiples of 128 and 4.
 
     Returns:
-        codes float8_e4m3fn or float4_e2m1fn_x2, scales float8_e8m0fnu. NaN is passed over by amax and stays NaN in
-        E4M3, becomes +6 in E2M1; a group with an infinity gets scale NaN (255).
+        codes float8_e4m3fn or float4_e2m1fn_x2, scales float8_e8m0fnu. A group that holds a NaN or an infinity has
+        scale NaN (255) and codes NaN, or +6 in E2M1.
     """
     form = _choice("quantize_mx", "element_format", element_format, _ELEMENT_FORMATS)
     if amax_floor is None:
@@ -328,8 +338,8 @@ def quantize_fp8_per_token(
         out_scale: [rows] float32 to write to.
 
     Returns:
-        codes float8_e4m3fn, scales float32. NaN is passed over by amax and stays NaN; a row with an infinity has scale
-        infinity and codes 0 or NaN.
+        codes float8_e4m3fn, scales float32. A row that holds a NaN has scale and codes NaN; one with an infinity has
+        scale infinity and codes 0 or NaN.
     """
     data, scale = _quantize_fp8_per_token((x, scale_floor, divide), (out, out_scale))
     return _typed(data, torch.float8_e4m3fn, out), scale
@@ -384,8 +394,11 @@ def dequantize_nvfp4(
     swizzle: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """The values of quantize_nvfp4's codes: dequantize_blocks, which also takes a float as global_scale here."""
-    given = _as_tensor(global_scale, data)
+    """The values of quantize_nvfp4's codes: dequantize_blocks, which also takes a float as global_scale here.
+
+    A float must be a finite float32 of at least 2^-126.
+    """
+    given = _as_tensor("dequantize_nvfp4", global_scale, data)
     return dequantize_blocks(
         data, scale, global_scale=given, expert_ids=expert_ids, reciprocal_global_scale=reciprocal_global_scale,
         swizzle=swizzle, dtype=dtype,
@@ -422,9 +435,11 @@ def _typed(result: Tensor, dtype: torch.dtype, given: Tensor | None) -> Tensor:
     return result.view(dtype) if given is None else given
 
 
-def _as_tensor(scale: Tensor | float, like: Tensor) -> Tensor:
+def _as_tensor(function: str, scale: Tensor | float, like: Tensor) -> Tensor:
+    """A global scale as the ops take it. A number is checked: it costs no synchronisation."""
     if isinstance(scale, Tensor):
         return scale
+    scale = host_values.scale(function, "global_scale", scale)
     return torch.full((1,), scale, dtype=torch.float32, device=like.device)
 
 

@@ -38,7 +38,7 @@ def in_groups(values: Tensor, group: int) -> Tensor:
 
 
 def row_amax(values: Tensor) -> Tensor:
-    """[rows, columns] to [rows]; NaN is passed over."""
+    """[rows, columns] to [rows]; NaN if a value is."""
     return formats.largest_magnitude(torch.nn.functional.pad(values, (0, 1)))  # of no columns, 0
 
 
@@ -64,7 +64,7 @@ def quantize_nvfp4(
     encode, decode = (of_row, other) if reciprocal_global_scale else (other, of_row)
     amax = formats.largest_magnitude(in_groups(values, 16))
     wanted = encode[:, None] * (amax * torch.tensor(1 / 6, dtype=torch.float32))
-    scale = formats.encode_e4m3(torch.fmax(wanted, wanted.new_tensor(scale_floor)))
+    scale = formats.encode_e4m3(wanted.clamp(min=scale_floor))
     decoded = formats.decode_e4m3(scale)
     factor = torch.where(decoded == 0, 0.0, 1.0 / (decoded * decode[:, None]))
     scaled = in_groups(values, 16) * factor[:, :, None]
@@ -94,7 +94,8 @@ def quantize_nvfp4_gpu_fused(
 ) -> None:
     values = source_values(x, source, granularity, limit, round_to_bfloat16)
     used = used_count(n_used, x.shape[0])
-    of_rows = row_amax(values)
+    # A block with a NaN has a scale of NaN, and counts for no global one.
+    of_rows = row_amax(formats.largest_magnitude(in_groups(values, 16)).nan_to_num(nan=0.0, posinf=torch.inf))
     if per_token:
         amax, written = of_rows, slice(0, used)
     else:
@@ -103,7 +104,7 @@ def quantize_nvfp4_gpu_fused(
         valid = (index >= 0) & (index < count)
         amax = torch.zeros(count).scatter_reduce(0, index[valid], of_rows[:used][valid], "amax")
         written = slice(0, count)
-    size = torch.fmax(amax, amax.new_tensor(amax_floor)).clamp(max=torch.finfo(torch.float32).max)
+    size = amax.clamp(amax_floor, torch.finfo(torch.float32).max)
     range_ = size.new_tensor(NVFP4_RANGE)  # divided by a number, torch may multiply with its reciprocal
     scale = range_ / size if reciprocal_global_scale else size / range_
     out_global_scale[written] = scale[written]
@@ -134,8 +135,7 @@ def quantize_mx(
     if round_scale_up:
         scale = formats.ceil_e8m0_of_amax(amax, amax_floor, formats.LARGEST_E2M1 if fp4 else formats.LARGEST_E4M3)
     else:
-        floored = torch.fmax(amax, amax.new_tensor(amax_floor))
-        scale = formats.floor_e8m0(floored, formats.E2M1_EXPONENT if fp4 else formats.E4M3_EXPONENT)
+        scale = formats.floor_e8m0(amax.clamp(min=amax_floor), formats.E2M1_EXPONENT if fp4 else formats.E4M3_EXPONENT)
     scaled = (in_groups(values, 32) * formats.reciprocal_e8m0(scale)[:, :, None]).flatten(1)
     if fp4:
         data = formats.pack_e2m1(formats.encode_e2m1(scaled, ties_to_even=ties_to_even))
@@ -147,9 +147,11 @@ def quantize_mx(
 def quantize_fp8_per_token(x: Tensor, scale_floor: float, divide: bool, out: Tensor, out_scale: Tensor) -> None:
     values = x.to(torch.float32)
     amax = row_amax(values)
-    scale = torch.fmax(amax / amax.new_tensor(formats.LARGEST_E4M3), amax.new_tensor(scale_floor))
-    safe = torch.where(scale > 0, scale, torch.inf)[:, None]
-    scaled = values / safe if divide else values * (1.0 / safe)
+    scale = (amax / amax.new_tensor(formats.LARGEST_E4M3)).clamp(min=scale_floor)
+    safe = torch.where(scale == 0, torch.inf, scale)[:, None]
+    factor = 1.0 / safe
+    # The reciprocal of a scale below 2^-128 is infinite.
+    scaled = torch.where(factor.isinf() | divide, values / safe, values * factor)
     out.view(torch.uint8).copy_(formats.encode_e4m3(scaled))
     out_scale.copy_(scale)
 

@@ -63,7 +63,7 @@ def mxfp8(value: Tensor) -> tuple[Tensor, Tensor]:
     """E4M3 codes and the E8M0 scales of each 32 columns, as uint8; the scale is the least that nothing saturates under.
 
     Args:
-        value: float32. NaN is passed over by the largest magnitude; a group with an infinity becomes NaN.
+        value: float32. A group with a NaN or an infinity becomes NaN, as does its scale.
     """
     groups = value.unflatten(-1, (-1, 32))
     largest = number_formats.largest_magnitude(groups)
