@@ -72,14 +72,14 @@ extern "C" dsv4_status dsv4_dequantize_blocks(const dsv4_dequantize_blocks_args*
   check.range("scale_format", args.scale_format, DSV4_SCALE_E4M3, DSV4_SCALE_FLOAT32);
   const bool fp4 = args.element_format == DSV4_ELEMENT_E2M1;
   const int64_t codes_per_byte = fp4 ? 2 : 1, bytes = kChunk / codes_per_byte;
-  const int64_t rows = extent(args.data, 0), columns = extent(args.data, 1) * codes_per_byte;
+  const int64_t rows = extent(args.data, 0), columns = saturating_product(extent(args.data, 1), codes_per_byte);
   const int64_t group = args.scale_format == DSV4_SCALE_E4M3 ? 16 : args.scale_format == DSV4_SCALE_E8M0 ? 32 : kChunk;
   check.tensor("data", args.data, fp4 ? kFp4Dtypes : kE4m3Dtypes, {kAny, kAny});
   check.multiple("data columns", extent(args.data, 1), group / codes_per_byte);
   check.range("data rows", rows, 0, INT32_MAX);
   const int64_t out_bytes = dtype_bytes(args.out.dtype);
-  check.range("out bytes, in 16s", std::min<int64_t>(rows, INT32_MAX) * (columns * out_bytes / kStoreBytes), 0,
-              INT32_MAX);
+  const int64_t row_stores = saturating_product(columns, out_bytes) / kStoreBytes;
+  check.range("out bytes, in 16s", saturating_product(rows, row_stores), 0, INT32_MAX);
   check.aligned_rows("data", args.data, bytes);
   check.range("swizzle", args.swizzle, 0, args.scale_format == DSV4_SCALE_FLOAT32 ? 0 : 1);
   if (args.scale_format == DSV4_SCALE_FLOAT32) {

@@ -292,11 +292,12 @@ extern "C" dsv4_status dsv4_moe_sort(const dsv4_moe_sort_args* given, dsv4_strea
   const int64_t top_k = extent(args.topk_ids, 1);
   check.tensor("topk_ids", args.topk_ids, one_of(DSV4_INT32, DSV4_INT64), {kAny, kAny});
   check.range("topk_ids columns (top_k)", top_k, 1, DSV4_MAX_TOP_K);
-  check.range("topk_ids elements", tokens * top_k, 0, kMaxSlots);
+  check.range("topk_ids elements", saturating_product(tokens, top_k), 0, kMaxSlots);
   check.range("local_experts", args.local_experts, 1, kMaxExperts);
   check.require(is_tile_size(args.tile_size), "tile_size", "16, 32, 64 or 128", args.tile_size);
   check.range("experts_start_idx", args.experts_start_idx, 0, INT32_MAX);
-  const int64_t tiles = dsv4_moe_sort_max_tiles(tokens * top_k, args.local_experts, args.tile_size);
+  const int64_t slots = std::min<int64_t>(saturating_product(tokens, top_k), kMaxSlots);
+  const int64_t tiles = dsv4_moe_sort_max_tiles(slots, args.local_experts, args.tile_size);
   check.tensor("out_tile_to_expert", args.out_tile_to_expert, one_of(DSV4_INT32), {tiles});
   check.tensor("out_tile_rows", args.out_tile_rows, one_of(DSV4_INT32), {tiles});
   check.tensor("out_row_to_slot", args.out_row_to_slot, one_of(DSV4_INT32), {tiles * args.tile_size});

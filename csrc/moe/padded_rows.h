@@ -45,6 +45,7 @@ inline void check_extents(Check& check, int64_t rows, int64_t columns) {
 // MXFP8 of [rows, columns]: data without gaps, and scales in the 32_4_4 layout, both on a multiple of 16 bytes.
 inline void check_mxfp8(Check& check, int64_t rows, int64_t columns, const dsv4_tensor& data,
                         const dsv4_tensor& scale) {
+  if (check.status()) return;  // else the extents are in range, and their products too
   const int64_t words = swizzled_rows(rows) * swizzled_columns(columns / kMxGroup) / 4;
   check.require(words <= INT32_MAX / 2, "x", "at most 2^32 groups of 32 columns", 4 * words);
   check.tensor("out_data", data, one_of(DSV4_UINT8, DSV4_FLOAT8_E4M3FN), {rows, columns});

@@ -82,10 +82,12 @@ constexpr DtypeSet kE8m0Dtypes = one_of(DSV4_UINT8, DSV4_FLOAT8_E8M0FNU);
 template <typename Args>
 void check_target(Check& check, const Args& args, int64_t group, int64_t codes_per_byte, DtypeSet data_dtypes,
                   DtypeSet scale_dtypes) {
+  check.range("x rows", extent(args.x, 0), 0, INT32_MAX);
+  check.range("x columns", extent(args.x, 1), 0, INT32_MAX);
+  if (check.status()) return;
   const int64_t rows = extent(args.x, 0), columns = source_columns(args.x, args.source), scales = columns / group;
-  check.range("x rows", rows, 0, INT32_MAX);
-  const int64_t padded_rows = swizzled_rows(std::min<int64_t>(rows, INT32_MAX));
-  check.range("x rows * columns, in 16s", padded_rows * (swizzled_columns(scales) * group / kChunk), 0, INT32_MAX);
+  const int64_t row_chunks = swizzled_columns(scales) * group / kChunk;
+  check.range("x rows * columns, in 16s", swizzled_rows(rows) * row_chunks, 0, INT32_MAX);
   check.flag("swizzle", args.swizzle);
   if (present(args.n_used)) {
     if (args.n_used.rank == 0)

@@ -74,6 +74,17 @@ def test_strided_rows_and_what_lies_between(device: str) -> None:
         assert is_poison(wide_out[:, offset + columns :]).all()
 
 
+@pytest.mark.parametrize(("offset", "columns", "stride"), [(16, 48, 80), (3, 50, 77), (8, 64, 64 + 8)])
+def test_shared_has_a_row_stride_of_its_own(offset: int, columns: int, stride: int, device: str) -> None:
+    """Neither that of rows nor of out; what lies between its rows is NaN."""
+    wide = torch.full((4, stride), math.nan, dtype=torch.bfloat16)
+    wide[:, offset : offset + columns] = torch.arange(4, dtype=torch.bfloat16)[:, None] + 1
+    rows = torch.full((2, columns + 32), 8.0, dtype=torch.bfloat16, device=device)[:, :columns]
+    slot_to_row = torch.tensor([[0, 1], [1, -1], [-1, -1], [0, 0]], dtype=torch.int32, device=device)
+    out = moe_finalize(rows, slot_to_row, shared=wide.to(device)[:, offset : offset + columns]).cpu()
+    assert out.tolist() == [[17.0] * columns, [10.0] * columns, [3.0] * columns, [20.0] * columns]
+
+
 def test_shared_in_place(device: str) -> None:
     rows = torch.ones(2, 24, dtype=torch.bfloat16, device=device)
     shared = torch.full((1, 24), 3.0, dtype=torch.bfloat16, device=device)
