@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(Warps* kWarpLanes, Blocks) moe_few_tiles_kerne
   const int32_t own_groups = share + (blockIdx.x < rest);
   if (own_groups == 0) return;
   const uint32_t first_group = share * blockIdx.x + min(blockIdx.x, rest);
-  const int32_t inner_blocks = p.inner / kInnerBlock;
+  const int32_t inner_blocks = (p.inner + kInnerBlock - 1) / kInnerBlock;
   const int32_t chunks = (inner_blocks + kUnitBlocks - 1) / kUnitBlocks;  // units of a group
   const int32_t chunks_inverse = 65536 / chunks + 1;                      // exact for as few units as a batch has
   const int32_t batch_groups = kBatchUnits / chunks;
@@ -233,10 +233,11 @@ __global__ void __launch_bounds__(Warps* kWarpLanes, Blocks) moe_few_tiles_kerne
       if (next_pass && load_batch.first < own_groups) take_expert();
     }
   };
-  const int32_t x_row = (p.inner + kRowPadding) / 8;  // in uint4
+  const int32_t x_row = (inner_blocks * kInnerBlock + kRowPadding) / 8;  // in uint4
   float* const unit_sums = reinterpret_cast<float*>(shared + kPassRows * x_row);
   const int32_t row_vectors = p.inner / 8;
-  const uint4* row_from = nullptr;  // of the pass's last row, which keep_row() stores
+  const int32_t kept_vectors = inner_blocks * (kInnerBlock / 8);  // zeros behind the row's own
+  const uint4* row_from = nullptr;                                // of the pass's last row, which keep_row() stores
   int32_t row_place = 0;
   uint4 row_part[kRowParts];
   auto ask_for_row = [&] {
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(Warps* kWarpLanes, Blocks) moe_few_tiles_kerne
 #pragma unroll
     for (int i = 0; i < kRowParts; ++i) {
       const int32_t j = threadIdx.x + i * kThreads;
-      if (j >= row_vectors) break;
+      if (j >= kept_vectors) break;
       // Pair j % 4 of a word of each of four lanes. A lane's four words of a block are those of group and half.
       uint32_t* const to = reinterpret_cast<uint32_t*>(shared + row_place * x_row) + j / 16 * 64 +
                            (j / 4 % 2 * 2 + j / 8 % 2) * 16 + j % 4;

@@ -21,8 +21,8 @@ constexpr int64_t kFewTilesWeightRows = 65536;  // at most: so that an expert's 
 
 struct FewTiles {
   const __nv_bfloat16* x;
-  const uint4* weight;      // [experts, inner / 128, weight_rows, 4]
-  const uint32_t* factors;  // [experts, inner / 128, weight_rows, 2 or 4]
+  const uint4* weight;      // [experts, blocks of inner, weight_rows, 4]
+  const uint32_t* factors;  // [experts, blocks of inner, weight_rows, 2 or 4]
   const int32_t* tile_to_expert;
   const int32_t* row_to_slot;
   const float* alpha;         // or null
@@ -31,7 +31,7 @@ struct FewTiles {
   int64_t x_stride;
   int64_t out_stride;
   int32_t weight_rows;
-  int32_t inner;
+  int32_t inner;  // of x; weights have whole blocks
   int32_t experts;
   int32_t x_rows;
   int32_t top_k;

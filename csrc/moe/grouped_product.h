@@ -1,6 +1,7 @@
 // What the ops that multiply rows grouped by expert check alike. The kernels are in aot/moe.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <utility>
@@ -10,10 +11,12 @@
 
 namespace dsv4 {
 
-constexpr int64_t kProductAlignment = 16;  // of the first element and of every row, as the kernels' vector loads need
-constexpr int64_t kProductStep = 64;       // what columns and inner must be multiples of
-constexpr int64_t kInterleavedStep = 128;  // the same of interleaved weights, whose inner positions lie together by 128
-constexpr int64_t kInterleavedWords = kInterleavedStep / 8;
+constexpr int64_t kProductAlignment = 16;   // of the first element and of every row, as the kernels' vector loads need
+constexpr int64_t kColumnStep = 16;         // what columns must be multiples of: a vector of results, twice
+constexpr int64_t kInnerStep = 32;          // the same of inner: as many FP4 codes are 16 bytes
+constexpr int64_t kInterleavedBlock = 128;  // inner positions that lie together in interleaved weights; the last block
+                                            // may be padding in part
+constexpr int64_t kInterleavedWords = kInterleavedBlock / 8;
 
 // One aot kernel: its function, and the columns of a block (aot/moe).
 template <typename Launch>
@@ -63,9 +66,11 @@ GroupedProduct check_grouped_product(Check& check, const Args& args, DtypeSet x_
                                                           : kNvfp4;
   const int64_t x_rows = extent(args.x, 0);
   const int64_t experts = extent(args.weight, 0);
-  const int64_t inner = interleaved ? extent(args.weight, 1) * kInterleavedStep : extent(args.weight, 2) * 2;
+  const int64_t blocks = interleaved ? std::min<int64_t>(extent(args.weight, 1), INT32_MAX) : 0;
+  const int64_t inner = interleaved ? extent(args.x, 1) : saturating_product(extent(args.weight, 2), 2);
   const int64_t weight_rows = extent(args.weight, interleaved ? 2 : 1);
-  const int64_t step = interleaved ? kInterleavedStep : kProductStep;
+  const int64_t inner_step = interleaved ? group : kInnerStep;
+  const int64_t row_step = swiglu ? 2 * kColumnStep : kColumnStep;
   const int64_t tiles = extent(args.tile_to_expert, 0);
   const int64_t rows = extent(args.row_to_slot, 0);
 
@@ -73,7 +78,10 @@ GroupedProduct check_grouped_product(Check& check, const Args& args, DtypeSet x_
     check.tensor("x", args.x, one_of(DSV4_BFLOAT16), {kAny, kAny}, Layout::kStridedRows);
     check.tensor("weight", args.weight, one_of(DSV4_INT32), {kAny, kAny, kAny, kInterleavedWords});
     check.tensor("weight_scale", args.weight_scale, one_of(DSV4_INT32),
-                 {experts, inner / kInterleavedStep, weight_rows, nvfp4_weights ? 4 : 2});
+                 {experts, blocks, weight_rows, nvfp4_weights ? 4 : 2});
+    check.range("weight inner blocks", blocks, 1, INT32_MAX / 2 / kInterleavedBlock);
+    check.range("x columns", inner, (blocks - 1) * kInterleavedBlock + 1, blocks * kInterleavedBlock);
+    check.multiple("x columns", inner, inner_step);
   } else {
     check.tensor("x", args.x, x_dtypes, {kAny, kAny}, Layout::kStridedRows);
     check.tensor("weight", args.weight, kPackedFp4, {kAny, kAny, kAny});
@@ -82,10 +90,10 @@ GroupedProduct check_grouped_product(Check& check, const Args& args, DtypeSet x_
   }
   check.range("x rows", x_rows, 0, INT32_MAX);
   check.range("weight experts", experts, 1, INT32_MAX);
-  check.range("weight inner size", inner, step, INT32_MAX / 2);
-  check.multiple("weight inner size", inner, step);
-  check.range("weight rows", weight_rows, step, INT32_MAX / 2);
-  check.multiple("weight rows", weight_rows, swiglu ? 2 * kProductStep : step);
+  check.range("weight inner size", inner, inner_step, INT32_MAX / 2);
+  check.multiple("weight inner size", inner, inner_step);
+  check.range("weight rows", weight_rows, row_step, INT32_MAX / 2);
+  check.multiple("weight rows", weight_rows, row_step);
   const int64_t x_columns = operands == kNvfp4 ? inner / 2 : inner;
   check.range("x columns", extent(args.x, 1), x_columns, x_columns);
   if (operands == kNvfp4) {

@@ -35,6 +35,7 @@ extern "C" dsv4_status dsv4_moe_grouped_gemm_quantized(const dsv4_moe_grouped_ge
     check.tensor("global_scale", args.global_scale, one_of(DSV4_FLOAT32), {});
   else
     check.tensor("global_scale", args.global_scale, one_of(DSV4_FLOAT32), {1});
+  check.multiple("weight rows", product.weight_rows, 2 * kInnerStep);  // the second product's inner size, twice
   const int64_t scales = product.columns / (nvfp4 ? 16 : 32);
   const DtypeSet scale_dtypes = nvfp4 ? one_of(DSV4_UINT8, DSV4_FLOAT8_E4M3FN) : kE8m0Bytes;
   if (nvfp4)

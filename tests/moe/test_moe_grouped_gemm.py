@@ -171,7 +171,6 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"limit": math.nan}, r"limit: expected a finite number of at least 0, got nan"),
     ({"limit": math.inf}, r"limit: expected a finite number of at least 0, got inf"),
     ({"limit": -0.5}, r"limit: expected a finite number of at least 0, got -0.5"),
-    ({"swiglu": True}, r"weight rows: expected a multiple of 128, got 64"),
     ({"top_k": 33}, r"top_k: expected 0 to 32, got 33"),
 ]
 

@@ -128,26 +128,30 @@ def multiply_rows(
     source = tl.where(valid, source, 0).to(tl.int64)
     loaded = valid[:, None]
 
-    blocks = inner // 128
+    blocks = tl.cdiv(inner, 128)
     weight_row = block * COLUMNS + tl.arange(0, COLUMNS)
     weight_row = expert * blocks * weight_rows + tl.where(weight_row < weight_rows, weight_row, 0)
     w_at = weight + weight_row[:, None] * 16 + tl.arange(0, 16)[None, :]
     f_at = factors + weight_row[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
-    x_at = x + source[:, None] * x_stride + tl.arange(0, 128 if WHOLE else 64)[None, :]
+    place = tl.arange(0, 128 if WHOLE else 64)
+    x_at = x + source[:, None] * x_stride + place[None, :]
 
     sums = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
-    for _ in range(blocks):
+    for done in range(0, blocks * 128, 128):
+        # What x lacks of the last block counts as 0, whatever the weights hold there.
+        in_x = loaded & (place < inner - done)[None, :]
         low, high = tl.split(tl.reshape(tl.load(w_at), (COLUMNS, 4, 2, 2)))
         scales = tl.load(f_at)
         low = widen(low, scales.to(tl.int16), COLUMNS, GROUPS)
         if WHOLE:
             high = widen(high, (scales >> 16).to(tl.int16), COLUMNS, GROUPS)
             both = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (COLUMNS, 128))
-            sums = tl.dot(both, tl.load(x_at, mask=loaded, other=0.0).T, sums)
+            sums = tl.dot(both, tl.load(x_at, mask=in_x, other=0.0).T, sums)
         else:
-            sums = tl.dot(low, tl.load(x_at, mask=loaded, other=0.0).T, sums)
+            sums = tl.dot(low, tl.load(x_at, mask=in_x, other=0.0).T, sums)
             high = widen(high, (scales >> 16).to(tl.int16), COLUMNS, GROUPS)
-            sums = tl.dot(high, tl.load(x_at + 64, mask=loaded, other=0.0).T, sums)
+            in_x = loaded & (place < inner - done - 64)[None, :]
+            sums = tl.dot(high, tl.load(x_at + 64, mask=in_x, other=0.0).T, sums)
         x_at += 128
         w_at += weight_rows * 16
         f_at += weight_rows * GROUPS
@@ -188,8 +192,8 @@ def multiply_rows(
 @triton.jit
 def moe_grouped_gemm_interleaved_kernel(
     x,  # [x_rows, inner]
-    weight,  # [experts, inner / 128, weight_rows, 16]
-    factors,  # [experts, inner / 128, weight_rows, GROUPS]
+    weight,  # [experts, blocks, weight_rows, 16], blocks of 128 inner positions
+    factors,  # [experts, blocks, weight_rows, GROUPS]
     tile_to_expert,  # [tiles]
     row_to_slot,  # [tiles * ROWS]
     alpha,  # [experts, alphas]

@@ -37,8 +37,9 @@ def moe_grouped_gemm(
         x: [x_rows, K] bfloat16; or NVFP4, [x_rows, K / 2] packed codes (uint8 or float4_e2m1fn_x2, low nibble first);
             or MXFP8, [x_rows, K] float8_e4m3fn. Rows may be strided, and start on multiples of 16 bytes.
         weight: [experts, N, K / 2] packed E2M1 codes, the checkpoints' layout; with swiglu [experts, 2 N, K / 2], the
-            gate's rows before up's. K and N are multiples of 64. Or what interleave_weights makes of them, for bfloat16
-            x: the fast one.
+            gate's rows before up's. K is a multiple of 32, N one of 16: a shard of an expert need not fill the kernel's
+            tiles. Or what interleave_weights makes of them, for bfloat16 x: the fast one; there K is a multiple of the
+            scales' group.
         weight_scale: NVFP4: [experts, N or 2 N, K / 16] float8_e4m3fn. MXFP4: [experts, N or 2 N, K / 32] uint8 or
             float8_e8m0fnu. MXFP8 x needs MXFP4 weights, NVFP4 x needs NVFP4 weights. Interleaved with weight.
         tile_to_expert: [tiles] int32, of moe_sort.
@@ -99,13 +100,14 @@ def moe_grouped_gemm_quantized(
 
     Args:
         x: NVFP4 [x_rows, K / 2] or MXFP8 [x_rows, K], as in moe_grouped_gemm.
-        weight: [experts, 2 N, K / 2] as in moe_grouped_gemm; not interleaved.
+        weight: [experts, 2 N, K / 2] as in moe_grouped_gemm; not interleaved. N is a multiple of 32, as it is the K of
+            the second product.
         weight_scale: as in moe_grouped_gemm.
         tile_to_expert: as in moe_grouped_gemm.
         row_to_slot: as in moe_grouped_gemm.
         x_scale: as in moe_grouped_gemm.
-        global_scale: of NVFP4 results: one float32 on the device, finite and above 0, amax / (448 * 6), as in
-            quantize_nvfp4. None with MXFP8.
+        global_scale: of NVFP4 results: one float32 on the device, amax / (448 * 6), as in quantize_nvfp4. None with
+            MXFP8.
         alpha: as in moe_grouped_gemm.
         slot_weights: [x_rows, top_k] float32 to multiply each row by before it is rounded to bfloat16 and quantised.
         top_k: as in moe_grouped_gemm.

@@ -98,7 +98,7 @@ def plain_gemm(
         values = bfloat16_values(taken, taken_scale)
         scales = weight_scale.view(torch.uint8)[expert][0].view(weight_scale.dtype)
         weights = bfloat16_weights(weight.view(torch.uint8)[expert][0].view(weight.dtype), scales)
-        result = (values @ weights.T).to(torch.float32)
+        result = (values @ weights[:, : values.shape[1]].T).to(torch.float32)
         factor = torch.ones_like(result[0, :1]) if alpha is None else alpha[expert].reshape(-1)
         if swiglu:
             halves = result.unflatten(1, (-1, 2, PAIR_ROWS if interleaved else columns))

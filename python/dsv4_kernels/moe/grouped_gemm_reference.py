@@ -108,7 +108,8 @@ def moe_grouped_gemm(
         rows, taken = written[expert_of_row == expert], source[expert_of_row == expert]
         rows_of_x = x.view(torch.uint8)[taken].view(x.dtype)  # torch takes no rows of packed FP4
         values = dequantize(rows_of_x, None if x_scale is None else x_scale[taken])
-        result = values @ expert_weights(weight[expert], weight_scale[expert]).T
+        weights = expert_weights(weight[expert], weight_scale[expert])
+        result = values @ weights[:, : values.shape[1]].T  # interleaved weights have padding
         factor = torch.ones(1, dtype=torch.float64) if alpha is None else alpha[expert].to(torch.float64).reshape(-1)
         if with_swiglu:
             gate, up = gate_and_up(result, weight.dtype == torch.int32)

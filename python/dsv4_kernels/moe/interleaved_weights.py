@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dsv4_kernels.errors import InvalidArgumentError
 
-BLOCK = 128  # what rows and inner size must be multiples of, and the inner positions that lie together
+BLOCK = 128  # inner positions that lie together
+ROW_STEP = 16  # what rows must be multiples of, the gate's and up's each
 PAIR_ROWS = 8  # of the gate, then as many of up
 
 # Bits of a word, by pair of codes and code of the pair: sign, exponent's high and low bit, mantissa (aot/moe/device/
@@ -36,28 +37,31 @@ class InterleavedExperts(NamedTuple):
 def interleave_weights(weight: Tensor, weight_scale: Tensor, *, gate_and_up: bool = False) -> InterleavedExperts:
     """Rearranges packed FP4 weights, losslessly, for moe_grouped_gemm with bfloat16 rows.
 
-    Blocks of 128 inner positions follow one another, in each block row after row, 16 words a row. Word 4 w + 2 g + h
+    Blocks of 128 inner positions follow one another, the last one filled up with zeros, in each block row after row,
+    16 words per row. Word 4 w + 2 g + h
     of a row has the codes of inner positions 64 h + 32 g + 8 p + 2 w and the next, p = 0 to 3, at the bits BITS[p].
     Scales become bfloat16, times 2^118, two in a word: the first 64 inner positions' in the low half.
 
     Args:
-        weight: [experts, N, K / 2] packed E2M1 codes (uint8, int8 or float4_e2m1fn_x2, low nibble first). N and K are
-            multiples of 128.
+        weight: [experts, N, K / 2] packed E2M1 codes (uint8, int8 or float4_e2m1fn_x2, low nibble first). N is a
+            multiple of 16 (with gate_and_up of 32), K one of the scales' group.
         weight_scale: NVFP4: [experts, N, K / 16] float8_e4m3fn. MXFP4: [experts, N, K / 32] uint8 or float8_e8m0fnu,
             at most 2^9 (byte 136).
         gate_and_up: the first half of N is a gate's rows, the second up's, for a product with swiglu: 8 rows of the
             gate are then followed by the same 8 of up.
 
     Returns:
-        weight: [experts, K / 128, N, 16] int32, weight_scale: [experts, K / 128, N, 2] (MXFP4) or [.., 4] (NVFP4)
-        int32. Memory beyond the result's is a few times one expert's.
+        weight: [experts, ceil(K / 128), N, 16] int32, weight_scale: [experts, ceil(K / 128), N, 2] (MXFP4) or [.., 4]
+        (NVFP4) int32. Memory beyond the result's is a few times one expert's.
 
     Raises:
         InvalidArgumentError: another shape or dtype, or a scale above 2^9.
     """
     nvfp4 = weight_scale.dtype == torch.float8_e4m3fn
-    experts, rows, packed = _checked(weight, weight_scale, 16 if nvfp4 else 32)
-    blocks = 2 * packed // BLOCK
+    group = 16 if nvfp4 else 32
+    experts, rows, packed = _checked(weight, weight_scale, group, gate_and_up)
+    blocks = -(-2 * packed // BLOCK)
+    padding = blocks * BLOCK - 2 * packed
     words = torch.empty((experts, blocks, rows, 16), dtype=torch.int32, device=weight.device)
     factors = words.new_empty((experts, blocks, rows, 4 if nvfp4 else 2))
     tables = _tables().to(weight.device)
@@ -65,6 +69,9 @@ def interleave_weights(weight: Tensor, weight_scale: Tensor, *, gate_and_up: boo
         codes, scale = weight[expert].view(torch.uint8), weight_scale[expert].view(torch.uint8)
         if gate_and_up:
             codes, scale = _gate_and_up(codes), _gate_and_up(scale)
+        if padding:
+            codes = torch.nn.functional.pad(codes, (0, padding // 2))
+            scale = torch.nn.functional.pad(scale, (0, padding // group))
         # [rows, blocks, half, group, pair, place] to [blocks, rows, place, group, half, pair]
         pairs = codes.reshape(rows, blocks, 2, 2, 4, 4).permute(1, 0, 5, 3, 2, 4).to(torch.int32)
         word = tables[0][pairs[..., 0]]
@@ -78,19 +85,21 @@ def interleave_weights(weight: Tensor, weight_scale: Tensor, *, gate_and_up: boo
 
 def can_interleave(rows: int, inner: int, weight_scale: Tensor) -> bool:
     """Whether interleave_weights takes weights of this size with these scales. Synchronises."""
-    if rows % BLOCK or inner % BLOCK:
+    nvfp4 = weight_scale.dtype == torch.float8_e4m3fn
+    if rows % ROW_STEP or inner % (16 if nvfp4 else 32):
         return False
-    if weight_scale.dtype == torch.float8_e4m3fn:
+    if nvfp4:
         return True
     return not weight_scale.numel() or int(weight_scale.view(torch.uint8).max()) <= LARGEST_MXFP4_SCALE
 
 
-def _checked(weight: Tensor, weight_scale: Tensor, group: int) -> tuple[int, int, int]:
+def _checked(weight: Tensor, weight_scale: Tensor, group: int, gate_and_up: bool) -> tuple[int, int, int]:
     """weight's shape."""
-    if weight.dim() != 3 or weight.element_size() != 1 or weight.shape[1] % BLOCK or weight.shape[2] * 2 % BLOCK:
+    step = 2 * ROW_STEP if gate_and_up else ROW_STEP
+    if weight.dim() != 3 or weight.element_size() != 1 or weight.shape[1] % step or weight.shape[2] * 2 % group:
         raise InvalidArgumentError(
-            f"interleave_weights: weight: expected packed codes [experts, N, K / 2], N and K multiples of {BLOCK}, got "
-            f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
+            f"interleave_weights: weight: expected packed codes [experts, N, K / 2], N a multiple of {step} and K one "
+            f"of {group}, got {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
         )
     experts, rows, packed = weight.shape
     need = [experts, rows, 2 * packed // group]
