@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv4_kernels.moe.interleaved_weights import BLOCK, can_interleave, interleave_weights
+from dsv4_kernels.moe.interleaved_weights import BLOCK, ROW_STEP, can_interleave, interleave_weights
 
 # What a checkpoint may store packed FP4 codes and MXFP4 scales as.
 CODES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
@@ -53,7 +53,7 @@ class WeightLayout:
     def shapes(self, experts: int, rows: int, inner: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of weight and scale, for [experts, rows, inner] values."""
         if self.interleaved:
-            blocks = (experts, inner // BLOCK, rows)
+            blocks = (experts, -(-inner // BLOCK), rows)
             return (*blocks, BLOCK // 8), (*blocks, BLOCK // GROUPS[self.format] // 2)
         return (experts, rows, inner // 2), (experts, rows, inner // GROUPS[self.format])
 
@@ -91,6 +91,6 @@ class WeightLayout:
         return True
 
 
-def can_be_interleaved(rows: int, inner: int) -> bool:
-    """Whether interleave_weights takes weights of this size."""
-    return rows % BLOCK == 0 and inner % BLOCK == 0
+def can_be_interleaved(rows: int, inner: int, weights: str) -> bool:
+    """Whether interleave_weights takes weights of this size and format, the gate's and up's rows by turns or not."""
+    return rows % (2 * ROW_STEP) == 0 and inner % GROUPS[weights] == 0

@@ -103,7 +103,7 @@ class ExpertWeights(nn.Module):
             scale = torch.full((1,), 1 / LARGEST_NVFP4, dtype=torch.float32, device=device)
             self.register_buffer(f"{product}_activation_scale", scale)
         for product in _PRODUCTS:
-            self._hold(product, WeightLayout(self._formats[0], self._can_interleave(product)))
+            self._hold(product, WeightLayout(self._formats[0], self._can_interleave(product, self._formats[0])))
             self._put_alpha(product, None)
         self._update_factors()
 
@@ -125,8 +125,8 @@ class ExpertWeights(nn.Module):
         """Copies weights in the checkpoints' layout, expert by expert.
 
         With bfloat16 activations they are interleaved (see interleave_weights), on every architecture the same. Where
-        that cannot be (sizes that are no multiples of 128, MXFP4 scales above 2^9), and for quantised activations, they
-        keep the checkpoints' order; without interleaving, the products of bfloat16 take about twice as long.
+        that cannot be (MXFP4 scales above 2^9), and for quantised activations, they keep the checkpoints'
+        order. Without interleaving, the products of bfloat16 take about twice as long.
 
         Args:
             l1_weight: [experts, 2 * intermediate, hidden / 2] packed E2M1 codes, the gate's rows (w1) before up's (w3).
@@ -347,7 +347,8 @@ class ExpertWeights(nn.Module):
     ) -> dict[str, list[Tensor | None]] | None:
         """Writes all experts' weights and returns their factors. None: a product cannot be interleaved after all."""
         for product in _PRODUCTS:
-            self._hold(product, WeightLayout(weights, product not in in_order and self._can_interleave(product)))
+            interleaved = product not in in_order and self._can_interleave(product, weights)
+            self._hold(product, WeightLayout(weights, interleaved))
         factors: dict[str, list[Tensor | None]] = {product: [] for product in _PRODUCTS}
         for expert in range(self.num_experts):
             given = expert_tensors(expert)
@@ -366,8 +367,8 @@ class ExpertWeights(nn.Module):
             return 2 * self.intermediate_size, self.hidden_size
         return self.hidden_size, self.intermediate_size
 
-    def _can_interleave(self, product: str) -> bool:
-        return self.activations == "bfloat16" and can_be_interleaved(*self._sizes(product))
+    def _can_interleave(self, product: str, weights: str) -> bool:
+        return self.activations == "bfloat16" and can_be_interleaved(*self._sizes(product), weights)
 
     def _layout(self, product: str) -> WeightLayout:
         return WeightLayout.of(getattr(self, f"{product}_weight"), getattr(self, f"{product}_scale"))
