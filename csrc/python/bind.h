@@ -5,9 +5,12 @@
 //          &A::token_ids, &A::hash_lut, &A::padding_mask, &A::out_weights, &A::out_ids);
 //
 // A member's type decides what Python gives: a tensor or None for dsv4_tensor, an int for int32_t, a float for float.
-// flag and Unused below cover the rest. tests/package/test_interfaces.py compares the names in these
+// flag, Unused and lent below cover the rest. tests/package/test_interfaces.py compares the names in these
 // lists with the declaration of the op in Python.
 #pragma once
+
+#include <algorithm>
+#include <cstddef>
 
 #include "tensor.h"
 
@@ -43,6 +46,37 @@ struct Unused {
   void store(Args&, const T&) const {}
 };
 
+// A workspace, of which the op needs size(args) bytes. For None, on a device, it is one that the library lends.
+template <typename Args>
+struct Lent {
+  using Value = Tensor;
+  dsv4_tensor Args::* place;
+  size_t (*size)(const Args&);
+  void store(Args& args, const Tensor& value) const { args.*place = value.view; }
+};
+
+template <typename Args>
+Lent<Args> lent(dsv4_tensor Args::* place, size_t (*size)(const Args&)) {
+  return {place, size};
+}
+
+// An extent of a tensor that the op has not checked yet; 0 if it has none.
+inline int64_t extent(const dsv4_tensor& tensor, int dimension) {
+  return dimension < std::min(tensor.rank, DSV4_MAX_RANK) ? tensor.shape[dimension] : 0;
+}
+
+// Nothing to do for most parameters. On the host Python gives a workspace; without one the op says that it is missing.
+template <typename Args, typename Parameter>
+void lend(const Parameter&, Args&, const Tensor&) {}
+
+template <typename Args>
+void lend(const Lent<Args>& parameter, Args& args, const Tensor& like) {
+  dsv4_tensor& workspace = args.*parameter.place;
+  if (workspace.dtype != DSV4_ABSENT || like.view.dtype == DSV4_ABSENT || like.view.device == DSV4_HOST) return;
+  if (dsv4_status status = dsv4_workspace(like.view.device, like.current_stream(), parameter.size(args), &workspace))
+    raise_status(status);
+}
+
 // A bool in Python.
 template <typename Args>
 Flag<Args> flag(int32_t Args::* place) {
@@ -70,6 +104,7 @@ void bind_parameters(py::module_& module, const char* name, dsv4_status (*op)(co
   module.def(name, [op, parameters...](const typename Parameters::Value&... values) {
     Args args = {};
     (parameters.store(args, values), ...);
+    (lend(parameters, args, first_of(values...)), ...);
     return call(op, args, first_of(values...));
   });
 }

@@ -1,3 +1,5 @@
+#include <tuple>
+
 #include "tensor.h"
 
 PYBIND11_MODULE(_native, module) {
@@ -11,6 +13,12 @@ PYBIND11_MODULE(_native, module) {
     if (dsv4_device_status(device) == DSV4_OK) return py::none();
     return py::str(dsv4_last_error());
   });
+  module.def("workspace_usage", [](int device) {
+    dsv4_workspace_report report = {};
+    report.struct_size = sizeof(report);
+    if (dsv4_status status = dsv4_workspace_usage(device, &report)) raise_status(status);
+    return std::make_tuple(report.stream_blocks, report.graph_blocks, report.free_blocks, report.bytes);
+  }, "Blocks of dsv4_workspace() on a device: of streams, of graphs, free; and the bytes of all.");
   bind_router(module);
   bind_cache(module);
   bind_moe(module);

@@ -3,6 +3,13 @@
 #include "bind.h"
 
 namespace dsv4::python {
+namespace {
+
+size_t quantize_workspace_size(const dsv4_quantize_nvfp4_gpu_fused_args& args) {
+  return dsv4_quantize_nvfp4_gpu_fused_workspace_size(args.experts);
+}
+
+}  // namespace
 
 void bind_moe(py::module_& module) {
   {
@@ -71,7 +78,7 @@ void bind_moe(py::module_& module) {
     bind(module, "quantize_nvfp4_gpu_fused", dsv4_quantize_nvfp4_gpu_fused, &A::x, &A::expert_ids, &A::experts,
          flag(&A::per_token), flag(&A::reciprocal_global_scale), &A::source, &A::granularity, &A::limit,
          flag(&A::round_to_bfloat16), &A::amax_floor, flag(&A::ties_to_even), &A::scale_floor, flag(&A::swizzle),
-         &A::n_used, &A::workspace, &A::out, &A::out_scale, &A::out_global_scale);
+         &A::n_used, lent(&A::workspace, quantize_workspace_size), &A::out, &A::out_scale, &A::out_global_scale);
   }
   {
     using A = dsv4_quantize_mx_args;

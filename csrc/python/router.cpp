@@ -3,6 +3,13 @@
 #include "bind.h"
 
 namespace dsv4::python {
+namespace {
+
+size_t decode_workspace_size(const dsv4_dense_router_decode_args& args) {
+  return dsv4_dense_router_decode_workspace_size(extent(args.hidden, 0), extent(args.weight, 0));
+}
+
+}  // namespace
 
 void bind_router(py::module_& module) {
   {
@@ -25,7 +32,8 @@ void bind_router(py::module_& module) {
   {
     using A = dsv4_dense_router_decode_args;
     bind(module, "dense_router_decode", dsv4_dense_router_decode, &A::hidden, &A::weight, &A::bias, &A::top_k,
-         flag(&A::renormalize), &A::scale, &A::epsilon, &A::workspace, &A::out_weights, &A::out_ids);
+         flag(&A::renormalize), &A::scale, &A::epsilon, lent(&A::workspace, decode_workspace_size), &A::out_weights,
+         &A::out_ids);
   }
   {
     using A = dsv4_activation_topk_args;

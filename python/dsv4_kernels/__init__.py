@@ -32,14 +32,16 @@ FAMILIES = ("router", "cache", "moe", "stash")
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a family at its first use."""
+    """Imports a family, or Workspace, at its first use."""
     if name in FAMILIES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "Workspace":
+        return importlib.import_module(f"{__name__}.workspace").Workspace
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *FAMILIES})
+    return sorted({*globals(), *FAMILIES, "Workspace"})
 
 
 def _ordinal(function: str, device: int | None) -> int:

@@ -5,6 +5,7 @@ Tensor: TypeAlias = Any  # of torch, or whatever has __dlpack__
 def version() -> str: ...
 def preload(device: int) -> None: ...
 def device_error(device: int) -> str | None: ...
+def workspace_usage(device: int) -> tuple[int, int, int, int]: ...
 def leave_out_launches(leave_out: bool) -> None: ...
 def time_hash_router(
     token_ids: Tensor, hash_lut: Tensor, out_weights: Tensor, out_ids: Tensor, calls: int
@@ -51,7 +52,7 @@ def dense_router_decode(
     renormalize: bool,
     scale: float,
     epsilon: float,
-    workspace: Tensor,
+    workspace: Tensor | None,
     out_weights: Tensor,
     out_ids: Tensor,
 ) -> bool: ...
@@ -278,7 +279,7 @@ def quantize_nvfp4_gpu_fused(
     scale_floor: float,
     swizzle: bool,
     n_used: Tensor | None,
-    workspace: Tensor,
+    workspace: Tensor | None,
     out: Tensor,
     out_scale: Tensor,
     out_global_scale: Tensor,
@@ -327,7 +328,7 @@ def paged_stash_copy(
     spilled_to_host: Tensor,
     new_free_list_head: Tensor | None,
     high_water: Tensor | None,
-    workspace: Tensor,
+    workspace: Tensor | None,
 ) -> bool: ...
 def paged_stash_pop(
     cuda_src: Tensor,
@@ -343,5 +344,5 @@ def paged_stash_pop(
     free_list_capacity: Tensor,
     new_free_list_tail: Tensor | None,
     zero_rest: bool,
-    workspace: Tensor,
+    workspace: Tensor | None,
 ) -> bool: ...

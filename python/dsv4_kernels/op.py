@@ -15,6 +15,7 @@ import torch
 from torch.compiler import is_compiling
 
 from dsv4_kernels import _native
+from dsv4_kernels.workspace import Workspace
 
 # While one of these holds, the dispatcher must see the call: torch.compile traces, a mode (fake tensors) is active.
 # Anything but these types is a subclass that wants to see it too.
@@ -34,7 +35,8 @@ class Op:
         there: `Tensor(a!) pool`.
     results: names of the outputs, as keyword arguments. None for an op that only changes its arguments.
     outputs: from the inputs to shape and dtype of each output. May raise for inputs that the op refuses.
-    workspace_size: from the inputs to the bytes of zeroed workspace that a call needs, or None.
+    workspace_size: from the inputs to the bytes of zeroed workspace that a call needs, or None. An op that needs some
+        takes it after its inputs: a tensor, or None for one that the library lends to calls on a device.
     """
 
     family: str
@@ -48,16 +50,18 @@ class Op:
         self,
         arguments: tuple[Any, ...],
         out: tuple[torch.Tensor | None, ...],
-        workspace: torch.Tensor | None = None,
+        workspace: Workspace | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Runs the op. out holds a tensor to write to, or None to allocate one, for each result."""
+        if workspace is not None and isinstance(workspace, Workspace):
+            workspace = self._memory_of(workspace, arguments)
         first = arguments[0]
         if (
             is_compiling()
             or _dispatch_modes()
             or (type(first) not in _PLAIN_TENSORS and isinstance(first, torch.Tensor))
         ):
-            return self._call_torch_op(arguments, out)
+            return self._call_torch_op(arguments, out, workspace)
         return self.run(arguments, out, workspace)
 
     def run(
@@ -75,8 +79,8 @@ class Op:
             if self.workspace_size is None:
                 on_device = self.native(*arguments, *out)
             else:
-                if workspace is None:
-                    workspace = _workspace(arguments[0].device, self.workspace_size(*arguments))
+                if workspace is None and not getattr(arguments[0], "is_cuda", True):
+                    workspace = torch.zeros(self.workspace_size(*arguments), dtype=torch.uint8)
                 on_device = self.native(*arguments, workspace, *out)
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             self._explain(arguments, out, workspace, error)
@@ -121,22 +125,33 @@ class Op:
 
     @cached_property
     def native(self) -> Callable[..., bool]:
-        """The binding: inputs, workspace if any, outputs. False if they are valid but on the host."""
+        """The binding: inputs, workspace if the op takes one, outputs. False if they are valid but on the host."""
         function: Callable[..., bool] = getattr(_native, self.name)
         return function
 
+    def _memory_of(self, workspace: Workspace, arguments: tuple[Any, ...]) -> torch.Tensor:
+        """Enough memory for a call. What is being traced takes what there is: its calls check the size."""
+        if is_compiling() or _dispatch_modes() or self.workspace_size is None:
+            return workspace.tensor
+        try:
+            size = self.workspace_size(*arguments)
+        except (AttributeError, LookupError, TypeError):  # wrong arguments: the call will say which
+            return workspace.tensor
+        return workspace.reserve(size)
+
     def _call_torch_op(
-        self, arguments: tuple[Any, ...], out: tuple[torch.Tensor | None, ...]
+        self, arguments: tuple[Any, ...], out: tuple[torch.Tensor | None, ...], workspace: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         overloads = getattr(torch.ops.dsv4, self.name)
+        given = () if workspace is None else (workspace,)
         if not self.results:
-            overloads.default(*arguments)
+            overloads.default(*arguments, *given)
             return ()
         if all(tensor is None for tensor in out):
-            results = overloads.default(*arguments)
+            results = overloads.default(*arguments, *given)
             return results if len(self.results) > 1 else (results,)
         tensors = self._filled(arguments, out)
-        overloads.out(*arguments, *tensors)
+        overloads.out(*arguments, *tensors, *given)
         return tensors
 
     def _explain(self, arguments: tuple[Any, ...], out: tuple[Any, ...], workspace: Any, error: Exception) -> NoReturn:
@@ -184,22 +199,3 @@ _ARGUMENT_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bool": ("a bool", lambda value: type(value) is bool),
     "float": ("a float", lambda value: type(value) in (int, float)),
 }
-
-
-_workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def _workspace(device: torch.device, size: int) -> torch.Tensor:
-    """Zeroed workspace for one call, kept for the next one on the same stream.
-
-    Kernels leave it zeroed. A capture gets its own, from the graph's memory: its replays may run beside eager calls.
-    """
-    if device.type != "cuda":
-        return torch.zeros(size, dtype=torch.uint8, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.uint8, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    workspace = _workspaces.get(key)
-    if workspace is None or workspace.numel() < size:
-        _workspaces[key] = workspace = torch.zeros(size, dtype=torch.uint8, device=device)
-    return workspace

@@ -3,7 +3,8 @@
     dsv4::<op>(inputs) -> (outputs)
     dsv4::<op>.out(inputs, outputs) -> ()
 
-An op without outputs, which changes its inputs in place, has the first form alone.
+An op without outputs, which changes its inputs in place, has the first form alone. Where an op needs a workspace, both
+forms end in `Tensor(w!)? workspace=None`.
 
 Runs at the first use of a family. Call register() yourself only to use torch.ops.dsv4 without importing one.
 """
@@ -46,7 +47,8 @@ def register() -> None:
 
 def _register(op: Op, library: torch.library.Library) -> None:
     results = ", ".join(["Tensor"] * len(op.results))
-    library.define(f"{op.name}({op.arguments}) -> {results if len(op.results) == 1 else f'({results})'}")
+    workspace = "" if op.workspace_size is None else ", Tensor(w!)? workspace=None"
+    library.define(f"{op.name}({op.arguments}{workspace}) -> {results if len(op.results) == 1 else f'({results})'}")
     functional, out, fake = _functional(op), _out(op), _fake(op)
     for key in ("CPU", "CUDA"):
         library.impl(op.name, functional, key)
@@ -56,7 +58,7 @@ def _register(op: Op, library: torch.library.Library) -> None:
     mutated = ", ".join(f"Tensor(out{i}!) {name}" for i, name in enumerate(op.results))
     # Outputs are positional: the dispatcher takes 1.6 us longer with keyword arguments.
     inputs = ", ".join(argument.partition("=")[0] for argument in op.arguments.split(", "))
-    library.define(f"{op.name}.out({inputs}, {mutated}) -> ()")
+    library.define(f"{op.name}.out({inputs}, {mutated}{workspace}) -> ()")
     for key in ("CPU", "CUDA"):
         library.impl(f"{op.name}.out", out, key)
     library.impl(f"{op.name}.out", _fake_out, "Meta")
@@ -67,16 +69,19 @@ def _one_or_all(results: tuple[torch.Tensor, ...]) -> Any:
 
 
 def _functional(op: Op) -> Callable[..., Any]:
-    nothing = (None,) * len(op.results)
+    nothing, count = (None,) * len(op.results), len(op.schema)
 
     def functional(*arguments: Any) -> Any:
         return _one_or_all(op.run(_with_defaults(op, arguments), nothing))
 
-    return functional
+    def functional_with_workspace(*values: Any) -> Any:
+        return _one_or_all(op.run(_with_defaults(op, values[:count]), nothing, *values[count:]))
+
+    return functional if op.workspace_size is None else functional_with_workspace
 
 
 def _out(op: Op) -> Callable[..., None]:
-    native, count = op.native, len(op.schema)
+    native, count, results = op.native, len(op.schema), len(op.results)
 
     def out(*values: Any) -> None:
         if not native(*values):
@@ -84,14 +89,17 @@ def _out(op: Op) -> Callable[..., None]:
                 op.reference(*values)
 
     def out_with_workspace(*values: Any) -> None:
-        op.run(values[:count], values[count:])
+        op.run(values[:count], values[count:][:results], *values[count + results :])
 
     return out if op.workspace_size is None else out_with_workspace
 
 
 def _fake(op: Op) -> Callable[..., Any]:
-    def fake(*arguments: Any) -> Any:
-        return _one_or_all(op.allocate(_with_defaults(op, arguments), arguments[0].device))
+    count = len(op.schema)
+
+    def fake(*values: Any) -> Any:
+        arguments = _with_defaults(op, values[:count])
+        return _one_or_all(op.allocate(arguments, arguments[0].device))
 
     return fake
 

@@ -22,9 +22,9 @@ TYPES = {"Tensor": "Tensor", "Optional[Tensor]": "Tensor | None", "int": "int", 
 
 
 def parameters(op: Op) -> dict[str, str]:
-    """Name to type of what the binding takes: the inputs, a workspace if there is one, the outputs."""
+    """Name to type of what the binding takes: the inputs, a workspace if the op needs one, the outputs."""
     inputs = {argument.name: TYPES[str(argument.type)] for argument in op.schema}
-    workspace = {"workspace": "Tensor"} if op.workspace_size else {}
+    workspace = {"workspace": "Tensor | None"} if op.workspace_size else {}
     return inputs | workspace | dict.fromkeys(op.results, "Tensor")
 
 

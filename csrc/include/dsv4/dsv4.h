@@ -6,8 +6,9 @@
  *
  * declared in the header of its family. An op checks its arguments, enqueues its kernels on `stream` and returns. It
  * allocates nothing, never synchronises and never blocks, so it can be captured in a CUDA graph and called from several
- * threads. Outputs and workspace belong to the caller. Data on the device that is out of range (a token id, an expert
- * id) never makes a kernel read or write out of bounds; each op's comment says what its row then holds.
+ * threads. Outputs and workspace are the caller's; dsv4_workspace() lends a workspace to one that has none. Data on the
+ * device that is out of range (a token id, an expert id) never makes a kernel read or write out of bounds; each op's
+ * comment says what its row then holds.
  *
  * Needs no CUDA header. The library loads on machines without a driver; ops then return DSV4_ERROR_NO_DRIVER.
  */
@@ -84,6 +85,33 @@ DSV4_API dsv4_status dsv4_preload(int32_t device);
 /* DSV4_OK if every op can run on the device (ordinal, or -1 for the current one); else the status that ops would
  * return, with the reason in dsv4_last_error(). */
 DSV4_API dsv4_status dsv4_device_status(int32_t device);
+
+/* Streams of a device that dsv4_workspace() keeps memory for: more than torch's pool has of one priority, 32. */
+#define DSV4_WORKSPACE_STREAMS 64
+
+/* Workspace for one call of an op on `stream`, for a caller that has none of its own: fills `out` with a uint8 tensor
+ * of at least `size` zeroed bytes that the library owns. Ops leave a workspace zeroed, so that it can be lent again.
+ *
+ * Outside of a capture the memory is the stream's, the same at every call for as long as fewer than
+ * DSV4_WORKSPACE_STREAMS other streams call this after it. While the stream is being captured it is that graph's alone
+ * (of the graph's streams, each has its own), until the graph and its executables are destroyed: replays may run beside
+ * other calls. Two executables of one graph share it and must not run at the same time.
+ *
+ * Ops allocate nothing. This function does, where a stream or a graph needs memory that the library does not have yet,
+ * and then waits for that memory to be zeroed, on a stream of its own: nothing is added to `stream` or its graph. The
+ * memory of destroyed graphs goes to later ones; it is not returned to the device. */
+DSV4_API dsv4_status dsv4_workspace(int32_t device, dsv4_stream stream, size_t size, dsv4_tensor* out);
+
+/* What dsv4_workspace() holds on a device. */
+typedef struct dsv4_workspace_report {
+  size_t struct_size;   /* sizeof(dsv4_workspace_report), set by the caller */
+  size_t stream_blocks; /* that belong to streams */
+  size_t graph_blocks;  /* that belong to captured graphs */
+  size_t free_blocks;   /* that destroyed graphs gave back */
+  size_t bytes;         /* of all of these */
+} dsv4_workspace_report;
+
+DSV4_API dsv4_status dsv4_workspace_usage(int32_t device, dsv4_workspace_report* report);
 
 /* One compiled image of one kernel. All strings live as long as the library. */
 typedef struct dsv4_image {

@@ -32,6 +32,7 @@ from dsv4_kernels import host_values
 from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.moe import quantize_reference as codes
 from dsv4_kernels.op_table import NVFP4_AMAX_FLOOR, OPS
+from dsv4_kernels.workspace import Workspace
 
 _quantize_nvfp4 = OPS["quantize_nvfp4"]
 _quantize_nvfp4_gpu_fused = OPS["quantize_nvfp4_gpu_fused"]
@@ -123,6 +124,7 @@ def quantize_nvfp4_gpu_fused(
     scale_floor: float = 0.0,
     swizzle: bool = False,
     n_used: Tensor | None = None,
+    workspace: Workspace | Tensor | None = None,
     out: Tensor | None = None,
     out_scale: Tensor | None = None,
     out_global_scale: Tensor | None = None,
@@ -151,6 +153,9 @@ def quantize_nvfp4_gpu_fused(
         scale_floor: the least block scale.
         swizzle: scales in the order 32_4_4.
         n_used: one int32, rank 0 or 1.
+        workspace: a Workspace, or a uint8 tensor of at least 4 * (max(experts, 1) + 1) bytes, aligned to 4, zeroed
+            once; every call leaves it zeroed. Calls that may run at the same time need one each. By default the library
+            lends one to each stream, and one to each stream of a captured graph.
         out: as in quantize_nvfp4.
         out_scale: as in quantize_nvfp4.
         out_global_scale: [1], [experts] or [rows] float32 to write to.
@@ -166,6 +171,7 @@ def quantize_nvfp4_gpu_fused(
             granularity, limit or 0.0, round_to_bfloat16, amax_floor, ties_to_even, scale_floor, swizzle, n_used,
         ),
         (out, out_scale, out_global_scale),
+        workspace,
     )  # fmt: skip
     return _typed(data, torch.float4_e2m1fn_x2, out), _typed(scale, torch.float8_e4m3fn, out_scale), global_scale
 
@@ -238,6 +244,7 @@ def deinterleave_amax_quantize_nvfp4_fused(
     granularity: int = GRANULARITY,
     swizzle: bool = False,
     n_used: Tensor | None = None,
+    workspace: Workspace | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """deinterleave_quantize_nvfp4 with the global scale taken from the gate columns, on the device.
 
@@ -246,7 +253,9 @@ def deinterleave_amax_quantize_nvfp4_fused(
         amax / (448 * 6).
     """
     _check_columns("deinterleave_amax_quantize_nvfp4_fused", x, intermediate_size)
-    return quantize_nvfp4_gpu_fused(x, source="deinterleave", granularity=granularity, swizzle=swizzle, n_used=n_used)
+    return quantize_nvfp4_gpu_fused(
+        x, source="deinterleave", granularity=granularity, swizzle=swizzle, n_used=n_used, workspace=workspace
+    )
 
 
 def quantize_mx(

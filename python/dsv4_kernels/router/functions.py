@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsv4_kernels import _native
 from dsv4_kernels.op_table import OPS
+from dsv4_kernels.workspace import Workspace
 
 _hash_router = OPS["hash_router"]
 _hash_router_scored = OPS["hash_router_scored"]
@@ -142,7 +143,7 @@ def dense_router_decode(
     renormalize: bool = True,
     scale: float = 1.0,
     epsilon: float = 0.0,
-    workspace: Tensor | None = None,
+    workspace: Workspace | Tensor | None = None,
     out_weights: Tensor | None = None,
     out_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -162,8 +163,9 @@ def dense_router_decode(
         renormalize: divide by the sum; a sum of 0 counts as 1.
         scale: the model's routed scaling factor.
         epsilon: added to the sum.
-        workspace: uint8, at least `dense_router_decode_workspace_size(tokens, experts)` bytes, zeroed once. By default
-            the package keeps one for each stream; calls that may run at the same time need one each.
+        workspace: a Workspace, or a uint8 tensor of at least `dense_router_decode_workspace_size(tokens, experts)`
+            bytes, aligned to 64, zeroed once; every call leaves it zeroed. Calls that may run at the same time need one
+            each. By default the library lends one to each stream, and one to each stream of a captured graph.
         out_weights: [tokens, k] float32 to write to.
         out_ids: [tokens, k] int32 to write to.
 

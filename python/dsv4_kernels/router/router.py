@@ -14,6 +14,7 @@ from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.presets import Preset, find_preset
 from dsv4_kernels.router.functions import dense_router_decode, hash_router_fused, hash_router_scored
 from dsv4_kernels.router.prefill import check_operand, dense_router_prefill, gate_logits
+from dsv4_kernels.workspace import Workspace
 
 Mode: TypeAlias = Literal["dense", "hash"]
 
@@ -44,7 +45,8 @@ class Router(torch.nn.Module):
     dtypes alone. For inference: none of them takes a gradient.
 
     Ids are the model's, of all experts, on every rank: expert and tensor parallel callers map them as they need.
-    Traces under torch.compile(fullgraph=True) and captures in CUDA graphs. One Router may run on several streams.
+    Traces under torch.compile(fullgraph=True) and captures in CUDA graphs. One Router may run on several streams,
+    unless it was given a workspace.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Router(torch.nn.Module):
         renormalize: bool = True,
         epsilon: float = 0.0,
         device: torch.device | str | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         """A router whose tensors are zero until a state dict is loaded.
 
@@ -72,16 +75,23 @@ class Router(torch.nn.Module):
             renormalize: divide a token's scores by their sum.
             epsilon: added to that sum.
             device: where the tensors live.
+            workspace: what dense_router_decode computes in: one for the routers of all layers that run one after the
+                other, on one stream at a time. None: the library lends one to each stream and to each captured graph,
+                so that one Router may run on several streams.
         """
         super().__init__()
         if mode not in ("dense", "hash"):
             raise InvalidArgumentError(f"Router: mode: expected 'dense' or 'hash', got {mode!r}")
+        if workspace is not None and type(workspace) is not Workspace:
+            got = type(workspace).__name__
+            raise InvalidArgumentError(f"Router: workspace: expected a dsv4_kernels.Workspace or None, got {got}")
         if (mode == "hash") != (vocab_size is not None):
             need = "the number of token ids in hash mode" if mode == "hash" else "None in dense mode"
             raise InvalidArgumentError(f"Router: vocab_size: expected {need}, got {vocab_size}")
         self.mode = mode
         self.hidden_size, self.experts, self.top_k, self.vocab_size = hidden_size, experts, top_k, vocab_size
         self.scale, self.renormalize, self.epsilon = float(scale), renormalize, float(epsilon)
+        self.workspace = workspace
 
         def parameter(name: str, *shape: int) -> Parameter:
             return Parameter(torch.zeros(shape, dtype=_DTYPES[name][0], device=device), requires_grad=False)
@@ -94,7 +104,10 @@ class Router(torch.nn.Module):
 
     @classmethod
     def from_preset(cls, mode: Mode, preset: str | Preset, **options: Any) -> Router:
-        """A router of a public model's sizes; tensors are zero. options: scale, renormalize, epsilon, device."""
+        """A router of a public model's sizes; tensors are zero.
+
+        options: scale, renormalize, epsilon, device, workspace.
+        """
         sizes = find_preset("Router", preset)
         return cls(
             mode,
@@ -113,7 +126,7 @@ class Router(torch.nn.Module):
             path: a .safetensors file, a folder with one or with shards and their index, or the tensors by name.
             layer: N, for the gate of `layers.N` or `model.layers.N`; or the name of the block, such as "mtp.0".
             preset: the model, by name or by its sizes.
-            options: scale, renormalize, epsilon, device.
+            options: scale, renormalize, epsilon, device, workspace.
 
         Raises:
             CheckpointError: naming file and tensor, what was expected and what there is.
@@ -152,7 +165,7 @@ class Router(torch.nn.Module):
         op = self.op_for(hidden.shape[0], padded=padding_mask is not None)
         if self.mode == "dense":
             if op == "dense_router_decode":
-                return dense_router_decode(hidden, self.weight, self.bias, self.top_k, **out)
+                return dense_router_decode(hidden, self.weight, self.bias, self.top_k, workspace=self.workspace, **out)
             return dense_router_prefill(hidden, self.weight, self.bias, self.top_k, padding_mask=padding_mask, **out)
         if token_ids is None:
             raise InvalidArgumentError("Router: token_ids: expected a tensor in hash mode, got None")

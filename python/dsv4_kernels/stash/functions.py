@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.op_table import OPS
+from dsv4_kernels.workspace import Workspace
 
 _paged_stash_copy = OPS["paged_stash_copy"]
 _paged_stash_pop = OPS["paged_stash_pop"]
@@ -64,7 +65,7 @@ def paged_stash_copy(
     new_free_list_head: Tensor | None = None,
     high_water: Tensor | None = None,
     *,
-    workspace: Tensor | None = None,
+    workspace: Workspace | Tensor | None = None,
 ) -> None:
     """Stashes the first num_tokens rows of src in pages that it takes from a free list on the device, in one launch.
 
@@ -94,8 +95,9 @@ def paged_stash_copy(
         spilled_to_host: one int64, where this tensor's rows are.
         new_free_list_head: [2] int64 to write the heads to instead.
         high_water: [2] int64, raised to the pages in use after the copy: capacity - (tail - new head). CUDA, host.
-        workspace: paged_stash_workspace_size() zeroed bytes, uint8; allocated unless given. Zero again afterwards.
-            Calls that may run at the same time need one each.
+        workspace: a Workspace, or paged_stash_workspace_size() zeroed bytes, uint8, aligned to 16; zero again
+            afterwards. Calls that may run at the same time need one each. By default the library lends one to each
+            stream, and one to each stream of a captured graph.
 
     A page id outside the pool is recorded as it is; the rows of that page are not copied.
     """
@@ -138,7 +140,7 @@ def paged_stash_pop(
     new_free_list_tail: Tensor | None = None,
     zero_rest: bool = False,
     *,
-    workspace: Tensor | None = None,
+    workspace: Workspace | Tensor | None = None,
 ) -> None:
     """Brings back what paged_stash_copy stashed and returns its pages to the free list, in one launch.
 
@@ -160,8 +162,9 @@ def paged_stash_pop(
             tail is negative, or if the rows should be in a host pool that is None, nothing is read or written.
         new_free_list_tail: [2] int64 to write the tails to instead.
         zero_rest: zero the rows from num_tokens on; else they are left alone.
-        workspace: paged_stash_workspace_size() zeroed bytes, uint8; allocated unless given. Zero again afterwards.
-            Calls that may run at the same time need one each.
+        workspace: a Workspace, or paged_stash_workspace_size() zeroed bytes, uint8, aligned to 16; zero again
+            afterwards. Calls that may run at the same time need one each. By default the library lends one to each
+            stream, and one to each stream of a captured graph.
 
     A page id outside the pool is given back as it is; the rows of that page are left alone.
     """
