@@ -67,6 +67,8 @@ def test_sizes_of_the_models_layers() -> None:
         ({"head_dim": 510}, "head_dim: expected a multiple of 4, got 510"),
         ({"rope_dim": 516}, "rope_dim: expected a multiple of 4 up to head_dim 512, got 516"),
         ({"indexer_head_dim": 100}, "indexer_head_dim: expected a multiple of 16, got 100"),
+        ({"page_layout": "pages"}, "page_layout: expected bf16 or .*, got 'pages'"),
+        ({"page_layout": ["split"]}, "page_layout: expected bf16 or .*, got \\['split'\\]"),
         ({"entries_per_block": 0}, "entries_per_block: expected at least 1, got 0"),
         ({"projections": 2}, "projections: expected 1, or 2 for CSA"),
     ],
@@ -86,6 +88,7 @@ def test_sizes_of_tensors_are_counts(size: Any) -> None:
         (lambda: CacheHandle.allocate(state, paged, size, 1), "CacheHandle.allocate: requests"),
         (lambda: CacheHandle.allocate(state, paged, 1, size), "CacheHandle.allocate: blocks_a_request"),
         (lambda: PAGE_LAYOUTS["bf16"].page_bytes(size), "PageLayout.page_bytes: entries"),
+        (lambda: schema.blocks(size), "LayerCacheSchema.entries: tokens"),
     ):
         with pytest.raises(InvalidArgumentError, match=f"^{name}: expected an int.*, got {size}"):
             call()

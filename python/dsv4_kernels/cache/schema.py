@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from dsv4_kernels.cache.page_layouts import PAGE_LAYOUTS
 from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.host_values import integer
 from dsv4_kernels.presets import Preset
@@ -71,6 +72,8 @@ class LayerCacheSchema:
             f"a multiple of 16, got {self.indexer_head_dim}",
         )
         self._require("entries_per_block", self.entries_per_block > 0, f"at least 1, got {self.entries_per_block}")
+        known = self.page_layout in list(PAGE_LAYOUTS)  # a list: also for what cannot be hashed
+        self._require("page_layout", known, f"{' or '.join(PAGE_LAYOUTS)}, got {self.page_layout!r}")
         csa = self.attention is AttentionType.CSA
         self._require("projections", self.projections in ((1, 2) if csa else (1,)), f"1, or 2 for CSA: {self!r}")
 
@@ -142,6 +145,7 @@ class LayerCacheSchema:
 
     def entries(self, tokens: int) -> int:
         """Entries that a request of that many tokens has."""
+        tokens = integer("LayerCacheSchema.entries", "tokens", tokens, 0)
         return tokens // self.m if self.m else 0
 
     def blocks(self, tokens: int) -> int:

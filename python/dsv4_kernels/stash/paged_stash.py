@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def pages_for(expected_tokens: int, tensors: int = 1, *, factor: float = 1.0, pa
         ("factor", factor, 0),
         ("page_size", page_size, 1),
     ):
-        if not isinstance(value, (int, float)) or not least <= value < math.inf:
+        if not isinstance(value, Real) or not least <= value < math.inf:
             raise InvalidArgumentError(f"pages_for: {name}: expected a finite number from {least}, got {value}")
     return tensors * math.ceil(expected_tokens * factor / page_size)
 
