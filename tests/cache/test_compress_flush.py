@@ -300,6 +300,35 @@ def test_nan_and_infinity_stay_in_their_entry(device: str) -> None:
     one.step([(a, 2), (b, 2)])
 
 
+@pytest.mark.parametrize("layout", PAGE_LAYOUTS)
+def test_nan_is_read_back(layout: str, device: str) -> None:
+    """A row's NaN is in all channels of its entry, through the norm; a NaN angle in the groups of its pair. All that
+    shares a scale with a NaN reads back as NaN, whatever the format; the rest as without it."""
+    form = oracle.FORMATS[layout]
+    read = []
+    for spoilt in (False, True):
+        one = engine(1, False, device, layout, page_count=2)
+        one._expect = lambda growth: None  # type: ignore[method-assign]
+        kv = one.normal(6, one.width)
+        if spoilt:
+            kv[2, 7] = np.nan
+            one.constants[2][4, 3] = torch.nan  # the cosine of the fourth pair
+        request = one.request(0)
+        one.step([(request, 6)], rows=(kv, 0 * kv), check=False)
+        slots = torch.tensor([one.slot_of(request, block) for block in range(6)], device=one.state.device)
+        scales, rope = (*one.tensors[1:], None, None)[:2]
+        read.append(unpack_entries(one.tensors[0], slots, layout, one.entries_per_page, scales, rope).cpu().numpy())
+    clean, got = read
+    expected = clean.copy()
+    expected[2] = np.nan
+    pair = slice(form.head_dim - oracle.ROPE + 6, form.head_dim - oracle.ROPE + 8)
+    if pair.start < form.quantized:
+        pair = slice(pair.start // form.group * form.group, (pair.start // form.group + 1) * form.group)
+    expected[4, pair] = np.nan
+    assert not np.isnan(clean).any()
+    assert np.array_equal(got, expected, equal_nan=True)
+
+
 def test_long_context(real_device: str) -> None:
     """Beyond a million positions, up to the last of the table and past it."""
     positions = 1_048_576 + 8
