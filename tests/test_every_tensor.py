@@ -82,7 +82,7 @@ def refused(call: Call, changed: dict[str, torch.Tensor]) -> bool:
     """Whether the library's checks refuse these tensors; they must name one of the op's arguments then."""
     text = call.refusal(changed)
     if text:
-        assert re.match(rf"{call.op.name}: (\w+)[^:]*: expected .+, got .+", text), text
+        assert re.match(rf"{call.op.name}: (\w+)[^:]*: (expected .+, got .+|must be (given|omitted) .+)", text), text
     return text is not None
 
 
