@@ -407,6 +407,7 @@ CASES = (
          ties_to_even=False),
     case("quantize_mx", "9 x 64, OCP, deinterleave by 4", 9, 64, round_scale_up=False, source=DEINTERLEAVE,
          granularity=4),
+    case("quantize_mx", "9 x 64, OCP, floor of the amax", 9, 64, round_scale_up=False, amax_floor=3.0),
     case("quantize_mx", "17 x 96, swiglu", 17, 96, source=SWIGLU, limit=2.0),
     case("quantize_mx", "17 x 128, FP4, swiglu by 64, float32", 17, 128, source=SWIGLU, granularity=64,
          element_format=E2M1, dtype=FP32),
