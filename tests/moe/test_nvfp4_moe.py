@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from dsv4_kernels.moe import (
     run_nvfp4_grouped_gemm,
 )
 from safetensors.torch import save_file
+from torch._dynamo.testing import CompileCounter
 
+from tests.emulated import emulated
 from tests.launches import observed
 from tests.moe.test_moe_grouped_gemm import by_hand
 
@@ -258,6 +261,34 @@ def test_traces_whole(real_device: str) -> None:
     given = [value.to(real_device) for value in routed(6)]
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*given), layer(*given))
+
+
+def test_one_program_serves_every_batch() -> None:
+    """Exported with a dynamic number of tokens; and compiled: without batch_invariant a graph for each tile size."""
+    layer = module(False)
+    tokens = torch.export.Dim("tokens", min=2, max=2000)
+    exported = torch.export.export(layer, routed(5), dynamic_shapes=({0: tokens}, {0: tokens}, {0: tokens})).module()
+    for batch in (2, 40, 130):
+        want = expected(random_layer(False), *routed(batch), 10.0)
+        assert close(exported(*routed(batch)), want)
+    for invariant, graphs in ((False, 3), (True, 1)):
+        layer = module(False, batch_invariant=invariant)
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+        for batch in (5, 7, 30, 31, 100, 150):
+            assert close(compiled(*routed(batch)), expected(random_layer(False), *routed(batch), 10.0))
+        assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("where", ["sm_90a", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_batch_invariance(where: str) -> None:
+    """Two tokens alone and among 30 others: other tile sizes by default, the same bits by request."""
+    layer = module(True, "cuda" if where == "cuda" else "cpu", batch_invariant=True)
+    assert {layer.tile_size(tokens) for tokens in (1, 30, 1000)} == {64}
+    given = [value.to(layer.device) for value in routed(30)]
+    with emulated(where) if where != "cuda" else nullcontext():
+        assert torch.equal(layer.run(*(value[4:6] for value in given)), layer.run(*given)[4:6])
 
 
 def test_checkpoint_names(tmp_path: Path, real_device: str) -> None:

@@ -282,6 +282,30 @@ def test_refuses_what_its_mode_cannot_take() -> None:
         loaded("hash")(batch(1)[0])
 
 
+@pytest.mark.parametrize("tokens", [4, 2500])
+@pytest.mark.parametrize("mode", MODES)
+def test_extents_that_do_not_agree(mode: str, tokens: int) -> None:
+    """Every pair of extents that must agree, for each of the ops that a batch may take."""
+    router = loaded(mode)
+    hidden, token_ids = batch(tokens)
+    out = torch.empty(tokens, FLASH.top_k), torch.empty(tokens, FLASH.top_k, dtype=torch.int32)
+    mask = torch.zeros(tokens, dtype=torch.bool)
+    wrong: list[tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]] = [
+        ((hidden[:, :128], token_ids), {}),
+        ((hidden[:, :, None], token_ids), {}),
+        ((hidden, token_ids, mask[:-1]), {}),
+        ((hidden, token_ids), {"out_weights": out[0][:-1]}),
+        ((hidden, token_ids), {"out_weights": out[0][:, :-1]}),
+        ((hidden, token_ids), {"out_ids": out[1][:-1]}),
+        ((hidden, token_ids), {"out_ids": out[1][:, :-1]}),
+    ]
+    if mode == "hash":  # the dense mode ignores token ids
+        wrong += [((hidden[:-1], token_ids), {}), ((hidden, token_ids[:-1]), {}), ((hidden, token_ids[:, None]), {})]
+    for arguments, outputs in wrong:
+        with pytest.raises(InvalidArgumentError, match="expected"):
+            router(*arguments, **outputs)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_casting_the_model_leaves_dtypes_alone(mode: str) -> None:
     router = loaded(mode)

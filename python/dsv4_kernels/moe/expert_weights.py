@@ -96,15 +96,19 @@ class ExpertWeights(nn.Module):
         # Whether weights have been prepared or loaded: until then the buffers hold anything.
         self._prepared = False
         for product in _PRODUCTS:
-            for name in ("weight", "scale", "alpha"):
+            for name in ("weight", "scale"):
                 self.register_buffer(f"{product}_{name}", None)
-            self.register_buffer(f"{product}_factor", None, persistent=False)
             # amax 1, until they are set.
             scale = torch.full((1,), 1 / LARGEST_NVFP4, dtype=torch.float32, device=device)
             self.register_buffer(f"{product}_activation_scale", scale)
+        # Those that may stay None come last, in this order: torch.export counts buffers up to the first None.
+        for product in _PRODUCTS:
+            self.register_buffer(f"{product}_alpha", None)
+        for product in _PRODUCTS:
+            self.register_buffer(f"{product}_factor", None, persistent=False)
         for product in _PRODUCTS:
             self._hold(product, WeightLayout(self._formats[0], self._can_interleave(product, self._formats[0])))
-            self._put_alpha(product, None)
+        self._put_alphas(None, None)
         self._update_factors()
 
     @property
@@ -337,19 +341,19 @@ class ExpertWeights(nn.Module):
         factors = None
         while factors is None:
             factors = self._stored(weights, expert_tensors, in_order)
-        for product, factor in factors.items():
-            self._put_alpha(product, None if factor[0] is None else torch.stack(factor))  # type: ignore[arg-type]
+        l1, l2 = (torch.stack(factor) if factor else None for factor in factors.values())
+        self._put_alphas(l1, l2)
         self._update_factors()
         self._prepared = True
 
     def _stored(
         self, weights: str, expert_tensors: Callable[[int], ExpertTensors], in_order: set[str]
-    ) -> dict[str, list[Tensor | None]] | None:
+    ) -> dict[str, list[Tensor]] | None:
         """Writes all experts' weights and returns their factors. None: a product cannot be interleaved after all."""
         for product in _PRODUCTS:
             interleaved = product not in in_order and self._can_interleave(product, weights)
             self._hold(product, WeightLayout(weights, interleaved))
-        factors: dict[str, list[Tensor | None]] = {product: [] for product in _PRODUCTS}
+        factors: dict[str, list[Tensor]] = {product: [] for product in _PRODUCTS}
         for expert in range(self.num_experts):
             given = expert_tensors(expert)
             for product, (codes, scale, factor) in zip(_PRODUCTS, (given[:3], given[3:]), strict=True):
@@ -358,7 +362,8 @@ class ExpertWeights(nn.Module):
                 if not layout.store(codes, scale, weight_out, scale_out, gate_and_up=product == "l1"):
                     in_order.add(product)
                     return None
-                factors[product].append(factor)
+                if factor is not None:
+                    factors[product].append(factor)
         return factors
 
     def _sizes(self, product: str) -> tuple[int, int]:
@@ -389,12 +394,16 @@ class ExpertWeights(nn.Module):
     def _alpha_shape(self, product: str) -> tuple[int, ...]:
         return (self.num_experts, 2) if product == "l1" else (self.num_experts,)
 
-    def _put_alpha(self, product: str, factors: Tensor | None) -> None:
-        """The weights' factors. MXFP4 weights need none; NVFP4 weights always have them, by default 1."""
-        shape = self._alpha_shape(product)
-        if factors is None and self._layout(product).format == "nvfp4":
-            factors = torch.ones(shape, dtype=torch.float32, device=self.device)
-        self._put(f"{product}_alpha", None if factors is None else factors.reshape(shape))
+    def _put_alphas(self, l1: Tensor | None, l2: Tensor | None) -> None:
+        """The weights' factors, both or none. NVFP4 weights always have them, by default 1."""
+        some = l1 is not None or l2 is not None or self._layout("l1").format == "nvfp4"
+        for product, factors in (("l1", l1), ("l2", l2)):
+            shape = self._alpha_shape(product)
+            if factors is not None:
+                factors = factors.reshape(shape)
+            elif some:
+                factors = torch.ones(shape, dtype=torch.float32, device=self.device)
+            self._put(f"{product}_alpha", factors)
 
     def _update_factors(self) -> None:
         """What the products are multiplied by, after alpha or the activations' scale have changed."""

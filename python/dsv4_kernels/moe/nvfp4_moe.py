@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.moe.expert_weights import LARGEST_NVFP4, ExpertWeights, as_number, check_int, refuse
@@ -33,9 +34,9 @@ class Nvfp4MoE(ExpertWeights):
     """The routed experts of one layer: y[t] = sum_k weight[t, k] * expert[id[t, k]](x[t]), with FP4 weights.
 
     An expert is w2 . (silu(min(w1 . x, limit)) * clamp(w3 . x, -limit, limit)), sums in float32, as the DeepSeek-V4
-    models have it. Weights are NVFP4 or MXFP4. A forward is four launches (moe_sort, two grouped
-    products, moe_finalize), or five where activations are quantised: each token once, before; the rows between the
-    products by the first one itself. Nothing is synchronised or copied to the host, so it captures in a CUDA graph
+    models have it. Weights are NVFP4 or MXFP4. A forward is four launches (moe_sort, two grouped products,
+    moe_finalize), or five where activations are quantised: each token once, before; the rows between the products by
+    the first one itself. Nothing is synchronised or copied to the host, so it captures in a CUDA graph
     whose replays follow new routes, and traces under torch.compile(fullgraph=True).
 
     Intermediate results are torch tensors: the allocator reuses their memory from layer to layer on one stream, and
@@ -52,8 +53,8 @@ class Nvfp4MoE(ExpertWeights):
     whatever it held before. `.to(device)` moves everything; casts (`.to(dtype)`, `.half()`) leave all dtypes alone.
 
     A token's result does not depend on its place in the batch or on other tokens, for batches that use tiles of one
-    size (see tile_size) and, where that is 16, one kernel: few tiles of some sizes have another (see moe_grouped_gemm;
-    of the presets, up to 2 tokens of v4-pro). Else float32 sums round differently.
+    size (see tile_size and batch_invariant) and, where that is 16, one kernel: few tiles of some sizes have another
+    (see moe_grouped_gemm; of the presets, up to 2 tokens of v4-pro). Else float32 sums round differently.
 
     Args:
         num_experts: experts that live here.
@@ -70,6 +71,9 @@ class Nvfp4MoE(ExpertWeights):
             compute_activation_global_scales or a checkpoint's.
         weights: "mxfp4" or "nvfp4"; others are then refused. None: what activations need, or with bfloat16 whatever is
             prepared or loaded; buffers for MXFP4 are allocated first.
+        batch_invariant: tiles of one size for all batches: a token's bits are then the same in every batch, and
+            torch.compile with dynamic shapes makes one graph instead of one for each tile size. Small batches take
+            longer.
         tensor_parallel_rank: which part of each expert's inner width lives here, for prepare_weights_from_checkpoint.
             The sum over ranks is the layer.
         tensor_parallel_size: how many ranks share the inner width.
@@ -89,6 +93,7 @@ class Nvfp4MoE(ExpertWeights):
         weight_before_second: bool = False,
         activations: str = "bfloat16",
         weights: str | None = None,
+        batch_invariant: bool = False,
         tensor_parallel_rank: int = 0,
         tensor_parallel_size: int = 1,
         device: torch.device | str = "cpu",
@@ -109,6 +114,7 @@ class Nvfp4MoE(ExpertWeights):
         check_int("top_k", top_k, 1)
         check_int("total_experts", self.total_experts, 1)
         self.weight_before_second = weight_before_second
+        self.batch_invariant = batch_invariant
         # The buffers that the products are multiplied by.
         self._factor_of = {p: f"{p}_factor" if activations == "nvfp4" else f"{p}_alpha" for p in ("l1", "l2")}
         self._fused = True
@@ -135,7 +141,12 @@ class Nvfp4MoE(ExpertWeights):
         self._fused = enabled
 
     def tile_size(self, tokens: int) -> int:
-        """Rows of a tile for a batch, from its size and the numbers of experts alone."""
+        """Rows of a tile for a batch, from its size and the numbers of experts alone.
+
+        One size for all batches if the layer is batch-invariant, and in exported programs, which serve all sizes.
+        """
+        if self.batch_invariant or is_exporting():
+            return 128 if self.activations == "mxfp8" else 64
         rows = tokens * self.top_k / self.total_experts
         if rows <= ROWS_FOR_TILES_OF_16:
             return 16
