@@ -74,8 +74,8 @@ def paged_stash_copy_kernel(
                 tl.store(overflow, tl.full((), 1, tl.int64))
             if (to_cuda | to_host) & (high_water.to(tl.int64) != 0):
                 used = tl.where(to_host, host_capacity - host_free, cuda_capacity - cuda_free) + needed
-                mark = high_water + tl.where(to_host, 1, 0)
-                tl.store(mark, tl.maximum(tl.load(mark), used))
+                # Atomic: all threads would load the mark, and one store it, without a barrier between.
+                tl.atomic_max(high_water + tl.where(to_host, 1, 0), used, sem="relaxed")
 
     if (idle == 0) & (to_cuda | to_host):
         pool = tl.where(to_host, host_pool, cuda_pool)
