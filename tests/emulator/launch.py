@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .faults import EmulatorFault, LaneFault
-from .global_order import Writers
+from .global_order import GlobalOrder
 from .memory import Memory
 from .program import Program, compile_program
 from .ptx_module import Module
@@ -53,7 +53,7 @@ class Launch:
         self.shared_size = program.dynamic_shared_offset + dynamic_shared
         self.progress = 0
         self.next_cluster = 1
-        self.writers: dict[int, Writers] = {}
+        self.order = GlobalOrder(program.global_granule)
         self.symbols = program.place_variables(module, memory)
         self.parameter_block = self._pack(parameters)
         self._parameter_address: int | None = None

@@ -41,6 +41,7 @@ class Clocks:
 
     def __init__(self, clusters: int, blocks: int, warps: int) -> None:
         self.warps = warps
+        self.version = 0  # counts changes of the warps' own clocks
         self.known = np.zeros((clusters, warps, 2 * warps), np.int32)
         self._diagonal = np.arange(warps)
         self.known[:, self._diagonal, self._diagonal] = PERIOD
@@ -74,10 +75,12 @@ class Clocks:
         self._new_period((cluster, involved, involved))
 
     def _new_period(self, own: Any) -> None:
+        self.version += 1
         self.known[own] = (self.known[own] | (PERIOD - 1)) + 1
 
     def after_fence(self, clusters: Array, warps: Array) -> None:
         """What these warps do now comes after something that others may learn of, without a new period."""
+        self.version += 1
         own = self.known[clusters, warps, warps]
         self.known[clusters, warps, warps] = own + (own & (PERIOD - 1) != PERIOD - 1)
 

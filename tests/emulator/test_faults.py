@@ -314,19 +314,3 @@ def test_blocks_that_write_the_same_place() -> None:
     last = "setp.eq.and.u32 %p1, %r7, 7, %p1;"
     x = np.zeros(256, "i4")
     run(kernel(body.replace("{count}", count).replace("{late}", last), [".u64 x"]), x, grid=8)
-
-
-def test_reading_what_another_block_wrote() -> None:
-    """Allowed only after the blocks have synchronised, here by an atomic."""
-    body = (
-        ADDRESS
-        + "mul.wide.u32 %d3, %r9, 128; add.u64 %d3, %d2, %d3; st.global.u32 [%d3], %r0; {} setp.ne.u32 %p3, %r9, 2; @%p3 ld.global.u32 %r5, [%d0+260];"
-    )
-    found = fault(kernel(body.replace("{}", ""), [".u64 x"]), np.full(257, 99, "i4"), grid=8)
-    assert found.kind == "race"
-    assert "another block" in found.detail
-    run(
-        kernel(body.replace("{}", "atom.global.add.u32 %r7, [%d0+1024], 1;"), [".u64 x"]),
-        np.full(257, 99, "i4"),
-        grid=8,
-    )

@@ -17,6 +17,7 @@ from dsv4_kernels.images import read_images
 import tests.emulated
 from tests.emulated import emulated, ptx_folder
 from tests.emulator import EmulatorFault, Module, parse
+from tests.stash.pools import Pools
 
 ARCHITECTURE = "sm_90a"
 
@@ -74,6 +75,29 @@ def sort() -> None:
     moe.moe_sort(torch.arange(6 * 1024, dtype=torch.int32).reshape(-1, 6) % 64, 64, 16)
 
 
+def quantize() -> None:
+    """Rows for several blocks, of which the last one clears what all of them read."""
+    moe.quantize_nvfp4_gpu_fused(torch.rand(130, 112).to(torch.bfloat16))
+
+
+def stash() -> None:
+    """Rows for several blocks, of which the last one moves the head of the list that all of them read."""
+    pools = Pools("cpu", 7, hidden=512)
+    pools.copy(pools.rows(70), 70)
+
+
+def pop() -> None:
+    """The same with the tail of the list."""
+    pools = Pools("cpu", 7, hidden=512)
+    rows = pools.rows(70)
+    pools.pop(rows, pools.copy(rows, 70))
+
+
+def weakened(text: str) -> str:
+    """Without the release of an atomic."""
+    return text.replace("atom.inc.release.", "atom.inc.relaxed.")
+
+
 CASES = {
     "no wait before a store to the first block": (
         route_by_hash, "hash_router_fused", without(r"barrier\.cluster\.wait", 0), "lifetime", "st.async",
@@ -86,6 +110,21 @@ CASES = {
     ),
     "counts read before the blocks have met": (
         sort, "moe_sort", without(r"barrier\.cluster\.wait", 0), "lifetime", "ld.",
+    ),
+    "a block says that it has read before all its threads have": (
+        quantize, "quantize_by_amax", without(r"bar\.sync", -2), "race", "st.global",
+    ),
+    "a block says that it has read without a fence": (
+        quantize, "quantize_by_amax", without(r"membar\.gl", -1), "race", "st.global",
+    ),
+    "a block's arrival does not release its reads, where pages are taken": (
+        stash, "paged_stash_copy", weakened, "race", "st.global",
+    ),
+    "a block arrives before all its threads have read, where pages are taken": (
+        stash, "paged_stash_copy", without(r"bar\.sync", 0), "race", "st.global",
+    ),
+    "a block's arrival does not release its reads, where pages are given back": (
+        pop, "paged_stash_pop", weakened, "race", "st.global",
     ),
 }  # fmt: skip
 

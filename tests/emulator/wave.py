@@ -16,6 +16,7 @@ import numpy as np
 
 from .cluster_life import RemoteAccesses
 from .faults import EmulatorFault, LaneFault
+from .global_order import Learnt
 from .shared_memory import Clocks, SharedMemory
 from .spaces import RANK_SHIFT
 
@@ -70,7 +71,7 @@ class Active:
     other layout ('wide') for all lanes of the wave.
     """
 
-    __slots__ = ("_blocks", "_index", "_threads", "compact", "count", "mask", "registers", "wave", "whole")
+    __slots__ = ("_blocks", "_index", "_threads", "_who", "compact", "count", "mask", "registers", "wave", "whole")
 
     def __init__(self, wave: Wave, mask: Array, compact: bool | None = None) -> None:
         self.wave = wave
@@ -82,6 +83,7 @@ class Active:
         self._index: Array | None = None
         self._blocks: Array | None = None
         self._threads: Array | None = None
+        self._who: tuple[int, tuple[Array, Array, Array]] = (-1, ())  # type: ignore[assignment]
 
     @property
     def index(self) -> Array:
@@ -103,6 +105,17 @@ class Active:
         if self._threads is None:
             self._threads = self.index % (self.wave.threads * self.wave.cluster_size)
         return self._threads
+
+    def who(self) -> tuple[Array, Array, Array]:
+        """Of each active lane: cluster, numbered over all waves from 1, thread inside it, and clock of its warp."""
+        wave = self.wave
+        if self._who[0] != wave.clocks.version:
+            clusters = self.blocks // wave.cluster_size
+            warps = self.threads >> 5
+            clocks = wave.clocks.known[clusters, warps, warps]
+            mine = (clusters + wave.cluster_base).astype(np.int32)
+            self._who = wave.clocks.version, (mine, self.threads.astype(np.int32), clocks)
+        return self._who[1]
 
     def rows(self, value: Array) -> Array:
         """The value's rows for the active lanes, whatever its layout."""
@@ -195,7 +208,7 @@ class Wave:
         self.cluster_base = launch.next_cluster  # numbers clusters over all waves, from 1
         launch.next_cluster += self.block_count // self.cluster_size
         self.remote = RemoteAccesses(self.block_count // self.cluster_size, self.cluster_size, warps)
-        self.synchronised = np.zeros(self.block_count, np.bool_)
+        self.learnt: dict[int, Learnt] = {}  # by cluster of the wave
         self.state: dict[str, Any] = {}  # of instruction groups: mbarriers, copies in flight, tensor memory
         self.waiters: dict[Any, Waiter] = {}
         self.groups: dict[Key, Array] = {(program.entry, ()): self.alive.copy()}

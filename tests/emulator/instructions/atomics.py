@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import number_formats as nf
 from ..faults import LaneFault
-from ..global_order import Observer, synchronises
+from ..global_order import Observer, synchronise
 from ..ptx_module import Instruction, Register, Sink, Vector
 from ..registry import Plain, plain
 from ..shared_memory import ATOMIC, NEVER
@@ -93,7 +93,6 @@ class _Place:
         self.shared = active.wave.shared if space == "shared" else None
         self.keys = addresses
         if self.shared is None:
-            synchronises(active)
             return
         width = dtype.itemsize * count
         self.blocks, offsets = shared_place(active, addresses)
@@ -108,6 +107,11 @@ class _Place:
                 int(offsets[one]),
             )
         self.keys = flat
+
+    def synchronise(self, order: Array, loads: bool, publishes: str) -> None:
+        """Lanes synchronise with other blocks, in this order."""
+        if self.shared is None:
+            synchronise(self.active, order, self.keys, loads, publishes)
 
     def load(self, rows: Array) -> Array:
         """Stored values for some of the active lanes."""
@@ -130,14 +134,19 @@ class _Place:
         self.shared.data.view(self.dtype).reshape(-1, self.count)[self.keys[rows] // width] = values
 
 
-def apply(place: _Place, sums: bool, function: Operation, operands: list[Array]) -> Array:
+def apply(
+    place: _Place, sums: bool, function: Operation, operands: list[Array], loads: bool, publishes: str | None
+) -> Array:
     """Perform an atomic for the active lanes; returns the old values. Lanes of one address follow in a seeded order.
 
-    sums: it is an addition of integers, of which all can be done at once.
+    sums: it is an addition of integers, of which all can be done at once. loads, publishes: see `synchronise`; None: it
+    does not synchronise with other blocks.
     """
     launch = place.active.wave.launch
     order = launch.random.permutation(place.active.count)
     order = order[np.argsort(place.keys[order], kind="stable")]
+    if publishes is not None:
+        place.synchronise(order, loads, publishes)
     keys = place.keys[order]
     starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
     sizes = np.diff(np.r_[starts, len(keys)])
@@ -198,6 +207,9 @@ def atom(instruction: Instruction, scope: Scope) -> Plain:
     puts = [scope.destination(t, kind) if isinstance(t, Register) else None for t in targets]
     dtype = DTYPES[kind]
     sums = name == "add" and type_name[0] in "us"
+    releases = instruction.has("release") or instruction.has("acq_rel")
+    publishes = None if instruction.has("cta") else "release" if releases else "relaxed"
+    loads = instruction.opcode == "atom"
 
     def run(active: Active) -> None:
         values = []
@@ -208,7 +220,7 @@ def atom(instruction: Instruction, scope: Scope) -> Plain:
             values.append(block)
         values = (values + values)[:2] if len(values) == 1 else values
         place = _Place(active, space, active.rows(address(active)), dtype, count)
-        old = apply(place, sums, function, values)
+        old = apply(place, sums, function, values, loads, publishes)
         wide = active.layout(old)
         for column, put in enumerate(puts):
             if put is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..faults import LaneFault
-from ..global_order import Observer, synchronises
+from ..global_order import Observer, global_lanes, synchronise
 from ..ptx_module import Address, Instruction, Operand, Register, Symbol, Vector
 from ..registry import Plain, plain
 from ..spaces import LOCAL_WINDOW, RANK_SHIFT, SHARED_WINDOW, SPACE_SHIFT
@@ -105,8 +105,7 @@ def load_rows(
         return wave.shared.load(blocks, offsets, dtype, count, active.index, active.threads)
     if space == "local":
         return _local(active, addresses, dtype, count)[0]
-    observer = Observer(active, exempt) if wave.launch.writers else None
-    return wave.launch.memory.load(addresses, dtype, count, active.index, observer)
+    return wave.launch.memory.load(addresses, dtype, count, active.index, Observer(active, exempt))
 
 
 def store_rows(active: Active, space: str, addresses: Array, values: Array, exempt: bool = False) -> None:
@@ -211,6 +210,7 @@ def ld(instruction: Instruction, scope: Scope) -> Plain:
         return _ld_parameter(scope, a, puts, dtype)
     address = scope.address(a)
     polls = any(q in _POLLS for q in instruction.qualifiers)
+    wide = not instruction.has("cta")
     place = "global" if space in ("const", "param") else space
     parameter = space == "param"
 
@@ -218,15 +218,18 @@ def ld(instruction: Instruction, scope: Scope) -> Plain:
         addresses = address(active)
         if parameter:
             addresses = addresses + np.uint64(active.wave.launch.parameter_address)
-        if place == "global" and addresses.shape[0] == 1 and active.count > 1 and not active.wave.launch.writers:
-            values = active.wave.launch.memory.load(addresses, dtype, count, active.index[:1])
+        if place == "global" and addresses.shape[0] == 1 and active.count > 1:
+            observer = Observer(active, polls)
+            values = active.wave.launch.memory.load(addresses, dtype, count, active.index[:1], observer)
         else:
             values = active.layout(load_rows(active, place, active.rows(addresses), dtype, count, polls))
         for column, put in enumerate(puts):
             put(active, values[:, column])
         if polls:
             active.wave.poll()
-            synchronises(active)
+            if wide:
+                rows = active.rows(addresses)
+                synchronise(active, global_lanes(rows, place), rows, True, "")
 
     return run
 
@@ -288,12 +291,16 @@ def st(instruction: Instruction, scope: Scope) -> Plain:
         raise instruction.unknown("store to this space")
     address = scope.address(a)
     exempt = any(q in ("volatile", "relaxed", "release") for q in instruction.qualifiers)
+    publishes = "" if not exempt or instruction.has("cta") else "release" if instruction.has("release") else "relaxed"
 
     def run(active: Active) -> None:
         values = np.empty((active.count, count), dtype)
         for column, source in enumerate(sources):
             values[:, column] = active.rows(source(active)).view(dtype)
-        store_rows(active, space, active.rows(address(active)), values, exempt)
+        places = active.rows(address(active))
+        store_rows(active, space, places, values, exempt)
+        if publishes:
+            synchronise(active, global_lanes(places, space), places, False, publishes)
         active.wave.launch.progress += 1
 
     return run
