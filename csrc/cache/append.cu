@@ -183,6 +183,7 @@ extern "C" dsv4_status dsv4_append(const dsv4_append_args* given, dsv4_stream st
   check_ape(check, "ape", args.ape, args.m, streams * head_dim);
   check_ape(check, "indexer_ape", args.indexer_ape, args.m, streams * indexer_head_dim);
   check.range("round", args.round, 0, INT32_MAX);
+  check.changes(args.tail_ka, args.tail_za, args.tail_len, args.slot_positions, args.next_kb, args.next_zb);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 

@@ -315,6 +315,7 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   check.number("scale_floor", args.scale_floor, 0.0f);
   check.flag("fp4_ties_toward_zero", args.fp4_ties_toward_zero);
   check.flag("exact_scale", args.exact_scale);
+  check.changes(args.state, args.pages, args.scales, args.rope);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 

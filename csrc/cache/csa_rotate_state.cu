@@ -49,6 +49,7 @@ extern "C" dsv4_status dsv4_csa_rotate_state(const dsv4_csa_rotate_state_args* g
   check_next_rows(check, args);
   check.flag("clear_rows", args.clear_rows);
   check_blocks_of_slot(check, slot_columns, kThreads * kFour);
+  check.changes(args.tail_ka, args.tail_za, args.tail_kb, args.tail_zb, args.tail_len, args.next_kb, args.next_zb);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 

@@ -179,6 +179,7 @@ void check_flush_write(Check& check, const Args& args) {
   check.aligned_rows("entries_fp8", args.entries_fp8, kFour);
   check.tensor("inv_scale", args.inv_scale, one_of(DSV4_FLOAT32), {blocks, per_block});
   check.range("m", args.m, 1, INT32_MAX);
+  check.changes(args.entries_fp8, args.entries_rope, args.inv_scale);
 }
 
 template <typename Args>

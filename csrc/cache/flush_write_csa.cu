@@ -18,6 +18,7 @@ extern "C" dsv4_status dsv4_flush_write_csa(const dsv4_flush_write_csa_args* giv
   check.aligned_rows("indexer_keys_fp4", args.indexer_keys_fp4, kFour);
   check.tensor("indexer_scale", args.indexer_scale, one_of(DSV4_FLOAT8_E4M3FN, DSV4_UINT8),
                {blocks, per_block, indexer_head_dim / kNvfp4Group});
+  check.changes(args.indexer_keys_fp4, args.indexer_scale);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 

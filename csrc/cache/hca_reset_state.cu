@@ -45,6 +45,7 @@ extern "C" dsv4_status dsv4_hca_reset_state(const dsv4_hca_reset_state_args* giv
   check.tensor("tail_len", args.tail_len, one_of(DSV4_INT32), {slots});
   check.flag("clear_rows", args.clear_rows);
   check_blocks_of_slot(check, slot_columns, columns_a_block);
+  check.changes(args.tail_ka, args.tail_za, args.tail_len);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 

@@ -38,16 +38,69 @@ bool is_empty(const dsv4_tensor& value) {
   return false;
 }
 
-bool layout_matches(const dsv4_tensor& value, Layout layout) {
+// *bytes: from the first element to the end of the last row, with what lies between it and one more.
+bool layout_matches(const dsv4_tensor& value, Layout layout, int64_t* bytes) {
+  *bytes = 0;
   if (is_empty(value)) return true;  // nothing is ever addressed
   int64_t expected = 1;
   for (int i = value.rank - 1; i >= 0; --i) {
     const bool free_stride = layout == Layout::kStridedRows && i < value.rank - 1;
     // A row stride may be any size that does not make rows overlap; the stride of a single row is never used.
     if (value.shape[i] != 1 && (free_stride ? value.stride[i] < expected : value.stride[i] != expected)) return false;
-    expected = free_stride && value.shape[i] != 1 ? value.stride[i] * value.shape[i] : expected * value.shape[i];
+    const int64_t step = free_stride && value.shape[i] != 1 ? value.stride[i] : expected;
+    if (__builtin_mul_overflow(step, value.shape[i], &expected)) return false;
   }
-  return true;
+  return !__builtin_mul_overflow(expected, dtype_bytes(value.dtype), bytes);
+}
+
+// What a tensor occupies: `count` pieces of `bytes`, `stride` bytes apart. Gaps inside a piece count as occupied.
+struct Pieces {
+  uintptr_t begin;
+  int64_t bytes, stride, count;
+};
+
+Pieces pieces_of(const dsv4_tensor& value) {
+  const int64_t element = dtype_bytes(value.dtype);
+  Pieces pieces = {reinterpret_cast<uintptr_t>(value.data), element, element, 1};
+  for (int i = value.rank - 1; i >= 0; --i) {
+    if (value.shape[i] == 1) continue;
+    pieces.bytes += (pieces.count - 1) * pieces.stride;
+    pieces.stride = value.stride[i] * element;
+    pieces.count = value.shape[i];
+    if (pieces.stride != pieces.bytes) continue;
+    pieces.bytes *= pieces.count;
+    pieces.count = 1;
+  }
+  return pieces;
+}
+
+// Whether two tensors have a byte in common. Columns of one matrix have none. Exact but for tensors of pieces at
+// different distances, which is answered with yes: their spans do overlap.
+bool share_bytes(const Pieces& a, const Pieces& b) {
+  if (a.count == 1 && b.count > 1) return share_bytes(b, a);
+  const auto offset = static_cast<int64_t>(b.begin - a.begin);  // may be negative
+  if (b.count == 1) {
+    const int64_t first = offset < a.bytes ? 0 : (offset - a.bytes) / a.stride + 1;  // piece of `a` that ends behind it
+    return first < a.count && first * a.stride < offset + b.bytes;
+  }
+  if (a.stride != b.stride) return true;
+  // The first piece of `b` begins `into` bytes behind that of this number of `a`, if there is one.
+  const int64_t number = offset / a.stride - (offset % a.stride < 0);
+  const int64_t into = offset - number * a.stride;
+  const auto meets = [&](int64_t first) { return first < a.count && first + b.count > 0; };
+  return (into < a.bytes && meets(number)) || (into + b.bytes > a.stride && meets(number + 1));
+}
+
+dsv4_status bad_struct_size(const char* op, size_t expected, size_t got) {
+  return fail(DSV4_ERROR_INVALID_ARGUMENT, op, "struct_size",
+              "expected up to %zu, got %zu; set it to sizeof the struct, and build against headers no newer than the "
+              "library (%s)",
+              expected, got, dsv4_version());
+}
+
+// By the names that the headers give them.
+bool is_output(const char* name) {
+  return !std::strncmp(name, "out", 3) || (*name == 'w' && !std::strcmp(name, "workspace"));
 }
 
 }  // namespace
@@ -60,16 +113,47 @@ void Check::described(const char* name, const dsv4_tensor& value, DtypeSet dtype
     return;
   }
   if (!shape_matches(value, shape)) return bad_shape(name, value, shape);
-  if (!layout_matches(value, layout)) return bad_layout(name, value, layout);
-  if (!value.data && !is_empty(value)) {
+  int64_t bytes;
+  if (!layout_matches(value, layout, &bytes)) return bad_layout(name, value, layout);
+  if (!value.data && bytes) {
     status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected a pointer to data, got NULL");
     return;
   }
   const uintptr_t misaligned = reinterpret_cast<uintptr_t>(value.data) % dtype_bytes(value.dtype);
-  if (misaligned)
+  if (misaligned) {
     status_ =
         fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected data aligned to %d bytes, got an address %d beyond",
              dtype_bytes(value.dtype), static_cast<int>(misaligned));
+    return;
+  }
+  if (seen_count_ == kMaxSeen) return;
+  const uintptr_t begin = bytes ? reinterpret_cast<uintptr_t>(value.data) : 0;
+  seen_[seen_count_++] = {name, &value, begin, begin + static_cast<uintptr_t>(bytes), is_output(name)};
+}
+
+void Check::mark_changed(const dsv4_tensor& value) {
+  for (int i = seen_count_ - 1; i >= 0; --i)
+    if (seen_[i].tensor == &value) {
+      seen_[i].written = true;
+      return;
+    }
+}
+
+dsv4_status Check::check_overlaps() {
+  for (int i = 0; i < seen_count_; ++i) {
+    const Seen& written = seen_[i];
+    if (!written.written) continue;
+    for (int j = 0; j < seen_count_; ++j) {
+      const Seen& other = seen_[j];
+      if (written.begin < other.end && other.begin < written.end && written.tensor != other.tensor &&
+          share_bytes(pieces_of(*written.tensor), pieces_of(*other.tensor)))
+        return fail(DSV4_ERROR_INVALID_ARGUMENT, op_, written.name,
+                    "expected memory that no other argument uses, got memory of %s; the op writes it, so give it a "
+                    "tensor of its own",
+                    other.name);
+    }
+  }
+  return DSV4_OK;
 }
 
 void Check::tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes, std::initializer_list<int64_t> shape,
@@ -141,6 +225,7 @@ void Check::absent(const char* name, const dsv4_tensor& value, const char* when)
 
 dsv4_status Check::open(dsv4_stream stream, LaunchTarget* target) {
   if (status_) return status_;
+  if (dsv4_status status = check_overlaps()) return status;
   if (device_ == DSV4_HOST && !emulated_device())
     return fail(DSV4_ERROR_HOST_TENSOR, op_, first_tensor_,
                 "expected a CUDA tensor, got cpu; the Python package holds the CPU implementation");
@@ -158,16 +243,22 @@ dsv4_status Check::reachable(const char* name, const dsv4_tensor& value) {
               "expected CUDA memory or pinned host memory, got pageable host memory; allocate it with pin_memory=True");
 }
 
+dsv4_status write_struct(const char* op, const char* argument, const void* result, size_t size, void* given) {
+  if (!given) return fail(DSV4_ERROR_INVALID_ARGUMENT, op, argument, "expected a struct to write to, got NULL");
+  size_t known;
+  std::memcpy(&known, given, sizeof(known));
+  if (known < sizeof(known) || known > size) return bad_struct_size(op, size, known);
+  std::memcpy(static_cast<char*>(given) + sizeof(known), static_cast<const char*>(result) + sizeof(known),
+              known - sizeof(known));
+  return DSV4_OK;
+}
+
 void Check::bad_struct(const void* given, size_t bytes, size_t expected) {
   if (status_) return;
   if (!given)
     status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, "args", "expected a pointer to the argument struct, got NULL");
   else
-    status_ =
-        fail(DSV4_ERROR_INVALID_ARGUMENT, op_, "struct_size",
-             "expected up to %zu, got %zu; set it to sizeof the struct, and build against headers no newer than the "
-             "library (%s)",
-             expected, bytes, dsv4_version());
+    status_ = bad_struct_size(op_, expected, bytes);
 }
 
 void Check::bad_dtype(const char* name, int32_t dtype, DtypeSet dtypes) {

@@ -63,6 +63,13 @@ class Check {
     if (present(value)) tensor(name, value, dtypes, shape, layout);
   }
 
+  // The op writes these tensors, which were checked before; may be absent. Not needed for the workspace and for those
+  // whose name begins with "out".
+  template <typename... Tensors>
+  void changes(const Tensors&... tensors) {
+    (mark_changed(tensors), ...);
+  }
+
   // The same for memory that the device may also reach in the host: on the device of the tensors checked before, or
   // pinned (page-locked) host memory, which has one address for the host and for every device. The tensor does not say
   // whether host memory is pinned: reachable() asks CUDA, once the device is open.
@@ -92,7 +99,8 @@ class Check {
 
   dsv4_status status() const { return status_; }
 
-  // Ends the checks: opens the device that the tensors live on.
+  // Ends the checks: refuses memory that the op writes and another tensor uses too, and opens the device that the
+  // tensors live on.
   dsv4_status open(dsv4_stream stream, LaunchTarget* target);
 
   // After open(): refuses host memory that is not pinned, which a kernel could not read.
@@ -103,6 +111,8 @@ class Check {
   // Everything about a tensor but the device that it is on.
   void described(const char* name, const dsv4_tensor& value, DtypeSet dtypes, std::initializer_list<int64_t> shape,
                  Layout layout);
+  void mark_changed(const dsv4_tensor& value);
+  dsv4_status check_overlaps();
   __attribute__((cold)) void bad_dtype(const char* name, int32_t dtype, DtypeSet dtypes);
   __attribute__((cold)) void bad_shape(const char* name, const dsv4_tensor& value,
                                        std::initializer_list<int64_t> shape);
@@ -114,7 +124,22 @@ class Check {
   dsv4_status status_ = DSV4_OK;
   const char* first_tensor_ = nullptr;
   int32_t device_ = DSV4_HOST;
+
+  // The tensors that were checked, with the addresses that they span.
+  struct Seen {
+    const char* name;
+    const dsv4_tensor* tensor;
+    uintptr_t begin, end;
+    bool written;
+  };
+  static constexpr int kMaxSeen = 32;
+  int seen_count_ = 0;
+  Seen seen_[kMaxSeen];
 };
+
+// Writes `size` bytes of a result, but for its struct_size, to a caller's struct, whose own struct_size says how many
+// of its fields the caller knows.
+dsv4_status write_struct(const char* op, const char* argument, const void* result, size_t size, void* given);
 
 // A read-only extent that is safe to take before the tensor was checked.
 inline int64_t extent(const dsv4_tensor& tensor, int dimension) {

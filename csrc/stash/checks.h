@@ -60,6 +60,14 @@ inline StashShape check_pools(Check& check, const char* rows_name, const dsv4_te
   return shape;
 }
 
+// Where the op leaves an end of the lists: in place, or in a tensor that may be the same one.
+inline void check_advanced(Check& check, const dsv4_tensor& old_end, const dsv4_tensor& new_end) {
+  if (!present(new_end))
+    check.changes(old_end);
+  else if (new_end.data != old_end.data)
+    check.changes(new_end);
+}
+
 inline void check_workspace(Check& check, const dsv4_tensor& workspace) {
   check.tensor("workspace", workspace, one_of(DSV4_UINT8), {kAny});
   check.range("workspace bytes", extent(workspace, 0), static_cast<int64_t>(kCounterBytes), INT64_MAX);

@@ -149,6 +149,9 @@ extern "C" dsv4_status dsv4_paged_stash_copy(const dsv4_paged_stash_copy_args* g
   check.optional_tensor("new_free_list_head", args.new_free_list_head, one_of(DSV4_INT64), {2});
   check.optional_tensor("high_water", args.high_water, one_of(DSV4_INT64), {2});
   check_workspace(check, args.workspace);
+  check.changes(args.cuda_dst, args.host_dst, args.page_record, args.overflow, args.host_spill_global,
+                args.spilled_to_host, args.high_water);
+  check_advanced(check, args.free_list_head, args.new_free_list_head);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
   if (dsv4_status status = check.reachable("host_dst", args.host_dst)) return status;

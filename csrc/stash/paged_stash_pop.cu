@@ -137,6 +137,8 @@ extern "C" dsv4_status dsv4_paged_stash_pop(const dsv4_paged_stash_pop_args* giv
   check.optional_tensor("new_free_list_tail", args.new_free_list_tail, one_of(DSV4_INT64), {2});
   check.flag("zero_rest", args.zero_rest);
   check_workspace(check, args.workspace);
+  check.changes(args.dst, args.free_list_cuda, args.free_list_host);
+  check_advanced(check, args.free_list_tail, args.new_free_list_tail);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
   if (dsv4_status status = check.reachable("host_src", args.host_src)) return status;
