@@ -89,7 +89,8 @@ def check_waits(path: Path) -> None:
 
 def cpp_table(sidecars: list[Sidecar]) -> str:
     rows = "\n".join(
-        f'    {{"{s.op}", "{s.symbol}", "{s.language}", "{s.architecture}", "{s.sha256}"}},' for s in sidecars
+        f'    {{sizeof(dsv4_image), "{s.op}", "{s.symbol}", "{s.language}", "{s.architecture}", "{s.sha256}"}},'
+        for s in sidecars
     )
     return f"""{NOTICE}#include "core/images.h"
 

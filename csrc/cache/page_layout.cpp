@@ -1,14 +1,13 @@
 #include "cache/page_layout.h"
 
-#include "core/error.h"
+#include "core/check.h"
 
 extern "C" dsv4_status dsv4_page_layout_at(int32_t layout, dsv4_page_layout_info* info) {
   using namespace dsv4;
   if (layout < 0 || layout >= kPageLayoutCount)
     return fail(DSV4_ERROR_INVALID_ARGUMENT, "page_layout_at", "layout", "expected 0 to %d, got %d",
                 kPageLayoutCount - 1, layout);
-  *info = kPageLayouts[layout];
-  return DSV4_OK;
+  return write_struct("page_layout_at", "info", &kPageLayouts[layout], sizeof(*info), info);
 }
 
 extern "C" size_t dsv4_page_bytes(int32_t layout, int64_t entries) {

@@ -1,4 +1,5 @@
 // The questions an engine asks the library itself: version, what it holds, whether a device can run it.
+#include "core/check.h"
 #include "core/images.h"
 #include "core/kernel.h"
 #include "kernels.h"
@@ -39,9 +40,8 @@ extern "C" dsv4_status dsv4_preload(int32_t device) {
 extern "C" size_t dsv4_image_count(void) { return dsv4::image_count; }
 
 extern "C" dsv4_status dsv4_image_at(size_t index, dsv4_image* image) {
-  if (index >= dsv4::image_count || !image)
-    return dsv4::fail(DSV4_ERROR_INVALID_ARGUMENT, "image_at", image ? "index" : "image",
-                      "expected an index below %zu and a place to write to, got %zu", dsv4::image_count, index);
-  *image = dsv4::images[index];
-  return DSV4_OK;
+  if (image && index >= dsv4::image_count)
+    return dsv4::fail(DSV4_ERROR_INVALID_ARGUMENT, "image_at", "index", "expected an index below %zu, got %zu",
+                      dsv4::image_count, index);
+  return dsv4::write_struct("image_at", "image", image ? &dsv4::images[index] : nullptr, sizeof(*image), image);
 }

@@ -46,7 +46,8 @@ void bind_cache(py::module_& module) {
 
   module.def("page_layouts", [] {
     py::list layouts;
-    dsv4_page_layout_info info;
+    dsv4_page_layout_info info = {};
+    info.struct_size = sizeof(info);
     for (int32_t i = 0; dsv4_page_layout_at(i, &info) == DSV4_OK; ++i)
       layouts.append(py::make_tuple(info.name, info.head_dim, info.quantized_dims, dsv4_dtype_name(info.element),
                                     info.group, dsv4_dtype_name(info.scale), info.value_bytes, info.scale_bytes,

@@ -16,6 +16,7 @@ dsv4_status ignore_launch(const dsv4_launch*, void*) { return DSV4_OK; }
 void bind_call_cost(py::module_& module) {
   module.def("leave_out_launches", [](bool leave_out) {
     dsv4_image image = {};
+    image.struct_size = sizeof(image);
     if (leave_out) dsv4_image_at(0, &image);
     const dsv4_status status =
         dsv4_observe_launches(image.architecture, 1, leave_out ? ignore_launch : nullptr, nullptr);

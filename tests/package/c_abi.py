@@ -43,7 +43,19 @@ class HashRouterScoredArgs(ctypes.Structure):
 
 
 class Image(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_char_p) for name in ("op", "symbol", "language", "architecture", "sha256"))
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        *((name, ctypes.c_char_p) for name in ("op", "symbol", "language", "architecture", "sha256")),
+    )
+
+
+class PageLayoutInfo(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        ("name", ctypes.c_char_p),
+        ("head_dim", ctypes.c_int32),
+        ("quantized_dims", ctypes.c_int32),
+    )  # an older caller's: the library knows more fields
 
 
 def load(path: Path) -> ctypes.CDLL:

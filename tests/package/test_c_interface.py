@@ -80,6 +80,31 @@ def test_tensors_on_two_devices_are_refused(library: ctypes.CDLL) -> None:
     assert last_error(library) == "hash_router: hash_lut: expected device cuda:0 (where token_ids is), got cuda:1"
 
 
+@pytest.mark.parametrize(("first", "second"), [(0, c_abi.HOST), (c_abi.HOST, 0)])
+def test_host_tensor_among_cuda_tensors_is_refused(library: ctypes.CDLL, first: int, second: int) -> None:
+    names = {0: "cuda:0", c_abi.HOST: "cpu"}
+    for argument in ("hash_lut", "out_ids"):
+        memory = Memory()
+        args = c_abi.hash_router_args(memory, device=first)
+        shape, dtype = ((5, 2), c_abi.INT32) if argument == "hash_lut" else ((3, 2), c_abi.INT32)
+        setattr(args, argument, memory.tensor(dtype, shape, device=second))
+        assert hash_router(library, args) == c_abi.INVALID_ARGUMENT
+        assert last_error(library) == (
+            f"hash_router: {argument}: expected device {names[first]} (where token_ids is), got {names[second]}"
+        )
+
+
+def test_extents_whose_products_overflow_are_refused(library: ctypes.CDLL) -> None:
+    args = c_abi.hash_router_scored_args(Memory())
+    args.logits.stride[0] = 2**62
+    assert library.dsv4_hash_router_scored(ctypes.byref(args), None) == c_abi.INVALID_ARGUMENT
+    assert last_error(library).startswith("hash_router_scored: logits: expected contiguous rows that do not overlap")
+    args = c_abi.hash_router_args(Memory())
+    args.hash_lut.shape[0] = 2**62
+    assert hash_router(library, args) == c_abi.INVALID_ARGUMENT
+    assert last_error(library).startswith("hash_router: hash_lut: expected a contiguous tensor, got strides ")
+
+
 @pytest.mark.parametrize("dtype", [-1, 0, 13, 31, 32, 2**31 - 1])
 def test_value_that_is_no_dtype_is_refused(library: ctypes.CDLL, dtype: int) -> None:
     args = c_abi.hash_router_args(Memory())
@@ -123,6 +148,21 @@ def test_struct_size_that_cannot_be_is_refused(library: ctypes.CDLL, size: int) 
     assert hash_router(library, args) == c_abi.INVALID_ARGUMENT
     expected = ctypes.sizeof(HashRouterArgs)
     assert last_error(library).startswith(f"hash_router: struct_size: expected up to {expected}, got {size}; set it to")
+
+
+def test_results_keep_to_the_callers_struct(library: ctypes.CDLL) -> None:
+    """What lies behind the fields that the caller knows is not written; a struct that the library does not know is
+    refused."""
+    size = ctypes.sizeof(c_abi.PageLayoutInfo)
+    buffer = (c_abi.PageLayoutInfo * 2)()
+    ctypes.memset(buffer, 0xA5, 2 * size)
+    buffer[0].struct_size = size
+    assert library.dsv4_page_layout_at(2, ctypes.byref(buffer)) == c_abi.OK
+    assert (buffer[0].struct_size, buffer[0].name, buffer[0].head_dim) == (size, b"fp8_ds_mla", 512)
+    assert bytes(buffer)[size:] == b"\xa5" * size
+    buffer[0].struct_size = 1000
+    assert library.dsv4_page_layout_at(2, ctypes.byref(buffer)) == c_abi.INVALID_ARGUMENT
+    assert last_error(library).startswith("page_layout_at: struct_size: expected up to ")
 
 
 def test_null_struct_is_refused(library: ctypes.CDLL) -> None:

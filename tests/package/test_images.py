@@ -92,7 +92,7 @@ def test_op_without_images_is_refused(images: list[dict[str, Any]], architecture
 def test_c_interface_lists_the_same_images(library: ctypes.CDLL, images: list[dict[str, Any]]) -> None:
     listed = []
     for index in range(library.dsv4_image_count()):
-        image = c_abi.Image()
+        image = c_abi.Image(struct_size=ctypes.sizeof(c_abi.Image))
         assert library.dsv4_image_at(index, ctypes.byref(image)) == c_abi.OK
         listed.append(tuple(getattr(image, field).decode() for field in FIELDS))
     assert Counter(listed) == Counter(tuple(i[field] for field in FIELDS) for i in images)
@@ -100,10 +100,8 @@ def test_c_interface_lists_the_same_images(library: ctypes.CDLL, images: list[di
 
 def test_image_at_refuses_an_index_beyond_the_last(library: ctypes.CDLL) -> None:
     count = library.dsv4_image_count()
-    assert library.dsv4_image_at(count, ctypes.byref(c_abi.Image())) == c_abi.INVALID_ARGUMENT
-    assert library.dsv4_last_error().decode() == (
-        f"image_at: index: expected an index below {count} and a place to write to, got {count}"
-    )
+    assert library.dsv4_image_at(count, ctypes.byref(c_abi.Image(ctypes.sizeof(c_abi.Image)))) == c_abi.INVALID_ARGUMENT
+    assert library.dsv4_last_error().decode() == (f"image_at: index: expected an index below {count}, got {count}")
 
 
 def aot_images(images: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -178,6 +178,7 @@ typedef enum dsv4_page_layout {
 } dsv4_page_layout;
 
 typedef struct dsv4_page_layout_info {
+  size_t struct_size; /* sizeof(dsv4_page_layout_info), set by the caller */
   const char* name;
   int32_t head_dim;       /* channels of an entry */
   int32_t quantized_dims; /* how many of them are quantised, the first ones; the rest is bfloat16 */

@@ -115,6 +115,7 @@ DSV4_API dsv4_status dsv4_workspace_usage(int32_t device, dsv4_workspace_report*
 
 /* One compiled image of one kernel. All strings live as long as the library. */
 typedef struct dsv4_image {
+  size_t struct_size;       /* sizeof(dsv4_image), set by the caller */
   const char* op;           /* the op that launches it: the stem of its source file */
   const char* symbol;       /* kernel name inside the image */
   const char* language;     /* "cuda", "triton" or "cute" */
