@@ -1,5 +1,7 @@
 #include "core/device.h"
 
+#include <cuda.h>
+
 #include <atomic>
 #include <cstdio>
 #include <mutex>
@@ -46,6 +48,35 @@ dsv4_status read_device(const char* op, int ordinal, Device* device) {
               named ? properties.name : "?", major, minor, list_architectures().c_str());
 }
 
+// The driver's functions for contexts. Asked for by name, as the library is not linked against the driver.
+struct Contexts {
+  decltype(&::cuDevicePrimaryCtxRetain) retain;
+  decltype(&::cuCtxPushCurrent) push;
+  decltype(&::cuCtxPopCurrent) pop;
+  cudaError_t error;
+};
+
+const Contexts& contexts() {
+  static const Contexts found = [] {
+    constexpr unsigned kCudaVersion = 12000;  // that these functions are taken as of
+    Contexts entries = {};
+    const struct {
+      const char* name;
+      void** entry;
+    } wanted[] = {{"cuDevicePrimaryCtxRetain", reinterpret_cast<void**>(&entries.retain)},
+                  {"cuCtxPushCurrent", reinterpret_cast<void**>(&entries.push)},
+                  {"cuCtxPopCurrent", reinterpret_cast<void**>(&entries.pop)}};
+    for (const auto& one : wanted) {
+      cudaDriverEntryPointQueryResult result;
+      entries.error = cudaGetDriverEntryPointByVersion(one.name, one.entry, kCudaVersion, cudaEnableDefault, &result);
+      if (!entries.error && result != cudaDriverEntryPointSuccess) entries.error = cudaErrorSymbolNotFound;
+      if (entries.error) break;
+    }
+    return entries;
+  }();
+  return found;
+}
+
 }  // namespace
 
 int find_architecture(int major, int minor) {
@@ -63,6 +94,10 @@ dsv4_status find_device(const char* op, int ordinal, const Device** device) {
     return DSV4_OK;
   }
   std::lock_guard<std::mutex> lock(mutex);
+  if (ordinal >= 0 && ordinal < kMaxDevices && known[ordinal].load(std::memory_order_relaxed)) {
+    *device = &devices[ordinal];  // by a thread that held the lock before; others read the facts already
+    return DSV4_OK;
+  }
   Device found = {};
   if (dsv4_status status = read_device(op, ordinal, &found)) return status;
   devices[ordinal] = found;
@@ -81,10 +116,29 @@ dsv4_status LaunchTarget::open(const char* op_name, int ordinal, dsv4_stream on_
   if (dsv4_status status = find_device(op, ordinal, &device)) return status;
   int current = -1;
   if (cudaError_t error = cudaGetDevice(&current)) return fail_cuda(error, op, "cudaGetDevice");
-  if (current == ordinal) return DSV4_OK;
-  if (cudaError_t error = cudaSetDevice(ordinal)) return fail_cuda(error, op, "cudaSetDevice");
-  previous_ = current;
+  return current == ordinal ? DSV4_OK : enter(ordinal);
+}
+
+dsv4_status LaunchTarget::enter(int ordinal) {
+  AllowLoadingInCapture allow;
+  const Contexts& driver = contexts();
+  if (driver.error) return fail_cuda(driver.error, op, "cudaGetDriverEntryPointByVersion");
+  // Kept for as long as the process: the tensors' owner holds the context too, and may let go of it while work is
+  // enqueued. Asked for anew where it was destroyed since (cudaDeviceReset).
+  static std::atomic<CUcontext> retained[kMaxDevices];
+  CUcontext context = retained[ordinal].load(std::memory_order_acquire);
+  if (!context || driver.push(context) != CUDA_SUCCESS) {
+    if (driver.retain(&context, ordinal) != CUDA_SUCCESS || driver.push(context) != CUDA_SUCCESS)
+      return fail(DSV4_ERROR_CUDA, op, nullptr, "the primary context of device %d could not be made current", ordinal);
+    retained[ordinal].store(context, std::memory_order_release);
+  }
+  entered_ = true;
   return DSV4_OK;
+}
+
+void LaunchTarget::leave() {
+  CUcontext context;
+  contexts().pop(&context);
 }
 
 }  // namespace dsv4

@@ -19,14 +19,15 @@ struct Device {
 // The facts of a device, read once. DSV4_ERROR_NO_IMAGE if the library holds nothing for it.
 dsv4_status find_device(const char* op, int ordinal, const Device** device);
 
-// What an op launches on. Makes the device current for as long as it lives.
+// What an op launches on. Makes the device current for as long as it lives, by its primary context on the thread's
+// stack of contexts: cudaSetDevice() would, on the way back, create a context on the caller's device if it had none.
 class LaunchTarget {
  public:
   LaunchTarget() = default;
   LaunchTarget(const LaunchTarget&) = delete;
   LaunchTarget& operator=(const LaunchTarget&) = delete;
   ~LaunchTarget() {
-    if (previous_ >= 0) cudaSetDevice(previous_);
+    if (entered_) leave();
   }
 
   dsv4_status open(const char* op, int ordinal, dsv4_stream stream);
@@ -36,7 +37,10 @@ class LaunchTarget {
   cudaStream_t stream = nullptr;
 
  private:
-  int previous_ = -1;  // the device to return to, or -1
+  __attribute__((cold)) dsv4_status enter(int ordinal);
+  __attribute__((cold)) static void leave();
+
+  bool entered_ = false;  // whether the thread's stack holds a context of this call
 };
 
 // Allows calls that a stream capture forbids by default (loading an image) to be made while this thread captures:
