@@ -12,7 +12,7 @@
 namespace dsv4 {
 
 constexpr int kMaxSelected = 2048;
-constexpr int64_t kMaxColumns = 262144;
+constexpr int64_t kMaxColumns = int64_t{1} << 20;
 constexpr int kMaxCluster = 8;                         // what every architecture grants
 constexpr int64_t kMaxRows = INT32_MAX / kMaxCluster;  // a grid has at most 2^31 - 1 blocks
 
@@ -186,6 +186,29 @@ __device__ Bin find_bin(LongShared& shared, int turn, uint32_t rank) {
   return shared.bin;
 }
 
+// By the cluster's first block: sorts the entries that it has gathered, and writes the row's results.
+template <typename Score>
+__device__ __forceinline__ void sort_and_write(LongShared& shared, const Selection& selection, const Score* row_scores,
+                                               int64_t row, uint32_t gathered, uint32_t selected, int column_bits) {
+  const uint64_t all_columns = (uint64_t{1} << column_bits) - 1;
+  sort_entries<kThreads, kGathered>(shared.scratch, shared.entries, gathered, column_bits);
+  if (!selection.sorted) {  // again, by column
+    for (int i = threadIdx.x; i < selected; i += kThreads) {
+      const uint64_t entry = shared.entries[i];
+      shared.entries[i] = (entry & all_columns) << 32 | entry >> column_bits;
+    }
+    __syncthreads();
+    sort_entries<kThreads, kMaxSelected>(shared.scratch, shared.entries, selected, 32);
+  }
+  for (int i = threadIdx.x; i < selected; i += kThreads) {
+    const uint64_t entry = shared.entries[i];
+    const uint32_t key = static_cast<uint32_t>(selection.sorted ? entry >> column_bits : entry);
+    const uint32_t column = static_cast<uint32_t>(selection.sorted ? entry & all_columns : entry >> 32);
+    write_result(selection, row_scores, row, i, whole_key<Score>(key), column);
+  }
+  for (int i = selected + threadIdx.x; i < selection.top_k; i += kThreads) write_filling(selection, row, i);
+}
+
 // How far a slot's column lies behind that of the thread's first slot: a constant, so that comparing and adding it
 // costs no register.
 __device__ constexpr int column_offset(int slot) { return slot / kFour * (kThreads * kFour) + slot % kFour; }
@@ -291,28 +314,109 @@ __global__ void __launch_bounds__(kThreads, 1)
   __cluster_barrier_wait();
   if (block != 0) return;
 
-  sort_entries<kThreads, kGathered>(shared.scratch, shared.entries, ahead + count, column_bits);
-  if (!selection.sorted) {  // again, by column
-    for (int i = threadIdx.x; i < selected; i += kThreads) {
-      const uint64_t entry = shared.entries[i];
-      shared.entries[i] = (entry & all_columns) << 32 | entry >> column_bits;
-    }
-    __syncthreads();
-    sort_entries<kThreads, kMaxSelected>(shared.scratch, shared.entries, selected, 32);
-  }
-  for (int i = threadIdx.x; i < selected; i += kThreads) {
-    const uint64_t entry = shared.entries[i];
-    const uint32_t key = static_cast<uint32_t>(selection.sorted ? entry >> column_bits : entry);
-    const uint32_t column = static_cast<uint32_t>(selection.sorted ? entry & all_columns : entry >> 32);
-    write_result(selection, row_scores, row, i, whole_key<Score>(key), column);
-  }
-  for (int i = selected + threadIdx.x; i < selection.top_k; i += kThreads) write_filling(selection, row, i);
+  sort_and_write(shared, selection, row_scores, row, ahead + count, selected, column_bits);
 }
+
+// ---- Rows that the registers of a cluster do not hold: the same, but each turn reads the row again, from the L2
+// cache.
+
+// Calls function(key, column) for the columns [begin, end) of a row, shared out to the block's threads. begin: a
+// multiple of kFour. The key is descending_key()'s, with all its bits.
+template <typename Score, typename Function>
+__device__ __forceinline__ void for_each_key(const Score* row_scores, int begin, int end, bool fours,
+                                             Function&& function) {
+  constexpr int kAtOnce = 4;  // loads in flight
+  constexpr int kStep = kThreads * kFour;
+  for (int first = begin + threadIdx.x * kFour; first < end; first += kAtOnce * kStep) {
+    Four<Score> loaded[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) loaded[i] = load_four(row_scores, first + i * kStep, end, fours);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+      for (int j = 0; j < kFour; ++j) {
+        const int column = first + i * kStep + j;
+        if (column < end) function(descending_key(static_cast<float>(loaded[i].values[j])), column);
+      }
+  }
+}
+
+template <typename Score>
+__global__ void __launch_bounds__(kThreads, 1)
+    topk_select_streamed_kernel(const Score* __restrict__ scores, Selection selection, int column_bits) {
+  await_previous_grid();
+  __shared__ alignas(16) LongShared shared;
+  const int blocks = __clusterSizeInBlocks(), block = __clusterRelativeBlockRank();
+  const int64_t row = blockIdx.x / blocks;
+  const Score* const row_scores = scores + row * selection.scores_stride;
+  const int length = row_length(selection, row);
+  const int part = static_cast<int>((length + blocks * kFour - 1) / (blocks * kFour)) * kFour;
+  const int begin = min(block * part, length), end = min(begin + part, length);
+  const auto entry_of = [&](uint32_t key, int column) {
+    return uint64_t{key >> kKeyShift<Score>} << column_bits | static_cast<uint32_t>(column);
+  };
+
+  if (threadIdx.x == 0) shared.gathered = 0;
+  clear_bins<kThreads>(shared.scratch.bins);
+  __syncthreads();
+  const uint32_t selected = min(length, selection.top_k);
+  const uint64_t all_columns = (uint64_t{1} << column_bits) - 1;
+  // Of the entries first to last, the one of rank `selected - ahead - 1` is the last that is selected.
+  uint64_t first = 0, last = uint64_t{kLastKey<Score>} << column_bits | all_columns;
+  uint32_t ahead = 0, count = length;
+  int turn = 1;
+  if (count > kFew && count > selected) {
+    for_each_key(row_scores, begin, end, selection.in_fours,
+                 [&](uint32_t key, int) { atomicAdd(&shared.scratch.bins[bin_of_key(key)], 1u); });
+    const Bin bin = find_bin(shared, 0, selected - 1);
+    first = uint64_t{first_key_of(bin.number) >> kKeyShift<Score>} << column_bits;
+    last = uint64_t{last_key_of(bin.number) >> kKeyShift<Score>} << column_bits | all_columns;
+    ahead = bin.ahead;
+    count = bin.count;
+  }
+  for (; count > kFew && ahead + count > selected; ++turn) {
+    uint32_t* const bins = bins_of_turn(shared, turn);
+    clear_bins<kThreads>(bins);  // the others have read them before the last barrier
+    __syncthreads();
+    const int shift = shift_for(last - first);
+    for_each_key(row_scores, begin, end, selection.in_fours, [&](uint32_t key, int column) {
+      const uint64_t distance = entry_of(key, column) - first;
+      if (distance <= last - first) atomicAdd(&bins[distance >> shift], 1u);
+    });
+    const Bin bin = find_bin(shared, turn, selected - ahead - 1);
+    first += uint64_t{bin.number} << shift;
+    last = min(last, first + ((uint64_t{1} << shift) - 1));
+    ahead += bin.ahead;
+    count = bin.count;
+  }
+
+  // Each block gathers its own entries, in any order, then all leave them with the first block.
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();  // nobody reads bins any more where entries are going to be
+  for_each_key(row_scores, begin, end, selection.in_fours, [&](uint32_t key, int column) {
+    const uint64_t entry = entry_of(key, column);
+    if (entry <= last) shared.entries[atomicAdd(&shared.gathered, 1u)] = entry;
+  });
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  if (block != 0) {
+    const uint32_t own = shared.gathered;
+    if (threadIdx.x == 0)
+      shared.bin.number = atomicAdd(static_cast<uint32_t*>(__cluster_map_shared_rank(&shared.gathered, 0)), own);
+    __syncthreads();
+    uint64_t* const place = static_cast<uint64_t*>(__cluster_map_shared_rank(shared.entries, 0)) + shared.bin.number;
+    for (uint32_t i = threadIdx.x; i < own; i += kThreads) place[i] = shared.entries[i];
+  }
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  if (block == 0) sort_and_write(shared, selection, row_scores, row, ahead + count, selected, column_bits);
+}
+
+constexpr int64_t kMostColumns = kThreads * 64;  // of a block that keeps them in registers
 
 // Blocks for a row: as many as its columns take, and more while multiprocessors would be idle.
 static uint32_t blocks_per_row(const Device& device, int64_t rows, int64_t columns) {
-  constexpr int64_t kMostColumns = kThreads * 64;  // of a block
-  constexpr int64_t kFewColumns = 4096;            // a block with fewer would wait for others more than it works
+  constexpr int64_t kFewColumns = 4096;  // a block with fewer would wait for others more than it works
   uint32_t blocks = 1;
   while (blocks * kMostColumns < columns) blocks *= 2;
   while (blocks < kMaxCluster && rows * blocks * 2 <= device.multiprocessors && blocks * 2 * kFewColumns <= columns)
@@ -335,9 +439,14 @@ static dsv4_status select(const LaunchTarget& target, const Score* scores, const
       return launch<topk_select_short_kernel<Score, decltype(slots)::value>>(
           target, {blocks_for(selection.rows, kRowsPerBlock), kRowsPerBlock * kWarpLanes}, scores, selection);
     });
-  const uint32_t blocks = blocks_per_row(*target.device, selection.rows, selection.columns);
   int column_bits = 0;
   while (int64_t{1} << column_bits < selection.columns) ++column_bits;
+  if (selection.columns > kMaxCluster * kMostColumns) {
+    Geometry geometry = {static_cast<uint32_t>(selection.rows) * kMaxCluster, kThreads};
+    geometry.cluster = kMaxCluster;
+    return launch<topk_select_streamed_kernel<Score>>(target, geometry, scores, selection, column_bits);
+  }
+  const uint32_t blocks = blocks_per_row(*target.device, selection.rows, selection.columns);
   return with_long_slots(blocks_for(selection.columns, blocks), [&](auto slots) {
     Geometry geometry = {static_cast<uint32_t>(selection.rows) * blocks, kThreads};
     geometry.cluster = blocks;

@@ -79,6 +79,8 @@ def test_short_rows(columns: int, k: int, dtype: torch.dtype, device: str) -> No
         (1, 32769, 7),
         (1, 262144, 2048),
         (1, 262143, 1),
+        (1, 262145, 1),
+        (2, 262147, 512),
     ],
 )
 def test_long_rows(rows: int, columns: int, k: int, dtype: torch.dtype, device: str) -> None:
@@ -90,6 +92,48 @@ def test_long_rows(rows: int, columns: int, k: int, dtype: torch.dtype, device: 
 def test_many_long_rows(rows: int) -> None:
     """One block a row, with more rows than multiprocessors, and two."""
     check(random_scores(rows, 20011), 600, "cuda")
+
+
+def test_one_million_columns(device: str) -> None:
+    """A row of the models' longest context, of a layer that compresses nothing."""
+    check(random_scores(1, 1 << 20), 2048, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [524288, 1048575, 1048576])
+def test_rows_that_registers_do_not_hold(columns: int) -> None:
+    """What is in them, how long they are, and how many: as for shorter rows."""
+    column = torch.arange(columns)
+    bucket = ((column * 40503 % 4096).to(torch.int32) + 0x3F800000).view(torch.float32)
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45])[column % 6]
+    rows = [torch.ones(columns), column % 3, (column >= columns - 40) * 1.0, -column, bucket, special]
+    scores = torch.stack([row.to(torch.float32) for row in rows])
+    for k in (1, 512, 2048):
+        check(scores, k, "cuda")
+        check(scores, k, "cuda", [0, 5, columns, columns - 1, 300000, 2047])
+    many = random_scores(140, columns)
+    values, ids = topk_select(many.cuda(), 600)
+    want = torch.topk(many, 600, dim=1)  # no two of so many floats that are selected are equal, but for a few
+    assert torch.equal(values.cpu(), want.values)
+    assert torch.equal(many.gather(1, ids.cpu().to(torch.int64)), want.values)
+
+
+@pytest.mark.parametrize("levels", ["ties", "one bucket", "special", "short", "ascending"])
+def test_contents_of_rows_that_registers_do_not_hold(levels: str, device: str) -> None:
+    columns = 262144 + 300
+    column = torch.arange(columns)
+    lengths = None
+    if levels == "ties":
+        row = (column % 3).to(torch.float32)
+    elif levels == "one bucket":
+        row = ((column * 40503 % 4096).to(torch.int32) + 0x3F800000).view(torch.float32)
+    elif levels == "special":
+        row = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45])[column % 6]
+    elif levels == "short":
+        row, lengths = -column.to(torch.float32), [3000]
+    else:
+        row = column.to(torch.float32)
+    check(row[None], 700, device, lengths)
 
 
 @pytest.mark.parametrize("k", [6, 32, 500])
@@ -224,7 +268,7 @@ def test_rows_beyond_two_to_the_31_elements(columns: int, k: int) -> None:
     [
         (10, 0, "top_k: expected 1 to 2048, got 0"),
         (10, 2049, "top_k: expected 1 to 2048, got 2049"),
-        (262145, 4, "scores columns: expected 0 to 262144, got 262145"),
+        (1048577, 4, "scores columns: expected 0 to 1048576, got 1048577"),
     ],
 )
 def test_refuses_what_is_outside_its_range(columns: int, k: int, text: str, device: str) -> None:
