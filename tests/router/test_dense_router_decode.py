@@ -170,6 +170,25 @@ def test_few_blocks_at_once(architecture: str, blocks_a_wave: int, waves: int, m
         assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stages_are_used_again(architecture: str) -> None:
+    """A block whose part of hidden_size has more units than the ring has stages: loads wait until the stage was read.
+
+    On two multiprocessors there is one split of 20 units, and the ring has 7 stages.
+    """
+    hidden, weight, bias = gate_inputs(torch.Generator().manual_seed(3), 12, 64 * 20, 40)
+    assert bias is not None
+    expected = [
+        oracle.dense(row, weight.tolist(), bias.tolist(), 6, scale=2.5) for row in hidden.to(torch.float64).tolist()
+    ]
+    for seed in range(3):
+        with emulated(architecture, seed, multiprocessors=2):
+            weights, ids = dense_router_decode(hidden, weight, bias, 6, scale=2.5)
+        for i, (want_weights, want_ids) in enumerate(expected):
+            assert ids[i].tolist() == want_ids
+            assert weights[i].tolist() == pytest.approx(want_weights, rel=1e-5)
+
+
 @pytest.mark.gpu
 def test_beside_work_that_fills_the_device() -> None:
     """Blocks that cannot start at once because another stream's work is there."""
