@@ -3,7 +3,8 @@
     logits[t, e] = sum over h of hidden[t, h] * weight[e, h]        bfloat16 operands, float32 products and sums
     s            = sqrt(softplus(logits))
     ids[t]       = the top_k largest of s[t] + bias, largest first; at a tie the lower expert first
-    weights[t]   = s[t, ids[t]], divided by their sum if `renormalize`, times `scale`
+    weights[t]   = s[t, ids[t]], divided by their sum if `renormalize`, times `scale`; where float32 cannot tell them
+                   apart, by the limit (device/selection.py)
 
 The product is spread over the device (device/gate_product.py). The block with the number of a token then waits for the
 token's sums from all blocks (device/sums.py), but only if all blocks have started (device/presence.py), and selects for
@@ -44,7 +45,7 @@ from aot.router.device.presence import (
     find_mark,
     load_presence,
 )
-from aot.router.device.selection import KEY_NONE, select_experts, selection_key
+from aot.router.device.selection import KEY_NONE, kept_score, select_experts, selection_key
 from aot.router.device.sums import store_sums, take_logit
 
 # The kernel is compiled for each of these. A thread for each expert.
@@ -135,8 +136,9 @@ def dense_router_decode(
         for token in cutlass.range(owner, tokens, blocks, unroll=1):
             key = Uint32(KEY_NONE)
             if thread < experts:
-                score = sqrt_softplus(take_logit(sums, token, tokens, thread, experts))
-                scores[thread] = score
+                logit = take_logit(sums, token, tokens, thread, experts)
+                score = sqrt_softplus(logit)
+                scores[thread] = kept_score(logit, score)
                 key = selection_key(score + expert_bias)
             keys[thread] = key
             cute.arch.sync_threads()

@@ -34,6 +34,8 @@ struct Gate {
   float epsilon;
 };
 
+constexpr float kLeastScore = 1.17549435e-38f;  // the least normal number: below, a score is 0, as sqrt_softplus()'s is
+
 // A logit that is infinite counts as the limit; one that is not a number is left out and keeps its NaN.
 template <int Lanes, int Slots>
 __device__ void softmax(float (&values)[Slots], int lane, int experts) {
@@ -51,7 +53,10 @@ __device__ void softmax(float (&values)[Slots], int lane, int experts) {
   }
   sum = sum_over_group(sum, Lanes);
 #pragma unroll
-  for (int slot = 0; slot < Slots; ++slot) values[slot] /= sum;
+  for (int slot = 0; slot < Slots; ++slot) {
+    values[slot] /= sum;
+    if (values[slot] < kLeastScore) values[slot] = 0.0f;
+  }
 }
 
 template <int Lanes, int Slots>
@@ -61,7 +66,10 @@ __device__ void activate(float (&values)[Slots], int lane, int experts, int scor
     for (int slot = 0; slot < Slots; ++slot) values[slot] = sqrt_softplus(values[slot]);
   } else if (score_function == DSV4_SIGMOID) {
 #pragma unroll
-    for (int slot = 0; slot < Slots; ++slot) values[slot] = 1.0f / (1.0f + expf(-values[slot]));
+    for (int slot = 0; slot < Slots; ++slot) {
+      values[slot] = 1.0f / (1.0f + expf(-values[slot]));
+      if (values[slot] < kLeastScore) values[slot] = 0.0f;
+    }
   } else {
     softmax<Lanes>(values, lane, experts);
   }
@@ -108,8 +116,13 @@ __global__ void __launch_bounds__(kThreads, Lanes == kWarpLanes ? 1 : 8)
       group_top_k<Lanes>(values, experts, gate.top_k, lane, all_sums[group], all_scores[group], scratch[group]);
 
   // The same order for any number of lanes: those from k on add zeros.
-  const float weight = weigh_slot(chosen.payload, gate.top_k <= kFewResults ? kFewResults : Lanes, gate.renormalize,
-                                  gate.scale, gate.epsilon);
+  const auto logit = [&] {
+    if (chosen.column == kNoColumn) return NAN;
+    return static_cast<float>(logits[token * gate.logits_stride + chosen.column]);
+  };
+  const float slope = gate.score_function == DSV4_SQRT_SOFTPLUS ? kSqrtSoftplusSlope : kLinearSlope;
+  const float weight = weigh_slot(chosen.payload, logit, slope, gate.top_k <= kFewResults ? kFewResults : Lanes,
+                                  gate.renormalize, gate.scale, gate.epsilon);
   if (lane >= gate.top_k || token != own_token) return;
   const int64_t out = token * gate.top_k + lane;
   const int64_t id = padding ? int64_t{-1} : chosen.column;

@@ -109,15 +109,16 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kTokenThreads /
   if (thread >= kWarpLanes) return;
   if constexpr (Blocks > 1) wait_for_bytes(&sums_complete);
 
-  float score = 0.0f;
+  float logit = NAN, score = 0.0f;
   if (routed) {
-    float logit = 0.0f;
+    logit = 0.0f;
 #pragma unroll
     for (int i = 0; i < kTokenWarps; i += 4)
       logit += (warp_sums[i][lane] + warp_sums[i + 1][lane]) + (warp_sums[i + 2][lane] + warp_sums[i + 3][lane]);
     score = sqrt_softplus(logit);
   }
-  const float routing_weight = weigh_slot(score, group, renormalize, scale, epsilon);
+  const float routing_weight =
+      weigh_slot(score, [&] { return logit; }, kSqrtSoftplusSlope, group, renormalize, scale, epsilon);
   if (lane >= top_k) return;
   ids[token * top_k + lane] = routed ? static_cast<int32_t>(expert) : kNoExpert;
   weights[token * top_k + lane] = routing_weight;
@@ -158,7 +159,7 @@ extern "C" dsv4_status dsv4_hash_router_fused(const dsv4_hash_router_fused_args*
   check.tensor("weight", args.weight, one_of(DSV4_BFLOAT16), {kAny, hidden_size}, Layout::kStridedRows);
   check.range("weight rows (experts)", experts, 0, INT32_MAX);
   check.aligned_rows("weight", args.weight, kLoadBytes);
-  const int64_t weight_stride = experts > 1 ? args.weight.stride[0] * dtype_bytes(DSV4_BFLOAT16) : 0;
+  const int64_t weight_stride = experts > 1 ? saturating_product(args.weight.stride[0], dtype_bytes(DSV4_BFLOAT16)) : 0;
   check.range("weight row stride (bytes)", weight_stride, 0, UINT32_MAX);
   check.flag("renormalize", args.renormalize);
   check.number("scale", args.scale);

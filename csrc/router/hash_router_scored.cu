@@ -22,16 +22,17 @@ __global__ void hash_router_scored_kernel(const TokenId* __restrict__ token_ids,
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t token = thread >> (__ffs(group) - 1);  // a 64-bit division would take a hundred instructions
   int32_t id = kNoExpert;
-  float score = 0.0f;
+  float logit = NAN, score = 0.0f;
   if (token < tokens && slot < top_k) {
     const int64_t row = lookup_row(token_ids, padding_mask, token, vocab);
     const int64_t expert = row >= 0 ? static_cast<int64_t>(table[row * top_k + slot]) : kNoExpert;
     if (expert >= 0 && expert < experts) {
       id = static_cast<int32_t>(expert);
-      score = sqrt_softplus(static_cast<float>(logits[token * logits_stride + expert]));
+      logit = static_cast<float>(logits[token * logits_stride + expert]);
+      score = sqrt_softplus(logit);
     }
   }
-  const float weight = weigh_slot(score, group, renormalize, scale, epsilon);
+  const float weight = weigh_slot(score, [&] { return logit; }, kSqrtSoftplusSlope, group, renormalize, scale, epsilon);
   if (token >= tokens || slot >= top_k) return;
   const int64_t out = token * top_k + slot;
   ids[out] = id;

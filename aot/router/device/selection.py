@@ -4,6 +4,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 
+from aot.router.device.activation import sqrt_softplus
 from aot.router.device.arrays import LANES, make_registers, shared_array
 
 # Selection keys: unsigned integers in the order of the float32 scores. The key of -inf is 0x007FFFFF, so that the small
@@ -15,6 +16,12 @@ NO_EXPERT = 0xFFFFFFFF
 
 # Up to this many experts are chosen by `select_few`.
 FEW = 8
+
+# Weights, as in csrc/router/weigh_slot.cuh: a sum of scores below LEAST_SUM has lost digits, or all of them, to scores
+# below the normal range of float32. Each score of such a sum is of a logit below TINY, where it is e^(logit / 2).
+LEAST_SUM = 2.0**-64
+TINY = -88.0
+INFINITY = float("inf")
 
 
 @cute.jit
@@ -143,6 +150,39 @@ def select_few(keys: cute.Tensor, top_k: Int32, shared: Int32) -> Uint32:
 
 
 @cute.jit
+def kept_score(logit: Float32, score: Float32) -> Float32:
+    """What a block keeps of an expert: the score; below TINY the logit, which is negative as no score is."""
+    kept = score
+    if logit < TINY:
+        kept = logit
+    return kept
+
+
+@cute.jit
+def limit_share(kept: Float32) -> Float32:
+    """A lane's share of its token's weight where scores do not tell it; csrc/router/weigh_slot.cuh does the same.
+
+    Either some score is infinite, and these share the whole; or all are kept as logits.
+    """
+    highest = kept
+    if kept != kept:
+        highest = Float32(-INFINITY)
+    for power in cutlass.range_constexpr(5):
+        highest = cutlass.max(highest, cute.arch.shuffle_sync_bfly(highest, 1 << power))
+    share = Float32(0.0)
+    if kept > -INFINITY:
+        share = Float32(1.0)
+        if kept != highest:
+            share = cute.math.exp((kept - highest) * 0.5)
+    total = share
+    for power in cutlass.range_constexpr(5):
+        total += cute.arch.shuffle_sync_bfly(total, 1 << power)
+    if total != 0.0:
+        share = share / total
+    return share
+
+
+@cute.jit
 def select_experts(
     scores: cute.Tensor,
     keys_of_block: cute.Tensor,
@@ -167,21 +207,27 @@ def select_experts(
     else:
         chosen = select_by_rounds(keys, top_k)
 
+    kept = Float32(-INFINITY)
     weight = Float32(0.0)
     if lane < top_k:
-        weight = scores[chosen]
-        if weight != weight:
-            weight = Float32(0.0)
-    total = weight
+        kept = Float32(scores[chosen])
+        if kept >= 0.0:
+            weight = kept
+        if kept < 0.0:
+            weight = sqrt_softplus(kept)
     if renormalize != 0:
+        total = weight
         for power in cutlass.range_constexpr(5):
             total += cute.arch.shuffle_sync_bfly(total, 1 << power)
-        if total == 0.0:
-            total = Float32(1.0)
+        if (total == INFINITY) | ((total < LEAST_SUM) & (epsilon == 0.0)):
+            weight = limit_share(kept)
+        else:
+            # A division of 0 takes the slow way that denormals take, and lanes without a choice would take it.
+            if lane < top_k:
+                weight = weight / (total + epsilon)
     if lane < top_k:
-        # Only here: a division of 0 takes the slow way that denormals take, and lanes without a choice would take it.
-        if renormalize != 0:
-            weight = weight / (total + epsilon)
+        if scale == 0.0:  # without `renormalize` a weight may be infinite
+            weight = Float32(0.0)
         output = Int64(token) * top_k + lane
         (out_weights + output).store(weight * scale)
         (out_ids + output).store(Int32(chosen))

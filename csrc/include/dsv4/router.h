@@ -1,4 +1,9 @@
-/* Router ops: which experts each token goes to, and with which weight. */
+/* Router ops: which experts each token goes to, and with which weight.
+ *
+ * Extreme logits, in every op that weighs experts; no weight is ever NaN. A logit that is NaN is chosen last and weighs
+ * nothing; one of -infinity weighs nothing. One of +infinity takes the whole weight; several share it. Where all chosen
+ * scores are tiny, weights are those of exact arithmetic (equal logits have equal weights), unless epsilon is above 0.
+ * Where nothing weighs, weights are 0. Without renormalize an infinite logit has an infinite weight. */
 #ifndef DSV4_ROUTER_H
 #define DSV4_ROUTER_H
 
@@ -24,8 +29,8 @@ DSV4_API dsv4_status dsv4_hash_router(const dsv4_hash_router_args* args, dsv4_st
 
 /* Hash routing as the DeepSeek-V4 models do it: experts from the table, weights from the gate's logits.
  *     s = sqrt(softplus(logits[token, id])),  weight = scale * s / (sum of the row's s + epsilon)
- * The division only if renormalize; a sum of 0 counts as 1. A NaN logit has weight 0. Table entries outside
- * [0, experts) get id -1 and weight 0 and take no part in the sum. Token ids out of range, padding: as hash_router. */
+ * The division only if renormalize. Extreme logits: see above. Table entries outside [0, experts) get id -1 and weight
+ * 0 and take no part in the sum. Token ids out of range, padding: as hash_router. */
 typedef struct dsv4_hash_router_scored_args {
   size_t struct_size;       /* sizeof(dsv4_hash_router_scored_args) */
   dsv4_tensor token_ids;    /* [tokens] int32 or int64 */
@@ -65,8 +70,8 @@ DSV4_API dsv4_status dsv4_hash_router_fused(const dsv4_hash_router_fused_args* a
  *     logits = hidden . weight^T in float32,  s = sqrt(softplus(logits))
  *     ids = the k largest of s + bias in descending order, ties to the lower id, NaN lowest
  *     weight = scale * s[id] / (sum of the chosen s + epsilon)
- * The division only if renormalize; a sum of 0 counts as 1. A NaN logit has weight 0. The workspace must be zeroed once
- * before its first use; every call leaves it ready for the next one on the same stream. Calls that may run at the same
+ * The division only if renormalize. Extreme logits: see above. The workspace must be zeroed once before its first use;
+ * every call leaves it ready for the next one on the same stream. Calls that may run at the same
  * time need a workspace each. */
 typedef struct dsv4_dense_router_decode_args {
   size_t struct_size;      /* sizeof(dsv4_dense_router_decode_args) */
@@ -98,8 +103,8 @@ typedef enum dsv4_score_function {
  *     s = score_function(logits)
  *     ids = the k largest of s + bias in descending order, ties to the lower id, NaN lowest
  *     weight = scale * s[id] / (sum of the chosen s + epsilon)
- * The division only if renormalize; a sum of 0 counts as 1. A NaN logit has weight 0; ids are valid and different in
- * any case. A token that padding_mask marks gets ids -1 and weights 0. A token that bias_alt_mask marks is selected by
+ * The division only if renormalize. Extreme logits: see above; ids are valid and different in any case. A token that
+ * padding_mask marks gets ids -1 and weights 0. A token that bias_alt_mask marks is selected by
  * bias_alt instead of bias. */
 typedef struct dsv4_activation_topk_args {
   size_t struct_size;        /* sizeof(dsv4_activation_topk_args) */
@@ -124,7 +129,7 @@ DSV4_API dsv4_status dsv4_activation_topk(const dsv4_activation_topk_args* args,
  * than k ends in ids -1 and values -infinity. */
 typedef struct dsv4_topk_select_args {
   size_t struct_size;     /* sizeof(dsv4_topk_select_args) */
-  dsv4_tensor scores;     /* [rows, columns] float32 or bfloat16, columns <= 262144; rows may be strided */
+  dsv4_tensor scores;     /* [rows, columns] float32 or bfloat16, columns <= 1048576; rows may be strided */
   dsv4_tensor lengths;    /* [rows] int32; may be absent */
   dsv4_tensor out_values; /* [rows, k] float32, with the bits of the scores; may be absent */
   dsv4_tensor out_ids;    /* [rows, k] int32 */

@@ -2,7 +2,8 @@
 
 Shared rules: outputs are allocated unless given; nothing is synchronised; a token id outside [0, vocab) and a token
 that padding_mask marks get ids -1 and weights 0, and nothing out of bounds is read. Arguments that an op cannot take
-raise InvalidArgumentError. Ops are for inference: no gradient flows through them.
+raise InvalidArgumentError. Logits that are NaN, infinite or far below 0 are weighed by one rule, and no weight is ever
+NaN: see "Extreme logits" in docs/families/router.md. Ops are for inference: no gradient flows through them.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def hash_router_scored(
         hash_lut: [vocab, k] int32 or int64, k <= 32.
         logits: [tokens, experts] float32 or bfloat16: hidden . gate.weight^T; rows may be strided.
         padding_mask: [tokens] bool, true for padding.
-        renormalize: divide by the sum; a sum of 0 counts as 1.
+        renormalize: divide by the sum.
         scale: the model's routed scaling factor (1.5 in v4-flash, 2.5 in v4-pro).
         epsilon: added to the sum; the models use 0, some engines 1e-20.
         out_weights: [tokens, k] float32 to write to.
@@ -83,7 +84,7 @@ def hash_router_scored(
 
     Returns:
         weights [tokens, k] float32; ids [tokens, k] int32. A table entry outside [0, experts) gives its slot id -1 and
-        weight 0 and takes no part in the sum. A NaN logit has weight 0.
+        weight 0 and takes no part in the sum.
     """
     weights, ids = _hash_router_scored(
         (token_ids, hash_lut, logits, padding_mask, renormalize, scale, epsilon), (out_weights, out_ids)
@@ -118,7 +119,7 @@ def hash_router_fused(
             bytes.
         weight: [experts, hidden_size] bfloat16; rows likewise. `layers.N.ffn.gate.weight`.
         padding_mask: [tokens] bool, true for padding.
-        renormalize: divide by the sum; a sum of 0 counts as 1.
+        renormalize: divide by the sum.
         scale: the model's routed scaling factor (1.5 in v4-flash, 2.5 in v4-pro).
         epsilon: added to the sum; the models use 0, some engines 1e-20.
         out_weights: [tokens, k] float32 to write to.
@@ -126,7 +127,7 @@ def hash_router_fused(
 
     Returns:
         weights [tokens, k] float32; ids [tokens, k] int32. A token gets the same bits in every batch. A table entry
-        outside [0, experts) gives its slot id -1 and weight 0 and takes no part in the sum. A NaN logit has weight 0.
+        outside [0, experts) gives its slot id -1 and weight 0 and takes no part in the sum.
     """
     weights, ids = _hash_router_fused(
         (token_ids, hash_lut, hidden, weight, padding_mask, renormalize, scale, epsilon), (out_weights, out_ids)
@@ -160,7 +161,7 @@ def dense_router_decode(
         weight: [experts, hidden_size] bfloat16, at most 512 experts; rows likewise. `layers.N.ffn.gate.weight`.
         bias: [experts] float32, for selection only, or None. `layers.N.ffn.gate.bias`.
         k: experts a token, 1 to 32.
-        renormalize: divide by the sum; a sum of 0 counts as 1.
+        renormalize: divide by the sum.
         scale: the model's routed scaling factor.
         epsilon: added to the sum.
         workspace: a Workspace, or a uint8 tensor of at least `dense_router_decode_workspace_size(tokens, experts)`
@@ -171,7 +172,7 @@ def dense_router_decode(
 
     Returns:
         weights [tokens, k] float32 and ids [tokens, k] int32 in descending order of s + bias; ties go to the lower id,
-        NaN is lowest. A NaN logit has weight 0.
+        NaN is lowest.
     """
     weights, ids = _dense_router_decode(
         (hidden, weight, bias, k, renormalize, scale, epsilon), (out_weights, out_ids), workspace
@@ -211,9 +212,9 @@ def activation_topk(
         logits: [tokens, experts] float32 or bfloat16, at most 1024 experts: hidden . weight^T; rows may be strided.
         bias: [experts] float32, for selection only, or None. `layers.N.ffn.gate.bias`.
         k: experts a token, 1 to 32, at most experts.
-        score_function: "sqrt_softplus" (DeepSeek-V4), "sigmoid" or "softmax" (over the experts whose logit is not NaN;
-            an infinite logit counts as the limit).
-        renormalize: divide by the sum; a sum of 0 counts as 1.
+        score_function: "sqrt_softplus" (DeepSeek-V4), "sigmoid" or "softmax" (over the experts whose logit is not
+            NaN).
+        renormalize: divide by the sum.
         scale: the model's routed scaling factor (1.5 in v4-flash, 2.5 in v4-pro).
         epsilon: added to the sum; the models use 0, some engines 1e-20.
         padding_mask: [tokens] bool, true for padding: ids -1, weights 0.
@@ -225,7 +226,7 @@ def activation_topk(
 
     Returns:
         weights [tokens, k] float32 and ids [tokens, k] in descending order of s + bias; ties go to the lower id, NaN is
-        lowest. A NaN logit has weight 0. Ids are valid and different whatever the logits, unless the token is padding.
+        lowest. Ids are valid and different whatever the logits, unless the token is padding.
     """
     if score_function not in _SCORE_FUNCTIONS:
         raise _unknown_score_function(score_function)
@@ -268,7 +269,7 @@ def topk_select(
     """The k largest of each row, exactly: equal values (-0 equals +0) go to the lower column, NaN is below any number.
 
     Args:
-        scores: [rows, columns] float32 or bfloat16, at most 262,144 columns; rows may be strided.
+        scores: [rows, columns] float32 or bfloat16, at most 1,048,576 columns; rows may be strided.
         k: 1 to 2048; may exceed the columns.
         lengths: [rows] int32, how many leading columns of a row count; below 0 it is 0, above the columns all of them.
         sorted: in descending order, equal values by column. Otherwise in the order of the columns.

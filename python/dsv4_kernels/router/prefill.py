@@ -40,7 +40,7 @@ def dense_router_prefill(
         bias: [experts] float32, for selection only, or None. `layers.N.ffn.gate.bias`.
         k: experts a token, 1 to 32.
         padding_mask: [tokens] bool, true for padding: ids -1 and weights 0.
-        renormalize: divide by the sum; a sum of 0 counts as 1.
+        renormalize: divide by the sum.
         scale: the model's routed scaling factor.
         epsilon: added to the sum.
         out_weights: [tokens, k] float32 to write to.

@@ -33,6 +33,47 @@ def weigh(scores: Tensor, renormalize: bool, scale: float, epsilon: float) -> Te
     return scores * scale
 
 
+# As in csrc/router/weigh_slot.cuh: below LEAST_SUM a sum has lost scores that float32 does not hold; far below 0 a
+# score falls as e^(slope * logit).
+LEAST_SUM = 2.0**-64
+LEAST_SCORE = torch.finfo(torch.float32).tiny
+SQRT_SOFTPLUS_SLOPE, LINEAR_SLOPE = 0.5, 1.0
+
+
+def as_kernels_hold(scores: Tensor) -> Tensor:
+    """Scores below the normal range of float32 are 0, as the kernels compute them; the rest keeps its digits."""
+    return torch.where(scores < LEAST_SCORE, 0.0, scores)
+
+
+def limit_shares(logits: Tensor, slope: float) -> Tensor:
+    """Shares of the chosen experts [tokens, k] where scores do not tell them: infinite ones share the whole, tiny ones
+    are as e^(slope * logit) to each other. NaN and -inf have none.
+    """
+    x = logits.to(torch.float64)
+    highest = x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(dim=1, keepdim=True)
+    powers = torch.where(x == highest, 1.0, torch.exp(slope * (x - highest)))
+    powers = torch.where(x > -torch.inf, powers, 0.0)
+    return powers / powers.sum(dim=1, keepdim=True).clamp(min=1.0)  # the highest is 1, if there is one
+
+
+def weigh_chosen(
+    scores: Tensor, logits: Tensor, slope: float, renormalize: bool, scale: float, epsilon: float
+) -> Tensor:
+    """From the scores [tokens, k] of the chosen experts to weights, by the rule of docs/families/router.md.
+
+    logits: theirs, NaN where a slot has no expert. Never gives NaN.
+    """
+    if scale == 0.0:
+        return torch.zeros_like(scores)
+    scores = torch.where(scores.isnan(), 0.0, scores)
+    weights = weigh(scores, renormalize, scale, epsilon)
+    if not renormalize:
+        return weights
+    total = scores.sum(dim=1, keepdim=True)
+    by_limit = total.isinf() | ((total < LEAST_SUM) & (epsilon == 0.0))
+    return torch.where(by_limit, limit_shares(logits, slope) * scale, weights)
+
+
 def hash_router(
     token_ids: Tensor, hash_lut: Tensor, padding_mask: Tensor | None, out_weights: Tensor, out_ids: Tensor
 ) -> None:
@@ -55,11 +96,12 @@ def hash_router_scored(
 ) -> None:
     rows = lookup(token_ids, hash_lut, padding_mask)
     valid = (rows >= 0) & (rows < logits.shape[1])
-    scores = torch.zeros(rows.shape, dtype=torch.float64, device=logits.device)
+    chosen = torch.full(rows.shape, torch.nan, dtype=torch.float64, device=logits.device)
     if logits.shape[1]:
-        scores = sqrt_softplus(logits.gather(1, torch.where(valid, rows, 0))).nan_to_num(nan=0.0, posinf=torch.inf)
+        chosen = torch.where(valid, logits.gather(1, torch.where(valid, rows, 0)).to(torch.float64), torch.nan)
+    scores = as_kernels_hold(sqrt_softplus(chosen))
     out_ids.copy_(torch.where(valid, rows, NO_EXPERT))
-    out_weights.copy_(weigh(torch.where(valid, scores, 0.0), renormalize, scale, epsilon))
+    out_weights.copy_(weigh_chosen(scores, chosen, SQRT_SOFTPLUS_SLOPE, renormalize, scale, epsilon))
 
 
 def hash_router_fused(
@@ -97,12 +139,13 @@ def dense_router_decode(
     out_weights: Tensor,
     out_ids: Tensor,
 ) -> None:
-    scores = sqrt_softplus(hidden.to(torch.float64) @ weight.to(torch.float64).T)
+    logits = hidden.to(torch.float64) @ weight.to(torch.float64).T
+    scores = as_kernels_hold(sqrt_softplus(logits))
     selection = scores if bias is None else scores + bias.to(torch.float64)
     ids = descending(selection)[:, :k]
-    chosen = scores.gather(1, ids).nan_to_num(nan=0.0, posinf=torch.inf)
+    chosen, chosen_logits = scores.gather(1, ids), logits.gather(1, ids)
     out_ids.copy_(ids)
-    out_weights.copy_(weigh(chosen, renormalize, scale, epsilon))
+    out_weights.copy_(weigh_chosen(chosen, chosen_logits, SQRT_SOFTPLUS_SLOPE, renormalize, scale, epsilon))
 
 
 SQRT_SOFTPLUS, SIGMOID, SOFTMAX = range(3)  # dsv4_score_function of csrc/include/dsv4/router.h
@@ -146,9 +189,10 @@ def activation_topk(
     out_weights: Tensor,
     out_ids: Tensor,
 ) -> None:
-    scores = activate(logits, score_function)
+    scores = as_kernels_hold(activate(logits, score_function))
     ids = descending(selection_scores(scores, bias, bias_alt, bias_alt_mask))[:, :k]
-    weights = weigh(scores.gather(1, ids).nan_to_num(nan=0.0, posinf=torch.inf), renormalize, scale, epsilon)
+    slope = SQRT_SOFTPLUS_SLOPE if score_function == SQRT_SOFTPLUS else LINEAR_SLOPE
+    weights = weigh_chosen(scores.gather(1, ids), logits.gather(1, ids), slope, renormalize, scale, epsilon)
     if padding_mask is not None:
         ids = torch.where(padding_mask[:, None], NO_EXPERT, ids)
         weights = torch.where(padding_mask[:, None], 0.0, weights)
