@@ -12,6 +12,7 @@ extern "C" dsv4_status dsv4_page_layout_at(int32_t layout, dsv4_page_layout_info
 
 extern "C" size_t dsv4_page_bytes(int32_t layout, int64_t entries) {
   using namespace dsv4;
-  if (layout < 0 || layout >= kPageLayoutCount || entries < 0) return 0;
+  constexpr int64_t kMostEntries = int64_t{1} << 48;  // whose bytes fit in 64 bits
+  if (layout < 0 || layout >= kPageLayoutCount || entries < 0 || entries > kMostEntries) return 0;
   return static_cast<size_t>(page_bytes(kPageLayouts[layout], entries));
 }

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <vector>
 
+#include "core/check.h"
 #include "core/device.h"
 
 namespace dsv4 {
@@ -189,21 +190,17 @@ extern "C" dsv4_status dsv4_workspace(int32_t device, dsv4_stream stream, size_t
 
 extern "C" dsv4_status dsv4_workspace_usage(int32_t device, dsv4_workspace_report* report) {
   using namespace dsv4;
-  if (!report || report->struct_size != sizeof(*report))
-    return fail(DSV4_ERROR_INVALID_ARGUMENT, "workspace_usage", "report",
-                "expected a struct with struct_size %zu, got %zu", sizeof(*report), report ? report->struct_size : 0);
   if (device < 0 || device >= kMaxDevices)
     return fail(DSV4_ERROR_INVALID_ARGUMENT, "workspace_usage", "device", "expected 0 to %d, got %d", kMaxDevices - 1,
                 device);
-  *report = {};
-  report->struct_size = sizeof(*report);
+  dsv4_workspace_report usage = {};
   Pool& pool = pool_of(device);
   std::lock_guard<std::mutex> lock(pool.mutex);
-  report->stream_blocks = pool.of_streams.size();
-  for (const Block* block : pool.of_streams) report->bytes += block->size;
+  usage.stream_blocks = pool.of_streams.size();
+  for (const Block* block : pool.of_streams) usage.bytes += block->size;
   for (const Block* block : pool.of_graphs) {
-    ++(block->taken.load(std::memory_order_acquire) ? report->graph_blocks : report->free_blocks);
-    report->bytes += block->size;
+    ++(block->taken.load(std::memory_order_acquire) ? usage.graph_blocks : usage.free_blocks);
+    usage.bytes += block->size;
   }
-  return DSV4_OK;
+  return write_struct("workspace_usage", "report", &usage, sizeof(usage), report);
 }

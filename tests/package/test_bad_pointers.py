@@ -1,6 +1,6 @@
 """Every function of the C interface with NULL and with structs of garbage: a refusal, never a crash.
 
-Each function is called in a process of its own, which must end by itself.
+Each function is called in a process of its own, which must end by itself. Its numbers are 0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ POINTED = {
 
 CALL = """
 import ctypes, sys
-path, name, *structs = sys.argv[1:]
+path, name, parameters, *structs = sys.argv[1:]
 library = ctypes.CDLL(path)
 library.dsv4_last_error.restype = ctypes.c_char_p
 for one in structs:
@@ -40,8 +40,8 @@ for one in structs:
         struct = (ctypes.c_ubyte * size)(*[fill] * size)
         ctypes.c_size_t.from_buffer(struct).value = known
     given = ctypes.c_void_p(ctypes.addressof(struct) if size else None)
-    arguments = (given, None) if name not in ("dsv4_image_at", "dsv4_page_layout_at") else (ctypes.c_size_t(0), given)
-    print(getattr(library, name)(*arguments), library.dsv4_last_error().decode(), flush=True)
+    others = {"stream": None, "number": ctypes.c_size_t(0), "struct": given}
+    print(getattr(library, name)(*(others[one] for one in parameters.split(","))), library.dsv4_last_error().decode(), flush=True)
 """
 
 Struct = tuple[int, int, int]  # its bytes (0: NULL), its struct_size, what each other byte is
@@ -49,7 +49,11 @@ Struct = tuple[int, int, int]  # its bytes (0: NULL), its struct_size, what each
 
 def call(library: Path, name: str, structs: list[Struct]) -> list[tuple[int, str]]:
     """Status and error text of a call with each of these structs."""
-    command = [sys.executable, "-c", CALL, str(library), name, *(",".join(map(str, one)) for one in structs)]
+    parameters = ",".join(
+        "struct" if "*" in one else "stream" if "stream" in one else "number" for one in FUNCTIONS[name][1].split(",")
+    )
+    command = [sys.executable, "-c", CALL, str(library), name, parameters]
+    command += [",".join(map(str, one)) for one in structs]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, f"{name}: ended with {ran.returncode} after {ran.stdout}: {ran.stderr}"
     return [(int(status), text) for status, _, text in (line.partition(" ") for line in ran.stdout.splitlines())]
@@ -68,8 +72,8 @@ def test_null_and_bad_structs_are_refused(library_path: Path, name: str) -> None
     """NULL; a struct_size that cannot be; fields of garbage: all zero, all ones, and numbers that overflow products."""
     size = SIZES[POINTED[name]]
     op = name.removeprefix("dsv4_")
-    impossible = (0, 7, size + 1, 2**64 - 1)
-    fills = () if name in ("dsv4_image_at", "dsv4_page_layout_at") else (0, 1, 0x7F, 0x80, 0xFF)
+    impossible = (0, 7, size + 1, 2**64 - 1) if POINTED[name] != "dsv4_tensor" else ()  # which has no struct_size
+    fills = (0, 1, 0x7F, 0x80, 0xFF) if POINTED[name].endswith("_args") else ()  # which are read, not written
     structs = [(0, 0, 0), *((size, known, 0) for known in impossible), *((size, size, fill) for fill in fills)]
     results = call(library_path, name, structs)
     assert len(results) == len(structs)
