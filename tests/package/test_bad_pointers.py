@@ -41,7 +41,8 @@ for one in structs:
         ctypes.c_size_t.from_buffer(struct).value = known
     given = ctypes.c_void_p(ctypes.addressof(struct) if size else None)
     others = {"stream": None, "number": ctypes.c_size_t(0), "struct": given}
-    print(getattr(library, name)(*(others[one] for one in parameters.split(","))), library.dsv4_last_error().decode(), flush=True)
+    status = getattr(library, name)(*(others[one] for one in parameters.split(",")))
+    print(status, library.dsv4_last_error().decode(), flush=True)
 """
 
 Struct = tuple[int, int, int]  # its bytes (0: NULL), its struct_size, what each other byte is
