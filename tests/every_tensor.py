@@ -76,9 +76,7 @@ def given_to(case: Case) -> dict[str, Any]:
 
 @cache
 def calls_of(name: str) -> tuple[Call, ...]:
-    """Few and small calls of an op in which each of its tensors is given, with at least 2 in as many extents as in any
-    case.
-    """
+    """Few and small calls of an op in which each of its tensors is given, with as few extents below 2 as there are."""
     op = OPS[name]
     candidates = [(case.name, given_to(case)) for case in all_cases() if case.op == name and not case.large]
 
@@ -89,7 +87,7 @@ def calls_of(name: str) -> tuple[Call, ...]:
     chosen: dict[int, list[str]] = {}
     for tensor in tensor_names(op):
         having = [i for i, (_, given) in enumerate(candidates) if given[tensor] is not None]
-        several = [sum(extent >= 2 for extent in candidates[i][1][tensor].shape) for i in having]
+        single = [sum(extent < 2 for extent in candidates[i][1][tensor].shape) for i in having]
         if having:
-            chosen.setdefault(having[several.index(max(several))], []).append(tensor)
+            chosen.setdefault(having[single.index(min(single))], []).append(tensor)
     return tuple(Call(op, *candidates[i], tuple(names)) for i, names in sorted(chosen.items()))
