@@ -84,6 +84,9 @@ def measured(copy: Copy, fault: Fault, options: argparse.Namespace) -> dict[str,
         path.write_text(original)
         if fault.is_compiled:  # the next fault may be in Python
             copy.restore()
+    test = by.removeprefix("FAILED ").split(" - ")[0]
+    if result == "noticed" and by.startswith("FAILED ") and copy.run(test, timeout=options.timeout)[0] != "passed":
+        result, by = "broken", f"fails without the fault too: {test}"
     return row | {"result": result, "by": by, "seconds": round(time.monotonic() - started)}
 
 

@@ -149,7 +149,11 @@ class Copy:
         selection = SELECTION if emulated else f"{SELECTION} and not sm_90a"
         if options[:1] == ["-k"]:
             selection = f"({options[1]}) and {selection}"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", selection, path]
+        return self.run("-k", selection, path, timeout=timeout)
+
+    def run(self, *arguments: str, timeout: float) -> tuple[str, str]:
+        """Runs pytest on the copy until the first failure; see test()."""
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
         environment = os.environ | {"PYTHONPATH": str(self.folder / "python"), "PYTHONDONTWRITEBYTECODE": "1"}
         environment["DSV4_CHECKOUT"] = str(self.folder)
         if self.ptx:
@@ -159,7 +163,7 @@ class Copy:
                 command, cwd=self.folder, capture_output=True, text=True, env=environment, timeout=timeout, check=False
             )
         except subprocess.TimeoutExpired:
-            return "failed", f"{path}: not done after {timeout:.0f} s"
+            return "failed", f"{arguments[-1]}: not done after {timeout:.0f} s"
         if done.returncode == 0:
             return "passed", ""
         failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
