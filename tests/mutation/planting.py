@@ -163,7 +163,7 @@ class Copy:
                 command, cwd=self.folder, capture_output=True, text=True, env=environment, timeout=timeout, check=False
             )
         except subprocess.TimeoutExpired:
-            return "failed", f"{arguments[-1]}: not done after {timeout:.0f} s"
+            return "broken", f"{arguments[-1]}: not done after {timeout:.0f} s"
         if done.returncode == 0:
             return "passed", ""
         failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
