@@ -100,7 +100,7 @@ dsv4_status bad_struct_size(const char* op, size_t expected, size_t got) {
 
 // By the names that the headers give them.
 bool is_output(const char* name) {
-  return !std::strncmp(name, "out", 3) || (*name == 'w' && !std::strcmp(name, "workspace"));
+  return (name[0] == 'o' && name[1] == 'u' && name[2] == 't') || (name[0] == 'w' && !std::strcmp(name, "workspace"));
 }
 
 }  // namespace
@@ -119,41 +119,45 @@ void Check::described(const char* name, const dsv4_tensor& value, DtypeSet dtype
     status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected a pointer to data, got NULL");
     return;
   }
-  const uintptr_t misaligned = reinterpret_cast<uintptr_t>(value.data) % dtype_bytes(value.dtype);
+  const auto begin = reinterpret_cast<uintptr_t>(value.data);
+  const uintptr_t misaligned = begin & static_cast<uintptr_t>(dtype_bytes(value.dtype) - 1);  // a power of two
   if (misaligned) {
     status_ =
         fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected data aligned to %d bytes, got an address %d beyond",
              dtype_bytes(value.dtype), static_cast<int>(misaligned));
     return;
   }
-  if (seen_count_ == kMaxSeen) return;
-  const uintptr_t begin = bytes ? reinterpret_cast<uintptr_t>(value.data) : 0;
-  seen_[seen_count_++] = {name, &value, begin, begin + static_cast<uintptr_t>(bytes), is_output(name)};
+  if (bytes && seen_count_ < kMaxSeen)
+    seen_[seen_count_++] = {begin, begin + static_cast<uintptr_t>(bytes), &value, name};
 }
 
 void Check::mark_changed(const dsv4_tensor& value) {
   for (int i = seen_count_ - 1; i >= 0; --i)
     if (seen_[i].tensor == &value) {
-      seen_[i].written = true;
+      changed_ |= uint32_t{1} << i;
       return;
     }
 }
 
 dsv4_status Check::check_overlaps() {
-  for (int i = 0; i < seen_count_; ++i) {
-    const Seen& written = seen_[i];
-    if (!written.written) continue;
-    for (int j = 0; j < seen_count_; ++j) {
-      const Seen& other = seen_[j];
-      if (written.begin < other.end && other.begin < written.end && written.tensor != other.tensor &&
-          share_bytes(pieces_of(*written.tensor), pieces_of(*other.tensor)))
-        return fail(DSV4_ERROR_INVALID_ARGUMENT, op_, written.name,
-                    "expected memory that no other argument uses, got memory of %s; the op writes it, so give it a "
-                    "tensor of its own",
-                    other.name);
-    }
+  const Seen* const end = seen_ + seen_count_;
+  for (const Seen* written = seen_; written != end; ++written) {
+    if (!is_output(written->name) && !(changed_ >> (written - seen_) & 1)) continue;
+    for (const Seen* other = seen_; other != end; ++other)
+      if (written->begin < other->end && other->begin < written->end && other != written)
+        if (dsv4_status status = check_overlap(*written, *other)) return status;
   }
   return DSV4_OK;
+}
+
+dsv4_status Check::check_overlap(const Seen& written, const Seen& other) {
+  // An optional tensor may have been checked twice.
+  if (written.tensor == other.tensor || !share_bytes(pieces_of(*written.tensor), pieces_of(*other.tensor)))
+    return DSV4_OK;
+  return fail(DSV4_ERROR_INVALID_ARGUMENT, op_, written.name,
+              "expected memory that no other argument uses, got memory of %s; the op writes it, so give it a tensor of "
+              "its own",
+              other.name);
 }
 
 void Check::tensor(const char* name, const dsv4_tensor& value, DtypeSet dtypes, std::initializer_list<int64_t> shape,

@@ -43,9 +43,10 @@ class Check {
   // is: absent, for the fields it does not know.
   template <typename Args>
   Args read(const Args* given) {
-    Args args = {};
     size_t bytes = 0;
     if (given) std::memcpy(&bytes, given, sizeof(bytes));
+    if (bytes == sizeof(Args)) return *given;  // without zeros first
+    Args args = {};
     if (bytes < sizeof(size_t) || bytes > sizeof(Args)) {
       bad_struct(given, bytes, sizeof(Args));
       return args;
@@ -112,7 +113,6 @@ class Check {
   void described(const char* name, const dsv4_tensor& value, DtypeSet dtypes, std::initializer_list<int64_t> shape,
                  Layout layout);
   void mark_changed(const dsv4_tensor& value);
-  dsv4_status check_overlaps();
   __attribute__((cold)) void bad_dtype(const char* name, int32_t dtype, DtypeSet dtypes);
   __attribute__((cold)) void bad_shape(const char* name, const dsv4_tensor& value,
                                        std::initializer_list<int64_t> shape);
@@ -125,14 +125,16 @@ class Check {
   const char* first_tensor_ = nullptr;
   int32_t device_ = DSV4_HOST;
 
-  // The tensors that were checked, with the addresses that they span.
+  // The tensors that were checked, with the addresses that they span, and a bit for each that changes() named.
   struct Seen {
-    const char* name;
-    const dsv4_tensor* tensor;
     uintptr_t begin, end;
-    bool written;
+    const dsv4_tensor* tensor;
+    const char* name;
   };
+  dsv4_status check_overlaps();
+  __attribute__((cold)) dsv4_status check_overlap(const Seen& written, const Seen& other);
   static constexpr int kMaxSeen = 32;
+  uint32_t changed_ = 0;
   int seen_count_ = 0;
   Seen seen_[kMaxSeen];
 };
