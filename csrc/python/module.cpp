@@ -1,6 +1,7 @@
 #include <tuple>
 
 #include "tensor.h"
+#include "torch_tensor.h"
 
 PYBIND11_MODULE(_native, module) {
   using namespace dsv4::python;
@@ -19,6 +20,9 @@ PYBIND11_MODULE(_native, module) {
     if (dsv4_status status = dsv4_workspace_usage(device, &report)) raise_status(status);
     return std::make_tuple(report.stream_blocks, report.graph_blocks, report.free_blocks, report.bytes);
   }, "Blocks of dsv4_workspace() on a device: of streams, of graphs, free; and the bytes of all.");
+  bind_mark_written(module);
+  module.def("use_torch_functions", &use_torch_functions,
+             "For tests: False has Python asked about tensors, not libtorch_cpu. Returns whether that is asked now.");
   bind_router(module);
   bind_cache(module);
   bind_moe(module);

@@ -1,7 +1,10 @@
 #include "tensor.h"
 
 #include <algorithm>
+#include <exception>
 #include <unordered_map>
+
+#include "torch_tensor.h"
 
 namespace dsv4::python {
 namespace {
@@ -41,32 +44,44 @@ dsv4_tensor view_of(const dlpack::Tensor& from) {
   return view;
 }
 
-// The exchange table of a tensor type, or null. Looked up once a type.
+// What there is to know of the type of an argument.
+struct KnownType {
+  const dlpack::ExchangeApi* exchange = nullptr;  // null if it has none
+  TensorType tensor_type = TensorType::kForeign;
+};
+
 const dlpack::ExchangeApi* exchange_of(PyTypeObject* type) {
-  static std::unordered_map<PyTypeObject*, const dlpack::ExchangeApi*> known;
-  static std::pair<PyTypeObject*, const dlpack::ExchangeApi*> last;  // nearly every argument is of one type
-  if (last.first == type) return last.second;
-  if (const auto found = known.find(type); found != known.end()) {
-    last = *found;
-    return last.second;
-  }
-  const dlpack::ExchangeApi* exchange = nullptr;
   const py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
-  if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
-    auto* table = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    while (table && table->version.major > 1) table = table->previous;
-    if (table && table->version.major == 1 && table->tensor_from_object) exchange = table;
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  auto* table = static_cast<dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  while (table && table->version.major > 1) table = table->previous;
+  return table && table->version.major == 1 && table->tensor_from_object ? table : nullptr;
+}
+
+// Looked up once for each type.
+KnownType known_type(PyTypeObject* type) {
+  static std::unordered_map<PyTypeObject*, KnownType> known;
+  static std::pair<PyTypeObject*, KnownType> last;  // nearly every argument is of one type
+  if (last.first == type) return last.second;
+  auto found = known.find(type);
+  if (found == known.end()) {
+    const KnownType made = {exchange_of(type), tensor_type_of(type)};
+    found = known.emplace(type, made).first;
+    Py_INCREF(type);  // a type that goes away must not leave its address to another one
   }
-  Py_INCREF(type);  // a type that goes away must not leave its address to another one
-  known.emplace(type, exchange);
-  return exchange;
+  last = *found;
+  return last.second;
 }
 
 }  // namespace
 
 bool read_tensor(py::handle object, Tensor* out) {
   dlpack::Tensor tensor;
-  out->exchange = exchange_of(Py_TYPE(object.ptr()));
+  const KnownType type = known_type(Py_TYPE(object.ptr()));
+  if (type.tensor_type == TensorType::kDispatched)
+    throw py::type_error("expected a plain tensor, got one of a type with a __torch_dispatch__ of its own");
+  if (type.tensor_type == TensorType::kPlain) require_readable(object.ptr());
+  out->exchange = type.exchange;
   if (out->exchange) {
     if (out->exchange->tensor_from_object(object.ptr(), &tensor)) throw py::error_already_set();
     out->view = view_of(tensor);
@@ -83,6 +98,31 @@ bool read_tensor(py::handle object, Tensor* out) {
     return false;
   out->view = view_of(tensor);
   return true;
+}
+
+void bind_mark_written(py::module_& module) {
+  // No pybind11 function: that would take longer to call than this takes.
+  const auto mark_written = [](PyObject*, PyObject* tensors) -> PyObject* {
+    if (!PyTuple_Check(tensors)) return PyErr_Format(PyExc_TypeError, "mark_written: expected a tuple");
+    try {
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors); ++i) {
+        PyObject* const tensor = PyTuple_GET_ITEM(tensors, i);
+        if (known_type(Py_TYPE(tensor)).tensor_type != TensorType::kForeign) bump_version(tensor);
+      }
+    } catch (py::error_already_set& error) {
+      error.restore();
+      return nullptr;
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+      return nullptr;
+    }
+    Py_RETURN_NONE;
+  };
+  static PyMethodDef methods[] = {
+      {"mark_written", mark_written, METH_O,
+       "Raises the version counters of those in a tuple that are torch tensors, as torch's own in-place functions do."},
+      {}};
+  PyModule_AddFunctions(module.ptr(), methods);
 }
 
 dsv4_stream Tensor::current_stream() const {

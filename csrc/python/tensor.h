@@ -44,6 +44,7 @@ void bind_cache(py::module_& module);
 void bind_moe(py::module_& module);
 void bind_stash(py::module_& module);
 
+void bind_mark_written(py::module_& module);
 void bind_call_cost(py::module_& module);
 
 }  // namespace dsv4::python

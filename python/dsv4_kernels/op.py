@@ -9,18 +9,20 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, NoReturn, TypeAlias
 
 import torch
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from dsv4_kernels import _native
+from dsv4_kernels.errors import InvalidArgumentError, KernelError
 from dsv4_kernels.workspace import Workspace
 
 # While one of these holds, the dispatcher must see the call: torch.compile traces, a mode (fake tensors) is active.
-# Anything but these types is a subclass that wants to see it too.
-_PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_mark_written = _native.mark_written
 
 # Shape and dtype of an output.
 OutputSpec: TypeAlias = tuple[Sequence[int], torch.dtype]
@@ -55,12 +57,7 @@ class Op:
         """Runs the op. out holds a tensor to write to, or None to allocate one, for each result."""
         if workspace is not None and isinstance(workspace, Workspace):
             workspace = self._memory_of(workspace, arguments)
-        first = arguments[0]
-        if (
-            is_compiling()
-            or _dispatch_modes()
-            or (type(first) not in _PLAIN_TENSORS and isinstance(first, torch.Tensor))
-        ):
+        if is_compiling() or _dispatch_modes():
             return self._call_torch_op(arguments, out, workspace)
         return self.run(arguments, out, workspace)
 
@@ -69,8 +66,17 @@ class Op:
         arguments: tuple[Any, ...],
         out: tuple[torch.Tensor | None, ...],
         workspace: torch.Tensor | None = None,
+        *,
+        dispatched: bool = False,
     ) -> tuple[torch.Tensor, ...]:
-        """Runs the op on real tensors. What both the public function and the torch op end in."""
+        """Runs the op on real tensors. What both the public function and the torch op end in.
+
+        dispatched: the call comes from torch's dispatcher, so tensors that are the dispatcher's to read are not sent
+            there once more.
+        """
+        given = out
+        if forward_ad._current_level >= 0:  # the binding sees what requires a gradient, not what carries a tangent
+            self.refuse_gradients(arguments, out)
         try:
             for tensor in out:
                 if tensor is None:
@@ -79,15 +85,30 @@ class Op:
             if self.workspace_size is None:
                 on_device = self.native(*arguments, *out)
             else:
-                if workspace is None and not getattr(arguments[0], "is_cuda", True):
-                    workspace = torch.zeros(self.workspace_size(*arguments), dtype=torch.uint8)
-                on_device = self.native(*arguments, workspace, *out)
+                memory = workspace
+                if memory is None and not getattr(arguments[0], "is_cuda", True):
+                    memory = torch.zeros(self.workspace_size(*arguments), dtype=torch.uint8, device="cpu")
+                on_device = self.native(*arguments, memory, *out)
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            self._explain(arguments, out, workspace, error)
+            return self._run_otherwise(arguments, given, workspace, error, dispatched)
         if not on_device:
-            with torch.no_grad():
-                self.reference(*arguments, *out)
+            self.run_reference(arguments, out)
+        # As torch's own in-place functions: autograd learns that what it may have saved has changed.
+        _mark_written(given)
+        if self.mutated:
+            _mark_written(self._select_mutated(arguments))
         return out  # type: ignore[return-value]  # no None is left
+
+    def run_reference(self, arguments: tuple[Any, ...], out: tuple[Any, ...]) -> None:
+        """The CPU implementation, for host tensors that passed the checks."""
+        for name, _, value in self._named(arguments, out):
+            if not isinstance(value, torch.Tensor) and hasattr(value, "__dlpack__"):
+                raise InvalidArgumentError(
+                    f"{self.name}: {name}: expected a torch tensor in host memory, got {_describe(value)}; "
+                    "torch.from_dlpack makes one of the same memory"
+                )
+        with torch.no_grad():
+            self.reference(*arguments, *out)
 
     def _filled(self, arguments: tuple[Any, ...], out: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...]:
         """out with a new tensor in place of each None."""
@@ -114,6 +135,12 @@ class Op:
     def mutated_of(self, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         """The tensors among these inputs that the op changes in place."""
         return tuple(arguments[i] for i in self.mutated if i < len(arguments) and arguments[i] is not None)
+
+    @cached_property
+    def _select_mutated(self) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+        """mutated_of without its care, for all inputs: None stays in it."""
+        first, *rest = self.mutated
+        return itemgetter(first, *rest) if rest else lambda arguments: (arguments[first],)
 
     @cached_property
     def reference(self) -> Callable[..., None]:
@@ -154,41 +181,133 @@ class Op:
         overloads.out(*arguments, *tensors, *given)
         return tensors
 
+    def refuse_gradients(self, arguments: tuple[Any, ...], out: tuple[Any, ...] = ()) -> None:
+        """Raises InvalidArgumentError if gradients are recorded and would end here: no op has a backward."""
+        recorded, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
+        if not recorded and not forward:
+            return
+        for name, _, value in self._named(arguments, out):
+            if not isinstance(value, torch.Tensor):
+                continue
+            if (recorded and value.requires_grad) or (forward and forward_ad.unpack_dual(value).tangent is not None):
+                raise InvalidArgumentError(
+                    f"{self.name}: {name}: expected a tensor without a gradient, got one that "
+                    f"{'requires one' if value.requires_grad else 'carries a tangent'}; {self.name} has no derivative: "
+                    f"give it {name}.detach()" + (", or call it under torch.no_grad()" if value.requires_grad else "")
+                )
+
+    def _named(self, arguments: tuple[Any, ...], out: tuple[Any, ...]) -> list[tuple[str, str, Any]]:
+        """Name, type in torch's schema language and value of inputs and outputs."""
+        inputs = zip(self.schema, arguments, strict=False)  # trailing ones that have their defaults may be absent
+        return [(parameter.name, str(parameter.type), value) for parameter, value in inputs] + [
+            (name, "Optional[Tensor]", value) for name, value in zip(self.results, out, strict=False)
+        ]
+
+    def _run_otherwise(
+        self, arguments: tuple[Any, ...], out: tuple[Any, ...], workspace: Any, error: Exception, dispatched: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """After an error: through the dispatcher, if a tensor is one that only it can read. Else raises why not."""
+        named = self._named(arguments, out)
+        unread = [(name, value) for name, _, value in named if _is_for_dispatcher(value)]
+        if not unread or (isinstance(error, KernelError) and not isinstance(error, InvalidArgumentError)):
+            self._explain(arguments, out, workspace, error)
+        self.refuse_gradients(arguments, out)
+        if dispatched:
+            # A subclass whose __torch_dispatch__ has handed itself on.
+            plain = [_as_plain(value) for value in (*arguments, *out)]
+            if not any(_is_for_dispatcher(value) for value in plain):
+                count = len(arguments)
+                return self.run(tuple(plain[:count]), tuple(plain[count:]), workspace, dispatched=True)
+        name, value = unread[0]
+        refusal: Exception = error
+        written = {id(tensor) for tensor in (*out, *self.mutated_of(arguments))}
+        if value.is_neg() and id(value) in written:
+            refusal = TypeError("it is written to; resolve_neg() makes a plain one")  # torch's fallback cannot write it
+        elif not dispatched:
+            try:
+                return self._call_torch_op(arguments, out, workspace)
+            except InvalidArgumentError:
+                raise
+            except Exception as by_torch:
+                refusal = by_torch
+        why = (str(refusal).splitlines() or [type(refusal).__name__])[0]
+        raise InvalidArgumentError(
+            f"{self.name}: {name}: expected a plain tensor, got {_describe(value)} ({why})"
+        ) from refusal
+
     def _explain(self, arguments: tuple[Any, ...], out: tuple[Any, ...], workspace: Any, error: Exception) -> NoReturn:
         """Raises what is wrong with the arguments in the package's words; `error` itself if they are not the cause."""
-        from dsv4_kernels.errors import InvalidArgumentError, KernelError
-
         if isinstance(error, (KernelError, torch.OutOfMemoryError)):
             raise error
-        given = [(parameter.name, str(parameter.type), a) for parameter, a in zip(self.schema, arguments, strict=True)]
-        given += [(name, "Optional[Tensor]", tensor) for name, tensor in zip(self.results, out, strict=True)]
-        given += [("workspace", "Optional[Tensor]", workspace)]
-        for name, kind, value in given:
+        self.refuse_gradients(arguments, out)
+        for name, kind, value in (*self._named(arguments, out), ("workspace", "Optional[Tensor]", workspace)):
             need, holds = _ARGUMENT_KINDS[kind]
             if not holds(value):
                 raise InvalidArgumentError(f"{self.name}: {name}: expected {need}, got {_describe(value)}") from None
-        if not isinstance(arguments[0], torch.Tensor) and any(tensor is None for tensor in out):
-            name = self.results[[tensor is None for tensor in out].index(True)]
+        absent = [name for name, tensor in zip(self.results, out, strict=True) if tensor is None]
+        if not isinstance(arguments[0], torch.Tensor) and absent:
             raise InvalidArgumentError(
-                f"{self.name}: {name}: expected a tensor to write to, got None; "
+                f"{self.name}: {absent[0]}: expected a tensor to write to, got None; "
                 "outputs are allocated for torch tensors only"
             ) from None
-        # Outputs could not be allocated for these inputs: the C checks say why.
-        self.native(*arguments, *((workspace,) if self.workspace_size else ()), *out)
+        # Outputs could not be allocated. If it is because of the inputs, the C checks say why; else `error` does.
+        try:
+            self.native(*arguments, *((workspace,) if self.workspace_size else ()), *out)
+        except InvalidArgumentError as refusal:
+            if not str(refusal).startswith(tuple(f"{self.name}: {name}: " for name in absent)):
+                raise refusal from None
         raise error
+
+
+# What a tensor has among its dispatch keys if its memory is not its value.
+_KEYS_OF_THE_DISPATCHER = (
+    "Python",
+    "Conjugate",
+    "Negative",
+    "ZeroTensor",
+    "Functionalize",
+    "FuncTorchBatched",
+    "FuncTorchGradWrapper",
+)
+
+
+def _is_for_dispatcher(value: object) -> bool:
+    """Whether it is a tensor of which only torch's dispatcher knows what it means: of a subclass with a
+    __torch_dispatch__, lazily negated, of functorch.
+    """
+    if not isinstance(value, torch.Tensor):
+        return False
+    keys = torch._C._dispatch_keys(value)
+    own = type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return own or any(keys.has(key) for key in _KEYS_OF_THE_DISPATCHER)
+
+
+def _as_plain(value: Any) -> Any:
+    return value.as_subclass(torch.Tensor) if _is_for_dispatcher(value) else value
 
 
 def _is_tensor(value: object) -> bool:
     """Whether the binding can read it: memory of the host or of a CUDA device, with plain strides."""
     if isinstance(value, torch.Tensor):
-        return value.device.type in ("cpu", "cuda") and value.layout == torch.strided
+        dense = value.layout == torch.strided and not value.is_nested and not value.is_quantized
+        return dense and value.device.type in ("cpu", "cuda")
     return hasattr(value, "__dlpack__")
 
 
 def _describe(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a {value.device.type} tensor with layout {str(value.layout).removeprefix('torch.')}"
-    return f"int {value}" if type(value) is int else type(value).__name__
+    if not isinstance(value, torch.Tensor):
+        named = f"{type(value).__module__}.{type(value).__name__}"
+        return f"int {value}" if type(value) is int else named.removeprefix("builtins.")
+    if _is_for_dispatcher(value):
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):
+            return f"one of type {type(value).__name__}"
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return "one of a functorch transform"
+        return "one that is lazily negated, conjugated or zero"
+    for attribute, word in (("is_nested", "nested"), ("is_quantized", "quantized")):
+        if getattr(value, attribute):
+            return f"a {word} {value.device.type} tensor"
+    return f"a {value.device.type} tensor with layout {str(value.layout).removeprefix('torch.')}"
 
 
 # Of each type in torch's schema language: what an argument must be, in words and as a test.

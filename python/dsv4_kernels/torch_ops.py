@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from dsv4_kernels import _native
+from dsv4_kernels.errors import KernelError
 from dsv4_kernels.op import Op
 from dsv4_kernels.op_table import OPS
 
@@ -61,7 +63,7 @@ def _register(op: Op, library: torch.library.Library) -> None:
     library.define(f"{op.name}.out({inputs}, {mutated}{workspace}) -> ()")
     for key in ("CPU", "CUDA"):
         library.impl(f"{op.name}.out", out, key)
-    library.impl(f"{op.name}.out", _fake_out, "Meta")
+    library.impl(f"{op.name}.out", _fake_out(op), "Meta")
 
 
 def _one_or_all(results: tuple[torch.Tensor, ...]) -> Any:
@@ -72,26 +74,33 @@ def _functional(op: Op) -> Callable[..., Any]:
     nothing, count = (None,) * len(op.results), len(op.schema)
 
     def functional(*arguments: Any) -> Any:
-        return _one_or_all(op.run(_with_defaults(op, arguments), nothing))
+        return _one_or_all(op.run(_with_defaults(op, arguments), nothing, dispatched=True))
 
     def functional_with_workspace(*values: Any) -> Any:
-        return _one_or_all(op.run(_with_defaults(op, values[:count]), nothing, *values[count:]))
+        return _one_or_all(op.run(_with_defaults(op, values[:count]), nothing, *values[count:], dispatched=True))
 
     return functional if op.workspace_size is None else functional_with_workspace
 
 
 def _out(op: Op) -> Callable[..., None]:
-    native, count, results = op.native, len(op.schema), len(op.results)
+    native, mark_written = op.native, _native.mark_written
+    count, results = len(op.schema), len(op.results)
+
+    def through_run(*values: Any) -> None:
+        op.run(values[:count], values[count : count + results], *values[count + results :], dispatched=True)
 
     def out(*values: Any) -> None:
-        if not native(*values):
-            with torch.no_grad():
-                op.reference(*values)
+        try:
+            on_device = native(*values)
+        except KernelError:
+            raise
+        except Exception:
+            return through_run(*values)  # which says what is wrong
+        if not on_device:
+            op.run_reference(values[:count], values[count:])
+        return mark_written(values[count:])
 
-    def out_with_workspace(*values: Any) -> None:
-        op.run(values[:count], values[count:][:results], *values[count + results :])
-
-    return out if op.workspace_size is None else out_with_workspace
+    return out if op.workspace_size is None else through_run
 
 
 def _fake(op: Op) -> Callable[..., Any]:
@@ -99,13 +108,19 @@ def _fake(op: Op) -> Callable[..., Any]:
 
     def fake(*values: Any) -> Any:
         arguments = _with_defaults(op, values[:count])
+        op.refuse_gradients(arguments)
         return _one_or_all(op.allocate(arguments, arguments[0].device))
 
     return fake
 
 
-def _fake_out(*values: Any) -> None:
-    return None
+def _fake_out(op: Op) -> Callable[..., None]:
+    count, results = len(op.schema), len(op.results)
+
+    def fake(*values: Any) -> None:
+        op.refuse_gradients(values[:count], values[count : count + results])
+
+    return fake
 
 
 def _with_defaults(op: Op, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
