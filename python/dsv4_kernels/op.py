@@ -101,14 +101,18 @@ class Op:
 
     def run_reference(self, arguments: tuple[Any, ...], out: tuple[Any, ...]) -> None:
         """The CPU implementation, for host tensors that passed the checks."""
+        self._require_torch(arguments, out)
+        with torch.no_grad():
+            self.reference(*arguments, *out)
+
+    def _require_torch(self, arguments: tuple[Any, ...], out: tuple[Any, ...]) -> None:
+        """Raises InvalidArgumentError for arrays of other frameworks, on the host."""
         for name, _, value in self._named(arguments, out):
             if not isinstance(value, torch.Tensor) and hasattr(value, "__dlpack__"):
                 raise InvalidArgumentError(
                     f"{self.name}: {name}: expected a torch tensor in host memory, got {_describe(value)}; "
                     "torch.from_dlpack makes one of the same memory"
                 )
-        with torch.no_grad():
-            self.reference(*arguments, *out)
 
     def _filled(self, arguments: tuple[Any, ...], out: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...]:
         """out with a new tensor in place of each None."""
@@ -207,6 +211,8 @@ class Op:
         self, arguments: tuple[Any, ...], out: tuple[Any, ...], workspace: Any, error: Exception, dispatched: bool
     ) -> tuple[torch.Tensor, ...]:
         """After an error: through the dispatcher, if a tensor is one that only it can read. Else raises why not."""
+        if workspace is None and str(error).startswith(f"{self.name}: workspace: expected a tensor, got none"):
+            self._require_torch(arguments, out)  # for which host workspace is made
         named = self._named(arguments, out)
         unread = [(name, value) for name, _, value in named if _is_for_dispatcher(value)]
         if not unread or (isinstance(error, KernelError) and not isinstance(error, InvalidArgumentError)):
