@@ -35,7 +35,7 @@ def main() -> int:
     )
     parser.add_argument("--narrow", action="store_true", help="only the tests that a fault names, not the family's")
     parser.add_argument(
-        "--timeout", type=float, default=1800, help="seconds for one run of tests; what hangs is noticed"
+        "--timeout", type=float, default=1800, help="seconds for one run of tests; what takes longer is broken"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results to this file, after every fault")
     options = parser.parse_args()
