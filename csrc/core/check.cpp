@@ -74,6 +74,8 @@ Pieces pieces_of(const dsv4_tensor& value) {
   return pieces;
 }
 
+int64_t span_of(const Pieces& value) { return (value.count - 1) * value.stride + value.bytes; }
+
 // Whether two tensors have a byte in common. Columns of one matrix have none. Exact but for tensors of pieces at
 // different distances, which is answered with yes: their spans do overlap.
 bool share_bytes(const Pieces& a, const Pieces& b) {
@@ -83,7 +85,7 @@ bool share_bytes(const Pieces& a, const Pieces& b) {
     const int64_t first = offset < a.bytes ? 0 : (offset - a.bytes) / a.stride + 1;  // piece of `a` that ends behind it
     return first < a.count && first * a.stride < offset + b.bytes;
   }
-  if (a.stride != b.stride) return true;
+  if (a.stride != b.stride) return offset < span_of(a) && -offset < span_of(b);
   // The first piece of `b` begins `into` bytes behind that of this number of `a`, if there is one.
   const int64_t number = offset / a.stride - (offset % a.stride < 0);
   const int64_t into = offset - number * a.stride;

@@ -23,9 +23,9 @@ constexpr size_t kSmallestBlock = 16 << 10;
 struct Block {
   unsigned char* data;
   size_t size;
-  unsigned long long stream;      // id of the stream; unlike its handle never used again for another one
-  unsigned long long capture;     // id of the capture; of blocks of graphs
-  uint64_t last_use;              // of blocks of streams
+  unsigned long long stream;   // of blocks of streams its id, which is never used again; of blocks of graphs its handle
+  unsigned long long capture;  // id of the capture; of blocks of graphs
+  uint64_t last_use;           // of blocks of streams
   std::atomic<bool> taken{true};  // of blocks of graphs: until the graph and all that was made of it are gone
 };
 
@@ -150,13 +150,17 @@ dsv4_status lend_to_graph(Pool& pool, unsigned long long stream, unsigned long l
 
 dsv4_status lend(const LaunchTarget& target, size_t size, Block** lent) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long capture = 0, stream = 0;
+  unsigned long long capture = 0;
   cudaGraph_t graph = nullptr;
   if (cudaError_t error = cudaStreamGetCaptureInfo(target.stream, &status, &capture, &graph))
     return fail_cuda(error, kOp, "cudaStreamGetCaptureInfo");
   if (status == cudaStreamCaptureStatusInvalidated)
     return fail_cuda(cudaErrorStreamCaptureInvalidated, kOp, "capturing the stream");
-  if (cudaError_t error = cudaStreamGetId(target.stream, &stream)) return fail_cuda(error, kOp, "cudaStreamGetId");
+  // A stream that captures may not be asked for its id. Its handle will do: it is the stream's for as long as it
+  // captures.
+  unsigned long long stream = reinterpret_cast<uintptr_t>(target.stream);
+  if (status == cudaStreamCaptureStatusNone)
+    if (cudaError_t error = cudaStreamGetId(target.stream, &stream)) return fail_cuda(error, kOp, "cudaStreamGetId");
   Pool& pool = pool_of(target.device->ordinal);
   std::lock_guard<std::mutex> lock(pool.mutex);
   return status == cudaStreamCaptureStatusActive ? lend_to_graph(pool, stream, capture, graph, size, lent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -227,8 +228,10 @@ def test_nothing_is_synchronised() -> None:
     requests = [Request(slot, position=slot) for slot in range(256)]
     results = []
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         torch.cuda._sleep(200_000_000)  # so that the copies of all steps are under way at once
         for _ in range(50):
             prepare_forward(batch, schema, allocator, requests, [17] * 256)

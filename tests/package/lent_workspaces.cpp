@@ -92,6 +92,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  if (of(stream)->status != cudaStreamCaptureStatusNone) return cudaErrorStreamCaptureUnsupported;
   *id = of(stream)->id;
   return cudaSuccess;
 }
@@ -132,6 +133,13 @@ dsv4_status LaunchTarget::open(const char* name, int ordinal, dsv4_stream on_str
   stream = on_stream;
   devices[ordinal].ordinal = ordinal;
   device = &devices[ordinal];
+  return DSV4_OK;
+}
+void LaunchTarget::leave() {}
+dsv4_status write_struct(const char*, const char*, const void* result, size_t size, void* given) {
+  if (!given || *static_cast<size_t*>(given) != size) return DSV4_ERROR_INVALID_ARGUMENT;
+  std::memcpy(given, result, size);
+  *static_cast<size_t*>(given) = size;
   return DSV4_OK;
 }
 
