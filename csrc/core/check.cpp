@@ -93,6 +93,14 @@ bool share_bytes(const Pieces& a, const Pieces& b) {
   return (into < a.bytes && meets(number)) || (into + b.bytes > a.stride && meets(number + 1));
 }
 
+// Of two tensors of one shape.
+bool is_same_view(const dsv4_tensor& a, const dsv4_tensor& b) {
+  if (a.data != b.data || a.dtype != b.dtype || a.rank != b.rank) return false;
+  for (int i = 0; i < a.rank; ++i)
+    if (a.shape[i] != b.shape[i] || (a.shape[i] != 1 && a.stride[i] != b.stride[i])) return false;
+  return true;
+}
+
 dsv4_status bad_struct_size(const char* op, size_t expected, size_t got) {
   return fail(DSV4_ERROR_INVALID_ARGUMENT, op, "struct_size",
               "expected up to %zu, got %zu; set it to sizeof the struct, and build against headers no newer than the "
@@ -153,6 +161,8 @@ dsv4_status Check::check_overlaps() {
 }
 
 dsv4_status Check::check_overlap(const Seen& written, const Seen& other) {
+  if (written.tensor == in_place_[0] && other.tensor == in_place_[1] && is_same_view(*written.tensor, *other.tensor))
+    return DSV4_OK;
   // An optional tensor may have been checked twice.
   if (written.tensor == other.tensor || !share_bytes(pieces_of(*written.tensor), pieces_of(*other.tensor)))
     return DSV4_OK;

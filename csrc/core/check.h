@@ -71,6 +71,9 @@ class Check {
     (mark_changed(tensors), ...);
   }
 
+  // `output` may be `input` itself: the same elements in the same places. A part of it is refused like any other.
+  void in_place(const dsv4_tensor& output, const dsv4_tensor& input) { in_place_[0] = &output, in_place_[1] = &input; }
+
   // The same for memory that the device may also reach in the host: on the device of the tensors checked before, or
   // pinned (page-locked) host memory, which has one address for the host and for every device. The tensor does not say
   // whether host memory is pinned: reachable() asks CUDA, once the device is open.
@@ -135,6 +138,7 @@ class Check {
   __attribute__((cold)) dsv4_status check_overlap(const Seen& written, const Seen& other);
   static constexpr int kMaxSeen = 32;
   uint32_t changed_ = 0;
+  const dsv4_tensor* in_place_[2] = {};
   int seen_count_ = 0;
   Seen seen_[kMaxSeen];
 };

@@ -113,6 +113,7 @@ extern "C" dsv4_status dsv4_moe_finalize(const dsv4_moe_finalize_args* given, ds
   check.optional_tensor("weights", args.weights, one_of(DSV4_FLOAT32), {tokens, top_k});
   check.optional_tensor("shared", args.shared, one_of(DSV4_BFLOAT16), {tokens, columns}, Layout::kStridedRows);
   check.tensor("out", args.out, one_of(DSV4_BFLOAT16), {tokens, columns}, Layout::kStridedRows);
+  check.in_place(args.out, args.shared);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cases import all_cases
-from dsv4_kernels.moe import padded_squared_relu
+from dsv4_kernels.moe import moe_finalize, padded_squared_relu
 from dsv4_kernels.op_table import OPS
 from dsv4_kernels.router import topk_select
 from hypothesis import given, settings
@@ -68,6 +68,7 @@ IN_PLACE = {
     ("paged_stash_copy", "new_free_list_head", "free_list_head"),
     ("paged_stash_pop", "new_free_list_tail", "free_list_tail"),
     ("padded_squared_relu", "out", "x"),
+    ("moe_finalize", "out", "shared"),
 }
 
 
@@ -102,6 +103,18 @@ def test_overlapping_memory_is_refused(name: str) -> None:
             assert {found[1], found[2]} == {written, other}
             tried += 1
     assert tried
+
+
+def test_in_place_means_the_same_elements() -> None:
+    """moe_finalize adds to its shared input in place: whole, not a row further or in rows of another distance."""
+    rows, slots = torch.ones(2, 8, dtype=torch.bfloat16), torch.tensor([[0], [1]], dtype=torch.int32)
+    memory = torch.full((4, 8), 3.0, dtype=torch.bfloat16)
+    assert moe_finalize(rows, slots, None, memory[:2], out=memory[:2]).tolist() == [[4.0] * 8] * 2
+    for shared in (memory[1:3], memory[::2]):
+        with pytest.raises(InvalidArgumentError, match=r"moe_finalize: out: .* got memory of shared"):
+            moe_finalize(rows, slots, None, shared, out=memory[:2])
+    with pytest.raises(InvalidArgumentError, match=r"moe_finalize: out: .* got memory of rows"):
+        moe_finalize(rows, slots, out=rows)
 
 
 def test_public_functions_refuse_it() -> None:
@@ -141,7 +154,7 @@ def test_views_of_one_buffer(data: st.DataObject) -> None:
     except InvalidArgumentError as error:
         refusal = str(error)
     assert refusal == "" or "memory of x" in refusal
-    if starts[0] == starts[1] and strides[0] == strides[1]:
+    if starts[0] == starts[1] and (rows == 1 or strides[0] == strides[1]):
         assert not refusal
         return
     spans_meet = max(map(min, places)) <= min(map(max, places))

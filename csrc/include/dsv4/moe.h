@@ -16,7 +16,7 @@ typedef struct dsv4_padded_squared_relu_args {
   dsv4_tensor x;               /* [rows, columns] bfloat16; rows may be strided */
   dsv4_tensor permutation_map; /* [rows] int32, negative = padding */
   dsv4_tensor n_used;          /* one int32, rank 0 or 1 */
-  dsv4_tensor out;             /* [rows, columns] bfloat16; rows may be strided */
+  dsv4_tensor out;             /* [rows, columns] bfloat16; rows may be strided; may be x itself */
 } dsv4_padded_squared_relu_args;
 
 DSV4_API dsv4_status dsv4_padded_squared_relu(const dsv4_padded_squared_relu_args* args, dsv4_stream stream);
@@ -174,7 +174,7 @@ typedef struct dsv4_moe_finalize_args {
   dsv4_tensor slot_to_row; /* [tokens, top_k] int32, of dsv4_moe_sort; top_k <= 32 */
   dsv4_tensor weights;     /* optional [tokens, top_k] float32; absent: all 1 */
   dsv4_tensor shared;      /* optional [tokens, columns] bfloat16, such as the shared expert's output; may be strided */
-  dsv4_tensor out;         /* [tokens, columns] bfloat16; rows may be strided */
+  dsv4_tensor out;         /* [tokens, columns] bfloat16; rows may be strided; may be shared itself */
 } dsv4_moe_finalize_args;
 
 DSV4_API dsv4_status dsv4_moe_finalize(const dsv4_moe_finalize_args* args, dsv4_stream stream);
