@@ -17,7 +17,7 @@ def magnitudes(exponent_bits: int, mantissa_bits: int, codes: int) -> Tensor:
         exponent, mantissa = divmod(code, 2**mantissa_bits)
         fraction = mantissa / 2**mantissa_bits
         values.append(fraction * 2.0 ** (1 - bias) if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - bias))
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 E2M1 = magnitudes(2, 1, 8)
@@ -43,7 +43,7 @@ def nearest(values: Tensor, table: Tensor, ties_to_even: bool = True) -> Tensor:
 def decode_e2m1(packed: Tensor) -> Tensor:
     """[..., n] bytes of two codes, the first in the low nibble, to [..., 2 n] float64."""
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(torch.int64)
-    return torch.where(codes >= 8, -1.0, 1.0) * E2M1[codes % 8]
+    return torch.where(codes >= 8, -E2M1[codes % 8], E2M1[codes % 8])
 
 
 def decode_e4m3(codes: Tensor) -> Tensor:

@@ -18,13 +18,13 @@ DECODE_REQUESTS = (1, 16, 64)
 
 def tail_rows(generator: torch.Generator, slots: int, rows: int, width: int) -> tuple[Tensor, Tensor]:
     """Values and scores of a tail buffer; the scores spread as a trained layer's do: a few units."""
-    values, scores = torch.randn(2, slots, rows, width, generator=generator)
+    values, scores = torch.randn(2, slots, rows, width, generator=generator, dtype=torch.float32, device="cpu")
     return values, 3 * scores
 
 
 def request_slots_of(generator: torch.Generator, requests: int, slots: int) -> Tensor:
     """Distinct slots in any order."""
-    return torch.randperm(slots, generator=generator)[:requests].to(torch.int32)
+    return torch.randperm(slots, generator=generator, device="cpu")[:requests].to(torch.int32)
 
 
 def csa_compress_case(
@@ -43,7 +43,9 @@ def csa_compress_case(
         ka, za = tail_rows(generator, slots, m, width)
         kb, zb = tail_rows(generator, slots, m, width)
         kb[::3], zb[::3] = 0.0, -torch.inf
-        tail_len = torch.where(torch.rand(slots, generator=generator) < full, m, m - 1).to(torch.int32)
+        tail_len = torch.where(
+            torch.rand(slots, generator=generator, dtype=torch.float32, device="cpu") < full, m, m - 1
+        ).to(torch.int32)
         return ka, za, kb, zb, tail_len, request_slots_of(generator, requests, slots), m, indexer_head_dim
 
     return Case(
@@ -62,7 +64,9 @@ def hca_compress_case(
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         slots = requests + 1
         ka, za = tail_rows(generator, slots, m, width)
-        tail_len = torch.where(torch.rand(slots, generator=generator) < full, m, m - 1).to(torch.int32)
+        tail_len = torch.where(
+            torch.rand(slots, generator=generator, dtype=torch.float32, device="cpu") < full, m, m - 1
+        ).to(torch.int32)
         return ka, za, tail_len, request_slots_of(generator, requests, slots), m
 
     return Case(
@@ -83,14 +87,14 @@ def append_case(name: str, schema: LayerCacheSchema, requests: int, benched: boo
         head_dim, indexer = streams * schema.head_dim, streams * schema.indexer_head_dim
 
         def rows(count: int, columns: int) -> Tensor:
-            return torch.randn(count, columns, generator=generator)
+            return torch.randn(count, columns, generator=generator, dtype=torch.float32, device="cpu")
 
-        state = CacheState.allocate(schema, slots)
+        state = CacheState.allocate(schema, slots, device="cpu")
         return (
             rows(requests, head_dim),
             rows(requests, head_dim),
             request_slots_of(generator, requests, slots),
-            torch.randint(2**40, (requests,), generator=generator),
+            torch.randint(2**40, (requests,), generator=generator, device="cpu"),
             state.tail_ka,
             state.tail_za,
             state.tail_len,
@@ -121,12 +125,12 @@ def append_tokens_case(name: str, tokens: tuple[int, ...], m: int, round: int) -
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         schema = LayerCacheSchema(AttentionType.HCA, m, head_dim=8, rope_dim=4, indexer_head_dim=0)
-        state = CacheState.allocate(schema, len(tokens) + 1)
-        offsets = torch.tensor((0, *tokens), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        kv, z = torch.randn(2, int(offsets[-1]) + 2, 8, generator=generator)
+        state = CacheState.allocate(schema, len(tokens) + 1, device="cpu")
+        offsets = torch.tensor((0, *tokens), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+        kv, z = torch.randn(2, int(offsets[-1]) + 2, 8, generator=generator, dtype=torch.float32, device="cpu")
         slots = request_slots_of(generator, len(tokens), len(tokens) + 1)
         slots[-1] = -1
-        positions = torch.randint(3 * m, (len(tokens),), generator=generator)
+        positions = torch.randint(3 * m, (len(tokens),), generator=generator, device="cpu")
         counters = (state.tail_ka, state.tail_za, state.tail_len, state.positions)
         return kv, z, slots, positions, *counters, m, None, None, offsets, None, None, None, None, round
 
@@ -147,19 +151,19 @@ def flush_case(
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         slots, blocks = requests + 2, blocks_a_request * requests + 3
-        paged = PagedCache.allocate(schema, blocks)
+        paged = PagedCache.allocate(schema, blocks, device="cpu")
         for pool in vars(paged).values():  # whatever a pool holds, what no entry goes to must keep it
             pool.view(-1).view(torch.uint8).random_(generator=generator)
         if not benched:  # the other dtype that ops take, which opcheck can compare
             paged.entries_fp8 = paged.entries_fp8.view(torch.uint8)
             paged.indexer_scale = paged.indexer_scale.view(torch.uint8)
-        rows = torch.randn(requests, schema.width, generator=generator)
-        rows *= 10 ** (6 * torch.rand(requests, 1, generator=generator) - 3)
+        rows = torch.randn(requests, schema.width, generator=generator, dtype=torch.float32, device="cpu")
+        rows *= 10 ** (6 * torch.rand(requests, 1, generator=generator, dtype=torch.float32, device="cpu") - 3)
         entry, key = rows.to(torch.bfloat16).split((schema.head_dim, schema.indexer_head_dim), dim=1)
-        number = torch.randint(blocks_a_request * schema.entries_per_block, (slots,), generator=generator)
-        table = torch.randperm(blocks, generator=generator)[: requests * blocks_a_request].to(torch.int32)
+        number = torch.randint(blocks_a_request * schema.entries_per_block, (slots,), generator=generator, device="cpu")
+        table = torch.randperm(blocks, generator=generator, device="cpu")[: requests * blocks_a_request].to(torch.int32)
         where = (
-            torch.rand(requests, generator=generator) < valid,
+            torch.rand(requests, generator=generator, dtype=torch.float32, device="cpu") < valid,
             request_slots_of(generator, requests, slots),
             (number + 1) * schema.m,
             table.reshape(requests, blocks_a_request),
@@ -185,8 +189,8 @@ def rotate_case(
         slots = requests + 2
         a, b, following = (tail_rows(generator, slots, schema.m, schema.width) for _ in range(3))
         pending = following if schema.projections == 2 else (None, None)
-        mask = torch.rand(requests, generator=generator) < valid
-        tail_len = torch.full((slots,), schema.m, dtype=torch.int32)
+        mask = torch.rand(requests, generator=generator, dtype=torch.float32, device="cpu") < valid
+        tail_len = torch.full((slots,), schema.m, dtype=torch.int32, device="cpu")
         return mask, request_slots_of(generator, requests, slots), *a, *b, tail_len, *pending, clear
 
     return Case(
@@ -205,8 +209,8 @@ def reset_case(
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         slots = requests + 2
         a = tail_rows(generator, slots, schema.m, schema.width)
-        mask = torch.rand(requests, generator=generator) < valid
-        tail_len = torch.full((slots,), schema.m, dtype=torch.int32)
+        mask = torch.rand(requests, generator=generator, dtype=torch.float32, device="cpu") < valid
+        tail_len = torch.full((slots,), schema.m, dtype=torch.int32, device="cpu")
         return mask, request_slots_of(generator, requests, slots), *a, tail_len, clear
 
     return Case(

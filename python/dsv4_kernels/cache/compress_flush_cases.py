@@ -296,8 +296,8 @@ def pool_of(layout: PageLayout, pages: int, entries_per_page: int, byte: int) ->
     """A pool filled with a byte."""
 
     def filled(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-        size = torch.empty(0, dtype=dtype).element_size()
-        return torch.full((*shape[:-1], shape[-1] * size), byte, dtype=torch.uint8).view(dtype)
+        size = torch.empty(0, dtype=dtype, device="cpu").element_size()
+        return torch.full((*shape[:-1], shape[-1] * size), byte, dtype=torch.uint8, device="cpu").view(dtype)
 
     if not layout.separate:
         return Pages(filled(pages, layout.page_bytes(entries_per_page)), None, None, layout, entries_per_page)
@@ -333,22 +333,31 @@ def compress_flush_case(
         width = layout.head_dim * (2 if layer.overlap else 1)
         blocks = max(start + count for start, count in zip(starts, counts, strict=True)) // layer.ratio
         columns = max(1, -(-blocks // entries_per_page))
-        kv, score = torch.randn(2, tokens, width, generator=generator)
-        state = torch.randn(requests, layer.rows, 2, width, generator=generator)
-        angle = torch.arange(columns * entries_per_page * layer.ratio)[:, None] * 0.7 ** torch.arange(32)
+        kv, score = torch.randn(2, tokens, width, generator=generator, dtype=torch.float32, device="cpu")
+        state = torch.randn(requests, layer.rows, 2, width, generator=generator, dtype=torch.float32, device="cpu")
+        places = torch.arange(columns * entries_per_page * layer.ratio, dtype=torch.float32, device="cpu")
+        angle = places[:, None] * 0.7 ** torch.arange(32, dtype=torch.float32, device="cpu")
         pool = pool_of(layout, requests * columns, entries_per_page, 0 if zero_pages else POISON_BYTE)
-        table = torch.randperm(requests * columns, generator=generator).to(torch.int32).view(requests, columns)
-        slots = torch.randperm(pool.count, generator=generator)[:tokens].to(torch.int32)
+        table = (
+            torch.randperm(requests * columns, generator=generator, device="cpu")
+            .to(torch.int32)
+            .view(requests, columns)
+        )
+        slots = torch.randperm(pool.count, generator=generator, device="cpu")[:tokens].to(torch.int32)
         slots[::3] = -1
         return (
             kv,
             3 * score,
-            torch.randn(layer.ratio, width, generator=generator),
-            torch.tensor((0, *torch.tensor(counts).cumsum(0).tolist()), dtype=torch.int32),
-            torch.tensor(starts),
+            torch.randn(layer.ratio, width, generator=generator, dtype=torch.float32, device="cpu"),
+            torch.tensor(
+                (0, *torch.tensor(counts, dtype=torch.int64, device="cpu").cumsum(0).tolist()),
+                dtype=torch.int32,
+                device="cpu",
+            ),
+            torch.tensor(starts, dtype=torch.int64, device="cpu"),
             state,
-            torch.randperm(requests, generator=generator).to(torch.int32)[:, None],
-            1 + 0.1 * torch.randn(layout.head_dim, generator=generator),
+            torch.randperm(requests, generator=generator, device="cpu").to(torch.int32)[:, None],
+            1 + 0.1 * torch.randn(layout.head_dim, generator=generator, dtype=torch.float32, device="cpu"),
             torch.cat((angle.cos(), angle.sin()), dim=1),
             pool.pages,
             None if mapped else table,
@@ -401,12 +410,14 @@ def unpack_case(layout: str, entries: int, entries_per_page: int, valid: bool = 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         page_layout = PAGE_LAYOUTS[layout]
         page_count = -(-entries // entries_per_page)
-        channels = torch.randn(page_count * entries_per_page, page_layout.head_dim, generator=generator)
+        channels = torch.randn(
+            page_count * entries_per_page, page_layout.head_dim, generator=generator, dtype=torch.float32, device="cpu"
+        )
         pool = pool_of(page_layout, page_count, entries_per_page, 0)
-        every = torch.arange(page_count * entries_per_page)
+        every = torch.arange(page_count * entries_per_page, device="cpu")
         quantization = Quantization(page_layout.amax_floor, exact_scale=page_layout.exact_scale)
         pool.put(every, *plain_quantized(channels.to(torch.bfloat16).to(torch.float32), page_layout, quantization))
-        slots = torch.randperm(page_count * entries_per_page, generator=generator)[:entries]
+        slots = torch.randperm(page_count * entries_per_page, generator=generator, device="cpu")[:entries]
         if not valid:
             slots[entries // 3 :: 5] = -1
         return pool.pages, slots, page_layout.index, entries_per_page, pool.scales, pool.rope

@@ -122,7 +122,7 @@ def hadamard(values: Tensor) -> Tensor:
         pairs = values.unflatten(1, (-1, 2, stride))
         values = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), dim=2).flatten(1)
         stride *= 2
-    return values * torch.tensor(channels, dtype=torch.float64).rsqrt().to(torch.float32)
+    return values * torch.tensor(channels, dtype=torch.float64, device="cpu").rsqrt().to(torch.float32)
 
 
 def rotate(values: Tensor, cos_sin: Tensor) -> Tensor:

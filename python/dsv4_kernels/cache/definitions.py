@@ -28,7 +28,9 @@ def pooled(values: Tensor, scores: Tensor) -> Tensor:
 def full_tails(tail_len: Tensor, request_slots: Tensor, m: int) -> Tensor:
     """[requests] bool: whose slot is one of the state's and holds m rows."""
     slots = request_slots.tolist()
-    return torch.tensor([0 <= slot < len(tail_len) and int(tail_len[slot]) >= m for slot in slots], dtype=torch.bool)
+    return torch.tensor(
+        [0 <= slot < len(tail_len) and int(tail_len[slot]) >= m for slot in slots], dtype=torch.bool, device="cpu"
+    )
 
 
 def append(
@@ -208,7 +210,7 @@ def decode_entries(quantized: Tensor, rest: Tensor, scales: Tensor, layout: Page
 def scales_of(channels: Tensor, layout: PageLayout, quantization: Quantization) -> Tensor:
     """[entries, bytes of scales]: of each group, from bfloat16 numbers [entries, d]. Quotients are float32."""
     if not layout.groups:
-        return torch.empty(len(channels), 0, dtype=torch.uint8)
+        return torch.empty(len(channels), 0, dtype=torch.uint8, device="cpu")
     groups = channels[:, : layout.quantized_dims].to(torch.float32).reshape(len(channels), layout.groups, layout.group)
     largest = LARGEST_E4M3 if layout.element == "float8_e4m3fn" else LARGEST_E2M1
     amax = groups.abs().amax(dim=2).clamp(min=quantization.amax_floor)
@@ -227,7 +229,7 @@ def encode_entries(
     """The bytes of quantised values and of the rest, from bfloat16 numbers [entries, d] under given scales."""
     rest = bytes_of(channels[:, layout.quantized_dims :].to(torch.bfloat16).contiguous())
     if not layout.groups:
-        return torch.empty(len(channels), 0, dtype=torch.uint8), rest
+        return torch.empty(len(channels), 0, dtype=torch.uint8, device="cpu"), rest
     scale = decode_scales(scales, layout).to(torch.float32).repeat_interleave(layout.group, dim=1)
     scaled = channels[:, : layout.quantized_dims].to(torch.float32) / scale
     scaled = torch.where(scale == 0, torch.zeros_like(scaled), scaled)
@@ -307,7 +309,7 @@ def compressed(
             if start + end - first <= position + rows * columns and 0 <= page < len(state):
                 state[page, position % rows] = torch.stack((kv[token], scores[token]))
     if not slots:
-        return slots, torch.empty(0, head_dim, dtype=torch.float64)
+        return slots, torch.empty(0, head_dim, dtype=torch.float64, device="cpu")
     finish = (norm_weight.to(torch.float64), torch.stack(angles).to(torch.float64), use_hadamard, round_once, epsilon)
     return slots, finished(torch.stack(entries), *finish)
 
@@ -329,5 +331,5 @@ def finished(
         return values
     index = range(values.shape[1])
     signs = [[(-1.0) ** bin(i & j).count("1") for j in index] for i in index]
-    transformed: Tensor = step(values) @ torch.tensor(signs, dtype=torch.float64) / values.shape[1] ** 0.5
+    transformed: Tensor = step(values) @ torch.tensor(signs, dtype=torch.float64, device="cpu") / values.shape[1] ** 0.5
     return transformed

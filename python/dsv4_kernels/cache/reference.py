@@ -87,7 +87,7 @@ def tokens_of_round(
     round: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each token that the round takes: its number in the batch, its slot, its position."""
-    token = torch.arange(tokens)
+    token = torch.arange(tokens, device="cpu")
     requests = request_slots.shape[0]
     if token_offsets is None:
         request, first = token, token
@@ -209,7 +209,10 @@ def flush_write_hca(
     if stored:
         codes, scale = quantize_entry(entry[request, :stored].to(torch.float32))
     else:
-        codes, scale = torch.empty(len(request), 0, dtype=torch.uint8), torch.full((len(request),), LEAST_SCALE)
+        codes, scale = (
+            torch.empty(len(request), 0, dtype=torch.uint8, device="cpu"),
+            torch.full((len(request),), LEAST_SCALE, dtype=torch.float32, device="cpu"),
+        )
     as_rows(entries_fp8)[row] = codes
     as_rows(entries_rope)[row] = entry[request, stored:]
     inv_scale.flatten()[row] = scale

@@ -137,8 +137,8 @@ def call_costs() -> dict[str, float]:
     """
     from dsv4_kernels.router import hash_router
 
-    token_ids = torch.zeros(1, dtype=torch.int32)
-    table = torch.zeros(8, 6, dtype=torch.int32)
+    token_ids = torch.zeros(1, dtype=torch.int32, device="cpu")
+    table = torch.zeros(8, 6, dtype=torch.int32, device="cpu")
     weights, ids = OPS["hash_router"].allocate((token_ids, table, None), "cpu")
     ways: dict[str, Callable[[], object]] = {
         "binding": lambda: _native.hash_router(token_ids, table, None, weights, ids),
@@ -146,7 +146,10 @@ def call_costs() -> dict[str, float]:
         "python function, allocating": lambda: hash_router(token_ids, table),
         "torch op": lambda: torch.ops.dsv4.hash_router.out(token_ids, table, None, weights, ids),
         "torch op, allocating": lambda: torch.ops.dsv4.hash_router(token_ids, table, None),
-        "torch.empty twice": lambda: (torch.empty(1, 6), torch.empty(1, 6, dtype=torch.int32)),
+        "torch.empty twice": lambda: (
+            torch.empty(1, 6, dtype=torch.float32, device="cpu"),
+            torch.empty(1, 6, dtype=torch.int32, device="cpu"),
+        ),
         "Tensor.add_": lambda: weights.add_(1.0),
     }
     _native.leave_out_launches(True)

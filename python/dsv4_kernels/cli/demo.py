@@ -143,13 +143,13 @@ def read_token_ids(options: argparse.Namespace, preset: Preset, generator: torch
     if options.text is None:
         if options.tokens < 1:
             raise ValueError(f"--tokens: expected at least 1, got {options.tokens}")
-        return torch.randint(preset.vocab_size, (options.tokens,), generator=generator)
+        return torch.randint(preset.vocab_size, (options.tokens,), generator=generator, device="cpu")
     from tokenizers import Tokenizer
 
     encoded = Tokenizer.from_file(str(options.tokenizer)).encode(options.text.read_text())
     if not encoded.ids:
         raise ValueError(f"{options.text}: no tokens in it")
-    return torch.tensor(encoded.ids, dtype=torch.int64)
+    return torch.tensor(encoded.ids, dtype=torch.int64, device="cpu")
 
 
 def make_routers(
@@ -167,7 +167,7 @@ def make_routers(
         _, weight, bias = gate_inputs(generator, 1, preset.hidden_size, preset.experts)
         tensors: dict[str, Any] = {"weight": weight, "bias": bias}
         if mode == "hash":
-            table = torch.randint(preset.experts, (preset.vocab_size, preset.top_k), generator=generator)
+            table = torch.randint(preset.experts, (preset.vocab_size, preset.top_k), generator=generator, device="cpu")
             tensors = {"weight": weight, "tid2eid": table}
         routers[mode] = Router.from_preset(mode, preset, device=device)
         routers[mode].load_state_dict(tensors)

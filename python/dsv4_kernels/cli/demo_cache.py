@@ -66,7 +66,7 @@ class CacheStep:
                 self._append(start, start + new)
         count = self.schema.entries(self.before + self.new)
         exact = torch.stack([self._exact(rows) for rows in self.rows.cpu()])
-        blocks = torch.tensor([request.blocks for request in requests], device=device)
+        blocks = torch.tensor([request.blocks for request in requests], device=device, dtype=torch.int64)
         stored = [part[blocks].flatten(1, 2)[:, :count].cpu() for part in vars(self.handle.paged).values()]
         fp8, fp4 = self._errors(stored, exact)
         if fp4 > FP4_LIMIT:
@@ -143,7 +143,15 @@ def cache_steps(preset: Preset, requests: int, device: str, generator: torch.Gen
         shapes = (("decode", requests, 2 * schema.m - 1, 1), ("prefill", 1, 0, 2 * schema.m + 1))
         for name, batch, before, new in shapes:
             tokens = before + new
-            rows = torch.randn(batch, tokens, 2, schema.projections * schema.width, generator=generator)
+            rows = torch.randn(
+                batch,
+                tokens,
+                2,
+                schema.projections * schema.width,
+                generator=generator,
+                dtype=torch.float32,
+                device="cpu",
+            )
             rows[:, :, 1] *= 3
             state = CacheState.allocate(schema, batch, device=device)
             paged = PagedCache.allocate(schema, batch * schema.blocks(tokens), device=device)

@@ -42,7 +42,7 @@ class CompressStep:
 
 def compress_steps(preset: Preset, requests: int, device: str, generator: torch.Generator) -> list[CompressStep]:
     """For the model's first layer of each kind, and for the indexer of the sparse one."""
-    salt = int(torch.randint(2**31, (1,), generator=generator))
+    salt = int(torch.randint(2**31, (1,), generator=generator, device="cpu"))
     layers: dict[AttentionType, int] = {}
     for number in range(preset.layers):
         layers.setdefault(LayerCacheSchema.of_layer(preset, number).attention, number)

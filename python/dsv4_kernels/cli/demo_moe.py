@@ -81,7 +81,7 @@ def moe_step(
     experts = max(min(preset.experts, fitting), 1)
     most = int(topk_ids.flatten().mode().values)
     first = min(most, preset.experts - experts)
-    on_device = torch.Generator(device).manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+    on_device = torch.Generator(device).manual_seed(int(torch.randint(2**31, (1,), generator=generator, device="cpu")))
 
     def random(high: int, *shape: int, low: int = 0) -> Tensor:
         return torch.randint(low, high, shape, dtype=torch.uint8, device=device, generator=on_device)

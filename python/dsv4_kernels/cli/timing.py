@@ -37,7 +37,7 @@ def ceilings(device: str) -> Ceilings:
     # By the copy engine's way and by a kernel's: which is faster differs between devices.
     ways = [lambda: target.copy_(source), lambda: torch.neg(source, out=target)]
     copy = min(seconds_per_call([way], device, calls=4) for way in ways)
-    one = torch.ones(1, device=device)
+    one = torch.ones(1, device=device, dtype=torch.float32)
     launch = seconds_per_call([lambda: one.add_(1)], device) if device != "cpu" else 0.0
     return Ceilings(2 * size / copy, launch)
 

@@ -139,12 +139,14 @@ def case(op: str, rows: int, columns: int, n_used: int, padding: float = 0.1, **
     gated = "swiglu" in op
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
-        x = torch.randn(rows, columns * 2 if gated else columns, generator=generator).to(torch.bfloat16)
+        x = torch.randn(
+            rows, columns * 2 if gated else columns, generator=generator, dtype=torch.float32, device="cpu"
+        ).to(torch.bfloat16)
         if gated:
             x *= 4  # so that some are clamped
-        permutation_map = torch.randint(rows, (rows,), generator=generator, dtype=torch.int32)
-        permutation_map[torch.rand(rows, generator=generator) < padding] = -1
-        arguments = x, permutation_map, torch.tensor(n_used, dtype=torch.int32)
+        permutation_map = torch.randint(rows, (rows,), generator=generator, dtype=torch.int32, device="cpu")
+        permutation_map[torch.rand(rows, generator=generator, dtype=torch.float32, device="cpu") < padding] = -1
+        arguments = x, permutation_map, torch.tensor(n_used, dtype=torch.int32, device="cpu")
         return (*arguments, LIMIT) if gated else arguments
 
     labels = {"rows": rows, "columns": columns}

@@ -18,7 +18,7 @@ E4M3, E2M1 = range(2)  # dsv4_element_format
 def held_rows(permutation_map: Tensor, n_used: Tensor) -> Tensor:
     """[rows] bool: which rows hold a token: those before n_used whose place in the map is not negative."""
     places = enumerate(permutation_map.tolist())
-    return torch.tensor([row < int(n_used) and place >= 0 for row, place in places], dtype=torch.bool)
+    return torch.tensor([row < int(n_used) and place >= 0 for row, place in places], dtype=torch.bool, device="cpu")
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
@@ -56,14 +56,14 @@ def sorted_routes(
         experts + [-1] * unused, sizes + [0] * unused, row_to_slot + [-1] * (unused * tile_size),
         slot_to_row, [len(experts), sum(map(len, of_expert))],
     )  # fmt: skip
-    tables = [torch.tensor(column, dtype=torch.int32) for column in columns]
+    tables = [torch.tensor(column, dtype=torch.int32, device="cpu") for column in columns]
     tables[3] = tables[3].reshape(topk_ids.shape)
     return tuple(tables)
 
 
 def finalized(rows: Tensor, slot_to_row: Tensor, weights: Tensor | None, shared: Tensor | None) -> Tensor:
     """The weighted sum of each token's rows in float64; a slot without a row adds nothing."""
-    total = torch.zeros(len(slot_to_row), rows.shape[1], dtype=torch.float64)
+    total = torch.zeros(len(slot_to_row), rows.shape[1], dtype=torch.float64, device="cpu")
     for token, places in enumerate(slot_to_row.tolist()):
         for k, row in enumerate(places):
             if 0 <= row < len(rows):
@@ -90,7 +90,7 @@ def weights_of(weight: Tensor, scale: Tensor) -> Tensor:
         return values_of(weight, scale)
     blocks, rows = weight.shape[:2]
     bits = torch.stack([weight.to(torch.int64) >> place & 1 for place in range(32)], dim=-1)  # [blocks, rows, 16, 32]
-    values = torch.empty(rows, blocks, 128, dtype=torch.float64)
+    values = torch.empty(rows, blocks, 128, dtype=torch.float64, device="cpu")
     for word in range(16):
         place, group, half = word // 4, word // 2 % 2, word % 2
         for pair in range(4):
@@ -110,7 +110,7 @@ def weights_of(weight: Tensor, scale: Tensor) -> Tensor:
 def gate_and_up(columns: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """The gate's and up's columns of a first product: halves, or, interleaved, 8 of each by turns."""
     width = PAIR_ROWS if interleaved else columns.shape[1] // 2
-    column = torch.arange(columns.shape[1])
+    column = torch.arange(columns.shape[1], device="cpu")
     is_up = column // width % 2 == 1
     return columns[:, ~is_up], columns[:, is_up]
 
@@ -134,7 +134,7 @@ def products(
     count: int, absolute: bool = False,
 ) -> Tensor:  # fmt: skip
     """[count, N] float64: each row's row of x times its expert's weights; or, absolute, the sums of sizes."""
-    result = torch.zeros(count, weight.shape[-2], dtype=torch.float64)
+    result = torch.zeros(count, weight.shape[-2], dtype=torch.float64, device="cpu")
     for expert in {expert for *_, expert in rows}:
         places = [row for row, _, _, of in rows if of == expert]
         sources = [source for _, _, source, of in rows if of == expert]
@@ -152,6 +152,6 @@ def as_batch(scales: Tensor) -> Tensor:
 
 def swizzled_positions(rows: int, columns: int) -> Tensor:
     """[rows, columns] int64: the byte of the 32_4_4 layout that holds each scale."""
-    r, c = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
+    r, c = torch.arange(rows, device="cpu")[:, None], torch.arange(columns, device="cpu")[None, :]
     across = -(-columns // 4)
     return (r // 128 * across + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4

@@ -124,8 +124,11 @@ def exact_and_allowed(given: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
     rows = definitions.rows_of_tiles(tile_to_expert, row_to_slot, top_k, x.shape[0], weight.shape[0])
     operands = (x, weight, weight_scale, x_scale, rows, count)
     exact, sizes = definitions.products(*operands), definitions.products(*operands, absolute=True)
-    written = torch.zeros(count, dtype=torch.bool)
-    factor, slot_weight = torch.ones((count, 2), dtype=torch.float64), torch.ones((count, 1), dtype=torch.float64)
+    written = torch.zeros(count, dtype=torch.bool, device="cpu")
+    factor, slot_weight = (
+        torch.ones((count, 2), dtype=torch.float64, device="cpu"),
+        torch.ones((count, 1), dtype=torch.float64, device="cpu"),
+    )
     for row, slot, _, expert in rows:
         written[row] = True
         if alpha is not None:
@@ -246,11 +249,15 @@ QUANTIZED = Yardstick(torch.compiler.disable(plain_quantized), judge_quantized, 
 
 def random_weights(experts: int, rows: int, inner: int, nvfp4: bool, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Codes of every value; scales that make weights of a trained layer's size, a few units of 1/64."""
-    codes = torch.randint(256, (experts, rows, inner // 2), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(256, (experts, rows, inner // 2), generator=generator, dtype=torch.uint8, device="cpu")
     if nvfp4:
-        scale = torch.randint(0x08, 0x20, (experts, rows, inner // 16), generator=generator, dtype=torch.uint8)
+        scale = torch.randint(
+            0x08, 0x20, (experts, rows, inner // 16), generator=generator, dtype=torch.uint8, device="cpu"
+        )
         return codes, scale.view(torch.float8_e4m3fn)
-    return codes, torch.randint(118, 122, (experts, rows, inner // 32), generator=generator, dtype=torch.uint8)
+    return codes, torch.randint(
+        118, 122, (experts, rows, inner // 32), generator=generator, dtype=torch.uint8, device="cpu"
+    )
 
 
 def gemm_case(
@@ -280,7 +287,7 @@ def gemm_case(
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         ids = uniform_ids(tokens, experts, top_k, generator)
-        ids[torch.rand(ids.shape, generator=generator) < dropped] = -1
+        ids[torch.rand(ids.shape, generator=generator, dtype=torch.float32, device="cpu") < dropped] = -1
         ((tiles,), _), *_ = OPS["moe_sort"].outputs(ids, experts, tile_size)
         routes = definitions.sorted_routes(ids, experts, tile_size, 0, tiles)
         rows = columns * (2 if swiglu else 1)
@@ -293,14 +300,25 @@ def gemm_case(
         x_rows = tokens if from_slots else routes[2].numel()
         x_scale = None
         if x_format == "bfloat16":
-            x = torch.randn(x_rows, inner, generator=generator).to(torch.bfloat16)
+            x = torch.randn(x_rows, inner, generator=generator, dtype=torch.float32, device="cpu").to(torch.bfloat16)
         elif x_format == "nvfp4":
             x, x_scale = (tensor[0] for tensor in random_weights(1, x_rows, inner, True, generator))
         else:
-            x = torch.randn(x_rows, inner, generator=generator).to(torch.float8_e4m3fn)
-            x_scale = torch.randint(124, 130, (x_rows, inner // 32), generator=generator, dtype=torch.uint8)
-        alpha = torch.rand(experts, *((2,) if alphas == 2 else ()), generator=generator) + 0.5 if alphas else None
-        weights = torch.rand(tokens, top_k, generator=generator) if weighted else None
+            x = torch.randn(x_rows, inner, generator=generator, dtype=torch.float32, device="cpu").to(
+                torch.float8_e4m3fn
+            )
+            x_scale = torch.randint(
+                124, 130, (x_rows, inner // 32), generator=generator, dtype=torch.uint8, device="cpu"
+            )
+        alpha = (
+            torch.rand(experts, *((2,) if alphas == 2 else ()), generator=generator, dtype=torch.float32, device="cpu")
+            + 0.5
+            if alphas
+            else None
+        )
+        weights = (
+            torch.rand(tokens, top_k, generator=generator, dtype=torch.float32, device="cpu") if weighted else None
+        )
         k = top_k if from_slots else 0
         return x, weight, scale, routes[0], routes[2], x_scale, alpha, weights, k, swiglu, limit
 
@@ -333,7 +351,7 @@ def quantized_case(
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         *maps, x_scale, alpha, weights, top_k, _, limit = case.make(generator)
-        global_scale = torch.tensor([8.0 / (6 * 448)]) if nvfp4 else None
+        global_scale = torch.tensor([8.0 / (6 * 448)], dtype=torch.float32, device="cpu") if nvfp4 else None
         return (*maps, x_scale, global_scale, alpha, weights, top_k, limit, swizzle)
 
     return dataclasses.replace(case, op="moe_grouped_gemm_quantized", make=make, yardstick=QUANTIZED)

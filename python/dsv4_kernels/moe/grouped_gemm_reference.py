@@ -110,7 +110,11 @@ def moe_grouped_gemm(
         values = dequantize(rows_of_x, None if x_scale is None else x_scale[taken])
         weights = expert_weights(weight[expert], weight_scale[expert])
         result = values @ weights[:, : values.shape[1]].T  # interleaved weights have padding
-        factor = torch.ones(1, dtype=torch.float64) if alpha is None else alpha[expert].to(torch.float64).reshape(-1)
+        factor = (
+            torch.ones(1, dtype=torch.float64, device="cpu")
+            if alpha is None
+            else alpha[expert].to(torch.float64).reshape(-1)
+        )
         if with_swiglu:
             gate, up = gate_and_up(result, weight.dtype == torch.int32)
             result = swiglu(gate * factor[0], up * factor[-1], limit)

@@ -131,8 +131,8 @@ def _factors(scale: Tensor, nvfp4: bool) -> Tensor:
 @cache
 def _tables() -> Tensor:
     """[4, 256] int32: the bits of a word that a byte of two codes sets as pair 0 to 3."""
-    tables = torch.zeros((4, 256), dtype=torch.int64)
-    byte = torch.arange(256)
+    tables = torch.zeros((4, 256), dtype=torch.int64, device="cpu")
+    byte = torch.arange(256, device="cpu")
     for pair, codes in enumerate(BITS):
         for code, places in enumerate(codes):
             for bit, place in enumerate(places):

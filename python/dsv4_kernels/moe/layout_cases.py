@@ -16,7 +16,7 @@ def expected_swizzle(scales: Tensor) -> Tensor:
     """[matrices, bytes] uint8."""
     matrices = as_batch(scales)
     rows, columns = matrices.shape[1:]
-    flat = torch.zeros(matrices.shape[0], -(-rows // 128) * 128 * -(-columns // 4) * 4, dtype=torch.uint8)
+    flat = torch.zeros(matrices.shape[0], -(-rows // 128) * 128 * -(-columns // 4) * 4, dtype=torch.uint8, device="cpu")
     flat[:, swizzled_positions(rows, columns).flatten()] = matrices.flatten(1)
     return flat
 
@@ -37,7 +37,7 @@ def judge_unswizzle(arguments: tuple[Any, ...], results: tuple[Tensor, ...], _: 
 
 def judge_assemble(arguments: tuple[Any, ...], results: tuple[Tensor, ...], _: tuple[Tensor, ...]) -> Verdict:
     scales, expert_offsets, padded_offsets, padded_rows = to_cpu(arguments)
-    padded = torch.zeros(padded_rows, scales.shape[1], dtype=torch.uint8)
+    padded = torch.zeros(padded_rows, scales.shape[1], dtype=torch.uint8, device="cpu")
     for start, end, to in zip(expert_offsets[:-1], expert_offsets[1:], padded_offsets, strict=False):
         padded[to : to + end - start] = scales.view(torch.uint8)[start:end]
     return wrong_bytes(results[0], expected_swizzle(padded))
@@ -106,7 +106,7 @@ YARDSTICKS = {
 
 def random_scales(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> Tensor:
     """Bytes from 100 to 140, which are E8M0 scales of values of ordinary size."""
-    return torch.randint(100, 141, shape, generator=generator, dtype=torch.uint8).view(dtype)
+    return torch.randint(100, 141, shape, generator=generator, dtype=torch.uint8, device="cpu").view(dtype)
 
 
 LARGE = 16 << 20  # bytes of scales
@@ -143,9 +143,9 @@ def assemble_case(
     rows: int, columns: int, experts: int, benched: bool = False, dtype: torch.dtype = torch.float8_e8m0fnu
 ) -> Case:
     def make(generator: torch.Generator) -> tuple[Any, ...]:
-        expert = torch.randint(experts, (rows,), generator=generator)
+        expert = torch.randint(experts, (rows,), generator=generator, device="cpu")
         counts = torch.bincount(expert, minlength=experts)
-        expert_offsets = torch.zeros(experts + 1, dtype=torch.int32)
+        expert_offsets = torch.zeros(experts + 1, dtype=torch.int32, device="cpu")
         expert_offsets[1:] = counts.cumsum(0)
         padded_offsets = torch.zeros_like(expert_offsets)
         padded_offsets[1:] = ((counts + 127) // 128 * 128).cumsum(0)

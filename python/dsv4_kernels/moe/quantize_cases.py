@@ -28,7 +28,7 @@ Plain = Callable[..., tuple[Tensor, ...]]
 @cache
 def constant(device: torch.device, *values: float) -> Tensor:
     """A float32 tensor that is copied to the device once: a captured graph cannot."""
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, device=device, dtype=torch.float32)
 
 
 def number(like: Tensor, value: float) -> Tensor:
@@ -299,8 +299,8 @@ SMALL = ((1, 7168), (64, 7168))
 
 def wide_values(generator: torch.Generator, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Rows of very different sizes, a block of zeros and one of equal values among them."""
-    size = 2.0 ** torch.randint(-6, 7, (rows, 1), generator=generator)
-    x = torch.randn(rows, columns, generator=generator) * size
+    size = 2.0 ** torch.randint(-6, 7, (rows, 1), generator=generator, dtype=torch.float32, device="cpu")
+    x = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu") * size
     x[0, :32], x[-1, -32:] = 0.0, 1.75
     return x.to(dtype)
 
@@ -318,13 +318,17 @@ def case(
         given["x"] = wide_values(generator, rows, width, dtype)
         if "global_scale" in given:
             count = experts or (rows if scales == "per row" else 1)
-            given["global_scale"] = 10.0 ** -(torch.rand(count, generator=generator) + 1)
+            given["global_scale"] = 10.0 ** -(
+                torch.rand(count, generator=generator, dtype=torch.float32, device="cpu") + 1
+            )
         if experts:
-            given["expert_ids"] = torch.randint(-1, experts + 1, (rows,), generator=generator, dtype=torch.int32)
+            given["expert_ids"] = torch.randint(
+                -1, experts + 1, (rows,), generator=generator, dtype=torch.int32, device="cpu"
+            )
             if "experts" in given:
                 given["experts"] = experts
         if used is not None:
-            given["n_used"] = torch.tensor(used, dtype=torch.int32)
+            given["n_used"] = torch.tensor(used, dtype=torch.int32, device="cpu")
         return tuple(given.values())
 
     labels = {"rows": rows, "columns": columns}
@@ -338,22 +342,26 @@ def dequantize_case(
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         given = {parameter.name: parameter.default_value for parameter in OPS["dequantize_blocks"].schema} | options
         width = columns // (1 + given["element_format"])
-        data = torch.randint(256, (rows, width), generator=generator, dtype=torch.uint8)
+        data = torch.randint(256, (rows, width), generator=generator, dtype=torch.uint8, device="cpu")
         if given["element_format"] == E4M3:
             data[(data & 127) == 127] = 0  # no NaN: its sign and payload are not part of the format
         given["data"] = data
         if given["scale_format"] == 2:
-            given["scale"] = torch.rand(rows, generator=generator)
+            given["scale"] = torch.rand(rows, generator=generator, dtype=torch.float32, device="cpu")
         else:
             group = 16 if given["scale_format"] == 0 else 32
             shape = (rows, columns // group)
             if given["swizzle"]:
                 shape = (-(-rows // 128) * 128, -(-shape[1] // 4) * 4)
-            given["scale"] = torch.randint(100, 127, shape, generator=generator, dtype=torch.uint8)
+            given["scale"] = torch.randint(100, 127, shape, generator=generator, dtype=torch.uint8, device="cpu")
         if has_global:
-            given["global_scale"] = torch.rand(experts or 1, generator=generator) + 0.1
+            given["global_scale"] = (
+                torch.rand(experts or 1, generator=generator, dtype=torch.float32, device="cpu") + 0.1
+            )
         if experts:
-            given["expert_ids"] = torch.randint(-1, experts + 1, (rows,), generator=generator, dtype=torch.int32)
+            given["expert_ids"] = torch.randint(
+                -1, experts + 1, (rows,), generator=generator, dtype=torch.int32, device="cpu"
+            )
         return tuple(given.values())
 
     labels = {"rows": rows, "columns": columns}

@@ -63,7 +63,7 @@ def quantize_nvfp4(
     other = 1.0 / of_row
     encode, decode = (of_row, other) if reciprocal_global_scale else (other, of_row)
     amax = formats.largest_magnitude(in_groups(values, 16))
-    wanted = encode[:, None] * (amax * torch.tensor(1 / 6, dtype=torch.float32))
+    wanted = encode[:, None] * (amax * torch.tensor(1 / 6, dtype=torch.float32, device="cpu"))
     scale = formats.encode_e4m3(wanted.clamp(min=scale_floor))
     decoded = formats.decode_e4m3(scale)
     factor = torch.where(decoded == 0, 0.0, 1.0 / (decoded * decode[:, None]))
@@ -99,10 +99,16 @@ def quantize_nvfp4_gpu_fused(
     if per_token:
         amax, written = of_rows, slice(0, used)
     else:
-        index = expert_ids[:used].to(torch.int64) if expert_ids is not None else torch.zeros(used, dtype=torch.int64)
+        index = (
+            expert_ids[:used].to(torch.int64)
+            if expert_ids is not None
+            else torch.zeros(used, dtype=torch.int64, device="cpu")
+        )
         count = out_global_scale.shape[0]
         valid = (index >= 0) & (index < count)
-        amax = torch.zeros(count).scatter_reduce(0, index[valid], of_rows[:used][valid], "amax")
+        amax = torch.zeros(count, dtype=torch.float32, device="cpu").scatter_reduce(
+            0, index[valid], of_rows[:used][valid], "amax"
+        )
         written = slice(0, count)
     size = amax.clamp(amax_floor, torch.finfo(torch.float32).max)
     range_ = size.new_tensor(NVFP4_RANGE)  # divided by a number, torch may multiply with its reciprocal
@@ -192,7 +198,7 @@ def _global_scale_of_rows(global_scale: Tensor, expert_ids: Tensor | None, rows:
     """Of each row, and whether it has one; 1 where it has none."""
     flat = global_scale.reshape(-1)
     if expert_ids is None:
-        return flat.expand(rows), torch.ones(rows, dtype=torch.bool)
+        return flat.expand(rows), torch.ones(rows, dtype=torch.bool, device="cpu")
     index = expert_ids.to(torch.int64)
     has_one = (index >= 0) & (index < flat.shape[0])
     return torch.where(has_one, flat[torch.where(has_one, index, 0)], 1.0), has_one
@@ -211,7 +217,7 @@ def _write(data: Tensor, scale: Tensor, swizzle: bool, n_used: Tensor | None, ou
         as_bytes[:used] = scale[:used]
         return
     written = -(-used // TILE_ROWS) * TILE_ROWS
-    padded = torch.zeros(written, out_scale.shape[1], dtype=torch.uint8)
+    padded = torch.zeros(written, out_scale.shape[1], dtype=torch.uint8, device="cpu")
     padded[:used, : scale.shape[1]] = scale[:used]
     as_bytes[:written] = swizzle_32_4_4(padded)
 

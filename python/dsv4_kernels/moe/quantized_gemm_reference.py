@@ -27,7 +27,7 @@ def moe_grouped_gemm_quantized(
 ) -> None:
     """Two steps: bfloat16, then codes of it."""
     maps = tile_to_expert, row_to_slot
-    in_bfloat16 = torch.zeros(row_to_slot.shape[0], weight.shape[-2] // 2, dtype=torch.bfloat16)
+    in_bfloat16 = torch.zeros(row_to_slot.shape[0], weight.shape[-2] // 2, dtype=torch.bfloat16, device="cpu")
     moe_grouped_gemm(x, weight, weight_scale, *maps, x_scale, alpha, slot_weights, top_k, True, limit, in_bfloat16)
     rows, _, _ = rows_of_experts(*maps, top_k, x.shape[0], weight.shape[0])
     data, scale = quantized(in_bfloat16[rows], global_scale)
@@ -45,8 +45,8 @@ def quantized(values: Tensor, global_scale: Tensor | None) -> tuple[Tensor, Tens
     """Bytes of codes and of scales, one row after another: NVFP4 under a global scale, without one MXFP8."""
     rows, columns = values.shape
     group, codes_per_byte = (32, 1) if global_scale is None else (16, 2)
-    data = torch.empty(rows, columns // codes_per_byte, dtype=torch.uint8)
-    scale = torch.empty(rows, columns // group, dtype=torch.uint8)
+    data = torch.empty(rows, columns // codes_per_byte, dtype=torch.uint8, device="cpu")
+    scale = torch.empty(rows, columns // group, dtype=torch.uint8, device="cpu")
     plain = quantize_reference.PLAIN, 0, 0.0, True
     if global_scale is None:
         quantize_reference.quantize_mx(

@@ -33,7 +33,9 @@ def plain_sort(
     expert_or_0 = torch.where(used, expert, 0)
     rank_of_tile = tile - (last_tile - tiles)[expert_or_0]
     tile_rows = torch.where(used, (count[expert_or_0] - rank_of_tile * tile_size).clamp(max=tile_size), 0)
-    first_row = torch.cat(((last_tile - tiles) * tile_size, torch.full((1,), room * tile_size, device=device)))
+    first_row = torch.cat(
+        ((last_tile - tiles) * tile_size, torch.full((1,), room * tile_size, device=device, dtype=torch.int64))
+    )
     row = first_row[key] + torch.arange(slots, device=device) - (count.cumsum(0) - count)[key]
     row_to_slot = torch.full((room * tile_size + slots + 1,), -1, dtype=torch.int32, device=device)
     row_to_slot[row] = order.to(torch.int32)
@@ -103,7 +105,9 @@ FINALIZE = Yardstick(plain_finalize, judge_finalize, finalize_bytes)
 
 def uniform_ids(tokens: int, experts: int, top_k: int, generator: torch.Generator) -> Tensor:
     """top_k different experts for each token."""
-    return torch.rand(tokens, experts, generator=generator).topk(top_k, dim=1).indices
+    return (
+        torch.rand(tokens, experts, generator=generator, dtype=torch.float32, device="cpu").topk(top_k, dim=1).indices
+    )
 
 
 def sort_case(
@@ -150,12 +154,22 @@ def finalize_case(
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         slots = tokens * top_k
-        rows = torch.empty(slots + 7, columns, dtype=torch.bfloat16)
+        rows = torch.empty(slots + 7, columns, dtype=torch.bfloat16, device="cpu")
         rows.view(torch.int16).random_(0x3C00, 0x4100, generator=generator)  # 2^-7 to 8: normal numbers, drawn fast
-        slot_to_row = torch.randperm(slots + 7, generator=generator)[:slots].to(torch.int32).reshape(tokens, top_k)
-        slot_to_row[torch.rand(tokens, top_k, generator=generator) < missing] = -1
-        weights = torch.rand(tokens, top_k, generator=generator) - 0.25 if weighted else None
-        shared = torch.randn(tokens, columns, generator=generator).to(torch.bfloat16) if with_shared else None
+        slot_to_row = (
+            torch.randperm(slots + 7, generator=generator, device="cpu")[:slots].to(torch.int32).reshape(tokens, top_k)
+        )
+        slot_to_row[torch.rand(tokens, top_k, generator=generator, dtype=torch.float32, device="cpu") < missing] = -1
+        weights = (
+            torch.rand(tokens, top_k, generator=generator, dtype=torch.float32, device="cpu") - 0.25
+            if weighted
+            else None
+        )
+        shared = (
+            torch.randn(tokens, columns, generator=generator, dtype=torch.float32, device="cpu").to(torch.bfloat16)
+            if with_shared
+            else None
+        )
         return rows, slot_to_row, weights, shared
 
     return Case(
@@ -180,10 +194,10 @@ CASES = (
     preset_sort_case(PRO, 128, 16),
     preset_sort_case(PRO, 1024, 16),
     preset_sort_case(PRO, 8192, 128, large=True),
-    sort_case("one slot", lambda _: torch.tensor([[2]]), 4, 16),
-    sort_case("no tokens", lambda _: torch.empty(0, 6, dtype=torch.int32), 8, 16),
-    sort_case("no slot is local", lambda _: torch.full((5, 3), 7, dtype=torch.int32), 4, 32),
-    sort_case("all to one expert", lambda _: torch.full((300, 2), 3), 8, 16),
+    sort_case("one slot", lambda _: torch.tensor([[2]], dtype=torch.int64, device="cpu"), 4, 16),
+    sort_case("no tokens", lambda _: torch.empty(0, 6, dtype=torch.int32, device="cpu"), 8, 16),
+    sort_case("no slot is local", lambda _: torch.full((5, 3), 7, dtype=torch.int32, device="cpu"), 4, 32),
+    sort_case("all to one expert", lambda _: torch.full((300, 2), 3, dtype=torch.int64, device="cpu"), 8, 16),
     sort_case("a quarter is local", lambda g: uniform_ids(150, 64, 6, g), 16, 16, start=32),
     sort_case("two blocks", lambda g: uniform_ids(1300, 12, 5, g).to(torch.int32), 12, 64),
     sort_case("most experts, two blocks", lambda g: uniform_ids(110, 1024, 32, g).to(torch.int32), 1024, 16),

@@ -27,12 +27,12 @@ def moe_sort(
     count = torch.bincount(expert, minlength=local_experts)
     tiles = (count + tile_size - 1) // tile_size
     first_tile, first_slot = tiles.cumsum(0) - tiles, count.cumsum(0) - count
-    rank = torch.arange(slots.numel()) - first_slot[expert]
+    rank = torch.arange(slots.numel(), device="cpu") - first_slot[expert]
     row = first_tile[expert] * tile_size + rank
 
     used = int(tiles.sum())
-    tile_expert = torch.repeat_interleave(torch.arange(local_experts), tiles)
-    rank_of_tile = torch.arange(used) - first_tile[tile_expert]
+    tile_expert = torch.repeat_interleave(torch.arange(local_experts, device="cpu"), tiles)
+    rank_of_tile = torch.arange(used, device="cpu") - first_tile[tile_expert]
     out_tile_to_expert.fill_(-1)
     out_tile_to_expert[:used] = tile_expert.to(torch.int32)
     out_tile_rows.zero_()
@@ -41,12 +41,12 @@ def moe_sort(
     out_row_to_slot[row] = slots.to(torch.int32)
     out_slot_to_row.fill_(-1)
     out_slot_to_row.view(-1)[slots] = row.to(torch.int32)
-    out_counts.copy_(torch.tensor([used, slots.numel()]))
+    out_counts.copy_(torch.tensor([used, slots.numel()], dtype=torch.int64, device="cpu"))
 
 
 def moe_finalize(rows: Tensor, slot_to_row: Tensor, weights: Tensor | None, shared: Tensor | None, out: Tensor) -> None:
     """Exact but for float64's rounding; out may be float64."""
-    total = torch.zeros(out.shape, dtype=torch.float64)
+    total = torch.zeros(out.shape, dtype=torch.float64, device="cpu")
     for k in range(slot_to_row.shape[1]):
         row = slot_to_row[:, k].to(torch.int64)
         present = (row >= 0) & (row < rows.shape[0])

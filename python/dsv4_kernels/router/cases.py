@@ -258,13 +258,15 @@ YARDSTICKS = {
 
 def padding_of(generator: torch.Generator, tokens: int, padded: bool) -> Tensor | None:
     """A mask that marks about a third of the tokens, or none."""
-    return torch.rand(tokens, generator=generator) < 0.3 if padded else None
+    return torch.rand(tokens, generator=generator, dtype=torch.float32, device="cpu") < 0.3 if padded else None
 
 
 def hash_router_case(preset: Preset, tokens: int, dtype: torch.dtype = torch.int64, padded: bool = False) -> Case:
     def make(generator: torch.Generator) -> tuple[Any, ...]:
-        token_ids = torch.randint(preset.vocab_size, (tokens,), generator=generator, dtype=dtype)
-        table = torch.randint(preset.experts, (preset.vocab_size, preset.top_k), generator=generator, dtype=dtype)
+        token_ids = torch.randint(preset.vocab_size, (tokens,), generator=generator, dtype=dtype, device="cpu")
+        table = torch.randint(
+            preset.experts, (preset.vocab_size, preset.top_k), generator=generator, dtype=dtype, device="cpu"
+        )
         return token_ids, table, padding_of(generator, tokens, padded)
 
     return Case(
@@ -281,9 +283,13 @@ def hash_router_scored_case(
     preset: Preset, tokens: int, logit_dtype: torch.dtype = torch.float32, padded: bool = False
 ) -> Case:
     def make(generator: torch.Generator) -> tuple[Any, ...]:
-        token_ids = torch.randint(preset.vocab_size, (tokens,), generator=generator, dtype=torch.int32)
-        table = torch.randint(preset.experts, (preset.vocab_size, preset.top_k), generator=generator, dtype=torch.int32)
-        logits = (3 * torch.randn(tokens, preset.experts, generator=generator)).to(logit_dtype)
+        token_ids = torch.randint(preset.vocab_size, (tokens,), generator=generator, dtype=torch.int32, device="cpu")
+        table = torch.randint(
+            preset.experts, (preset.vocab_size, preset.top_k), generator=generator, dtype=torch.int32, device="cpu"
+        )
+        logits = (3 * torch.randn(tokens, preset.experts, generator=generator, dtype=torch.float32, device="cpu")).to(
+            logit_dtype
+        )
         return token_ids, table, logits, padding_of(generator, tokens, padded), True, preset.routed_scaling, 0.0
 
     return Case(
@@ -300,9 +306,11 @@ def gate_inputs(
     generator: torch.Generator, tokens: int, hidden_size: int, experts: int, with_bias: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states and a gate whose logits spread as a trained gate's do: a few units."""
-    hidden = torch.randn(tokens, hidden_size, generator=generator).to(torch.bfloat16)
-    weight = (torch.randn(experts, hidden_size, generator=generator) * 2 / hidden_size**0.5).to(torch.bfloat16)
-    bias = torch.randn(experts, generator=generator) * 0.1 if with_bias else None
+    hidden = torch.randn(tokens, hidden_size, generator=generator, dtype=torch.float32, device="cpu").to(torch.bfloat16)
+    weight = (
+        torch.randn(experts, hidden_size, generator=generator, dtype=torch.float32, device="cpu") * 2 / hidden_size**0.5
+    ).to(torch.bfloat16)
+    bias = torch.randn(experts, generator=generator, dtype=torch.float32, device="cpu") * 0.1 if with_bias else None
     return hidden, weight, bias
 
 
@@ -319,8 +327,8 @@ def fused_case(
     benched: bool = False,
 ) -> Case:
     def make(generator: torch.Generator) -> tuple[Any, ...]:
-        token_ids = torch.randint(vocab_size, (tokens,), generator=generator, dtype=torch.int32)
-        table = torch.randint(experts, (vocab_size, k), generator=generator)
+        token_ids = torch.randint(vocab_size, (tokens,), generator=generator, dtype=torch.int32, device="cpu")
+        table = torch.randint(experts, (vocab_size, k), generator=generator, device="cpu")
         hidden, weight, _ = gate_inputs(generator, tokens, hidden_size, experts)
         return token_ids, table, hidden, weight, padding_of(generator, tokens, padded), renormalize, scale, 0.0
 
@@ -373,12 +381,12 @@ def activation_case(
     """with_options: padding, a bias for marked tokens and int64 ids."""
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
-        logits = (2 * torch.randn(tokens, experts, generator=generator)).to(dtype)
-        bias, bias_alt = 0.1 * torch.randn(2, experts, generator=generator)
+        logits = (2 * torch.randn(tokens, experts, generator=generator, dtype=torch.float32, device="cpu")).to(dtype)
+        bias, bias_alt = 0.1 * torch.randn(2, experts, generator=generator, dtype=torch.float32, device="cpu")
         settings = (logits, bias, k, score_function, renormalize, scale, 1e-20 if with_options else 0.0)
         if not with_options:
             return *settings, None, None, None, False
-        padding, marked = torch.randint(2, (2, tokens), generator=generator).to(torch.bool)
+        padding, marked = torch.randint(2, (2, tokens), generator=generator, device="cpu").to(torch.bool)
         return *settings, padding & ~marked, bias_alt.clone(), marked, True
 
     return Case(
@@ -405,10 +413,12 @@ def topk_select_case(
     """levels: round the scores to so many different ones, so that most are ties."""
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
-        scores = torch.randn(rows, columns, generator=generator)
+        scores = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
         if levels:
             scores = (scores * (levels / 6)).round()
-        lengths = torch.randint(columns // 3, columns + 9, (rows,), generator=generator, dtype=torch.int32)
+        lengths = torch.randint(
+            columns // 3, columns + 9, (rows,), generator=generator, dtype=torch.int32, device="cpu"
+        )
         return scores.to(dtype), k, lengths if with_lengths else None, sorted, with_values
 
     name = f"{rows} x {columns}, k {k}, {str(dtype).removeprefix('torch.')}"

@@ -31,7 +31,7 @@ def weights_of(scores: Tensor, renormalize: bool, scale: float, epsilon: float) 
 
 def looked_up(token_ids: Tensor, hash_lut: Tensor, padding_mask: Tensor | None) -> Tensor:
     """[tokens, k] int32: each token's row of the table; -1 for padding and for ids outside of the table."""
-    rows = torch.full((len(token_ids), hash_lut.shape[1]), -1, dtype=torch.int32)
+    rows = torch.full((len(token_ids), hash_lut.shape[1]), -1, dtype=torch.int32, device="cpu")
     for i, token in enumerate(token_ids.tolist()):
         if 0 <= token < len(hash_lut) and not (padding_mask is not None and bool(padding_mask[i])):
             rows[i] = hash_lut[token]
@@ -40,7 +40,7 @@ def looked_up(token_ids: Tensor, hash_lut: Tensor, padding_mask: Tensor | None) 
 
 def looked_up_weights(ids: Tensor, logits: Tensor | None, renormalize: bool, scale: float, epsilon: float) -> Tensor:
     """Weights [tokens, k] in float64 of experts that a table gave: 1 / k without logits, 0 where there is no expert."""
-    weights = torch.full(ids.shape, 1 / ids.shape[1], dtype=torch.float64)
+    weights = torch.full(ids.shape, 1 / ids.shape[1], dtype=torch.float64, device="cpu")
     if logits is not None:
         chosen = scores_of(logits).gather(1, ids.clamp(min=0).to(torch.int64))
         weights = weights_of(chosen.masked_fill(ids < 0, 0.0), renormalize, scale, epsilon)
@@ -58,7 +58,7 @@ def largest(scores: Tensor, k: int, lengths: Tensor | None, by_score: bool) -> T
     bits = values.view(torch.int32).to(torch.int64)
     order = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
     order = torch.where(values.isnan(), -(2**31), order)
-    column = torch.arange(columns)
+    column = torch.arange(columns, device="cpu")
     number = order * 2**21 + (2**21 - 1 - column)
     if lengths is not None:
         number = torch.where(column < lengths.to(torch.int64)[:, None], number, torch.iinfo(torch.int64).min)

@@ -212,7 +212,7 @@ def topk_select(
     columns = scores.shape[1]
     beyond = torch.zeros_like(scores, dtype=torch.bool)
     if lengths is not None:
-        beyond = torch.arange(columns) >= lengths.to(torch.int64).clamp(0, columns)[:, None]
+        beyond = torch.arange(columns, device="cpu") >= lengths.to(torch.int64).clamp(0, columns)[:, None]
     # What is beyond a row's length goes behind everything in it, NaN too.
     order = descending(scores.to(torch.float32))
     order = order.gather(1, torch.sort(beyond.gather(1, order).to(torch.int8), dim=1, stable=True).indices)[:, :k]

@@ -178,8 +178,10 @@ POP = Yardstick(plain_paged_stash_pop, _judge("paged_stash_pop", expected_paged_
 
 def random_rows(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
     """Random bytes, seen as that dtype."""
-    size = torch.empty(0, dtype=dtype).element_size()
-    return torch.randint(256, (*shape[:-1], shape[-1] * size), generator=generator, dtype=torch.uint8).view(dtype)
+    size = torch.empty(0, dtype=dtype, device="cpu").element_size()
+    return torch.randint(
+        256, (*shape[:-1], shape[-1] * size), generator=generator, dtype=torch.uint8, device="cpu"
+    ).view(dtype)
 
 
 def cases_of(
@@ -208,7 +210,11 @@ def cases_of(
     def state(generator: torch.Generator, pages: int, head: int, in_order: bool) -> tuple[Tensor, int, int]:
         """A list of twice as many pages with `pages` of them free, its head and its tail."""
         capacity = max(2 * pages, 1)
-        ids = torch.arange(capacity) if in_order else torch.randperm(capacity, generator=generator)
+        ids = (
+            torch.arange(capacity, device="cpu")
+            if in_order
+            else torch.randperm(capacity, generator=generator, device="cpu")
+        )
         return ids, head, head + pages
 
     def pools(generator: torch.Generator) -> Any:
@@ -216,18 +222,30 @@ def cases_of(
         host = None if host_free is None else state(generator, host_free, 3, False)
         cuda_pool = random_rows(generator, dtype, len(cuda[0]), page_size, hidden)
         host_pool = None if host is None else random_rows(generator, dtype, len(host[0]), page_size, hidden)
-        capacity = torch.tensor([len(cuda[0]), 0 if host is None else len(host[0])])
-        head, tail = (torch.tensor([cuda[i], 0 if host is None else host[i]]) for i in (1, 2))
+        capacity = torch.tensor([len(cuda[0]), 0 if host is None else len(host[0])], dtype=torch.int64, device="cpu")
+        head, tail = (
+            torch.tensor([cuda[i], 0 if host is None else host[i]], dtype=torch.int64, device="cpu") for i in (1, 2)
+        )
         return cuda_pool, host_pool, cuda[0], None if host is None else host[0], head, tail, capacity
 
     def make_copy(generator: torch.Generator) -> tuple[Any, ...]:
         cuda_pool, host_pool, cuda_list, host_list, head, tail, capacity = pools(generator)
-        record = torch.randint(1 << 40, (-(-rows // page_size) + 3,), generator=generator)
-        flags = [torch.tensor([flag]) for flag in (overflow, 0, 1)]
-        new_head = None if in_place else torch.tensor([-1, -1])
+        record = torch.randint(1 << 40, (-(-rows // page_size) + 3,), generator=generator, device="cpu")
+        flags = [torch.tensor([flag], dtype=torch.int64, device="cpu") for flag in (overflow, 0, 1)]
+        new_head = None if in_place else torch.tensor([-1, -1], dtype=torch.int64, device="cpu")
         src = random_rows(generator, dtype, rows, hidden)
-        fixed = (src, cuda_pool, host_pool, torch.tensor([tokens]), cuda_list, host_list, head, tail, capacity)
-        high_water = torch.tensor([needed, 1]) if in_place else None
+        fixed = (
+            src,
+            cuda_pool,
+            host_pool,
+            torch.tensor([tokens], dtype=torch.int64, device="cpu"),
+            cuda_list,
+            host_list,
+            head,
+            tail,
+            capacity,
+        )
+        high_water = torch.tensor([needed, 1], dtype=torch.int64, device="cpu") if in_place else None
         return (*fixed, record, *flags, new_head, high_water)
 
     def make_pop(generator: torch.Generator) -> tuple[Any, ...]:
@@ -235,16 +253,23 @@ def cases_of(
         spilled = int(needed > cuda_free)
         pool_list = cuda_list if not spilled or host_list is None else host_list
         # The pages that are taken are those ahead of the tail.
-        taken = pool_list[(tail[spilled] + torch.arange(needed)) % len(pool_list)]
-        record = torch.randint(1 << 40, (-(-rows // page_size) + 3,), generator=generator)
+        taken = pool_list[(tail[spilled] + torch.arange(needed, device="cpu")) % len(pool_list)]
+        record = torch.randint(1 << 40, (-(-rows // page_size) + 3,), generator=generator, device="cpu")
         record[:needed] = taken
-        new_tail = None if in_place else torch.tensor([-1, -1])
+        new_tail = None if in_place else torch.tensor([-1, -1], dtype=torch.int64, device="cpu")
         dst = random_rows(generator, dtype, rows, hidden)
-        fixed = (cuda_pool, host_pool, dst, torch.tensor([tokens]), record, torch.tensor([spilled]))
-        lists = (torch.tensor([overflow]), cuda_list, host_list, tail, capacity)
+        fixed = (
+            cuda_pool,
+            host_pool,
+            dst,
+            torch.tensor([tokens], dtype=torch.int64, device="cpu"),
+            record,
+            torch.tensor([spilled], dtype=torch.int64, device="cpu"),
+        )
+        lists = (torch.tensor([overflow], dtype=torch.int64, device="cpu"), cuda_list, host_list, tail, capacity)
         return (*fixed, *lists, new_tail, zero_rest)
 
-    size = rows * hidden * torch.empty(0, dtype=dtype).element_size()
+    size = rows * hidden * torch.empty(0, dtype=dtype, device="cpu").element_size()
     amount = f"{size // MIB} MiB" if size >= MIB else f"{tokens} of {rows} x {hidden}"
     name = f"{amount} {str(dtype).removeprefix('torch.')}, pages of {page_size}{what}"
     labels = {"rows": rows, "hidden": hidden, "tokens": tokens, "page_size": page_size}

@@ -174,14 +174,14 @@ class PagedStash:
         # One tensor holds all metadata, what check() reads in front: one copy resets it, one brings it to the host.
         counters = 2 + 8 * len(sizes)
         lists = sum(_padded(s.pages) + _padded(s.host_pages) for s in sizes.values())
-        initial = torch.zeros(counters + lists, dtype=torch.int64)
+        initial = torch.zeros(counters + lists, dtype=torch.int64, device="cpu")
         for number, size in enumerate(sizes.values()):
-            counts = torch.tensor([size.pages, size.host_pages])
+            counts = torch.tensor([size.pages, size.host_pages], dtype=torch.int64, device="cpu")
             initial[2 + 8 * number : 10 + 8 * number] = torch.cat((counts * 0, counts, counts, counts * 0))
         place = counters
         for size in sizes.values():
             for pages in (size.pages, size.host_pages):
-                initial[place : place + pages] = torch.arange(pages)
+                initial[place : place + pages] = torch.arange(pages, device="cpu")
                 place += _padded(pages)
         self._initial = initial.to(self.device)
         self._state = self._initial.clone()
@@ -214,7 +214,7 @@ class PagedStash:
     def _host_pool(self, key: PoolKey, pages: int) -> Tensor:
         dtype, hidden = key
         if self.device.type != "cuda":
-            return torch.empty(pages, self.page_size, hidden, dtype=dtype)
+            return torch.empty(pages, self.page_size, hidden, dtype=dtype, device="cpu")
         size = pages * self.page_size * hidden * dtype.itemsize
         what = f"PagedStash: {pages} host pages of {self.page_size} x {hidden} {dtype} ({_gibibytes(size)})"
         available = available_host_memory()
@@ -222,7 +222,7 @@ class PagedStash:
             # Pinned memory cannot be swapped out: asking for more than there is may take the machine down.
             raise MemoryError(f"{what}: the host has {_gibibytes(available)} available; give it fewer host_pages")
         try:
-            return torch.empty(pages, self.page_size, hidden, dtype=dtype, pin_memory=True)
+            return torch.empty(pages, self.page_size, hidden, dtype=dtype, pin_memory=True, device="cpu")
         except RuntimeError as error:
             way_out = "give it fewer host_pages, or raise the limit on locked memory (ulimit -l) or the container's"
             raise MemoryError(f"{what} could not be pinned; {way_out}. {error}") from error

@@ -21,7 +21,7 @@ def free_pages(head: int, tail: int, capacity: int, pages: int) -> int:
 
 def slots_from(first: int, count: int, capacity: int) -> Tensor:
     """Where `count` entries of a circular list lie that start at a position which only grows."""
-    return (torch.arange(count) + first % capacity) % capacity
+    return (torch.arange(count, device="cpu") + first % capacity) % capacity
 
 
 def move_pages(rows: Tensor, pool: Tensor, ids: Tensor, tokens: int, into_pool: bool) -> None:
