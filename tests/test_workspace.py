@@ -467,6 +467,7 @@ def as_function(name: str) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch's graph trees capture one to make their pool
 @pytest.mark.parametrize("lent", [True, False])
 @pytest.mark.parametrize("name", ["dense_router_decode", "quantize_nvfp4_gpu_fused", "paged_stash_copy"])
 def test_reduce_overhead(name: str, lent: bool) -> None:
