@@ -29,7 +29,11 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these faults (default: all)")
     parser.add_argument("--list", action="store_true", help="show the faults and stop")
     parser.add_argument("--python-only", action="store_true", help="only faults that need no build")
-    parser.add_argument("--build", metavar="FOLDER", help="a build folder to use again (default: a temporary one)")
+    parser.add_argument(
+        "--build",
+        metavar="FOLDER",
+        help="keep the copy and its build here for later runs (default: a temporary one)",
+    )
     parser.add_argument(
         "--build-python", metavar="FILE", default=os.environ.get("DSV4_TEST_BUILD_PYTHON", sys.executable)
     )
@@ -49,9 +53,9 @@ def main() -> int:
         for fault in faults:
             print(f"{fault.name:24} {fault.kind:38} {fault.file}: {fault.what}")
         return 0
-    with tempfile.TemporaryDirectory(prefix="dsv4-mutation-") as folder:
-        build = Path(options.build or f"{folder}/build").resolve()
-        copy = Copy(Path(folder) / "checkout", build, options.build_python)
+    with tempfile.TemporaryDirectory(prefix="dsv4-mutation-") as temporary:
+        folder = Path(options.build or temporary).resolve()
+        copy = Copy(folder / "checkout", folder / "build", options.build_python)
         if any(fault.is_compiled for fault in faults):
             print("building without a fault", flush=True)
             failure = copy.build_without_fault()

@@ -21,7 +21,7 @@ def scores_of(logits: Tensor, score_function: int = SQRT_SOFTPLUS) -> Tensor:
 
 def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
     """The gate's product in float64."""
-    return torch.einsum("th,eh->te", hidden.to(torch.float64), weight.to(torch.float64))
+    return hidden.to(torch.float64) @ weight.to(torch.float64).T
 
 
 def weights_of(scores: Tensor, renormalize: bool, scale: float, epsilon: float) -> Tensor:
