@@ -77,7 +77,7 @@ Pieces pieces_of(const dsv4_tensor& value) {
 int64_t span_of(const Pieces& value) { return (value.count - 1) * value.stride + value.bytes; }
 
 // Whether two tensors have a byte in common. Columns of one matrix have none. Exact but for tensors of pieces at
-// different distances, which is answered with yes: their spans do overlap.
+// different distances, which is answered with yes where their spans overlap.
 bool share_bytes(const Pieces& a, const Pieces& b) {
   if (a.count == 1 && b.count > 1) return share_bytes(b, a);
   const auto offset = static_cast<int64_t>(b.begin - a.begin);  // may be negative

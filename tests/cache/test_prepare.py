@@ -95,7 +95,7 @@ def test_short_pool_changes_nothing() -> None:
         (
             [Request(3, position=30)],
             [6],
-            "block_table: expected at most 4 blocks a request, got 5 for 36 tokens in slot 3",
+            "block_table: expected at most 4 blocks per request, got 5 for 36 tokens in slot 3",
         ),
     ],
 )

@@ -151,7 +151,7 @@ def prepare_forward(
         size = max(schema.blocks(ends[row]), len(held[row]))
         if size > columns:
             raise InvalidArgumentError(
-                f"prepare_forward: block_table: expected at most {columns} blocks a request, got {size} for "
+                f"prepare_forward: block_table: expected at most {columns} blocks per request, got {size} for "
                 f"{ends[row]} tokens in slot {slots[row]}"
             )
         integers("prepare_forward", "requests (block)", held[row], 0, allocator.blocks - 1)
