@@ -25,19 +25,20 @@ TIMES = {
     "torch_eager_us": "torch eager",
 }
 
-# The figures that matter most, in the words of a reader: (op, case) of bench.json.
+# The figures that matter most, in the words of a reader: (op, case) of peers.json.
+_LAYER = "v4-flash, MXFP4 weights, bfloat16 rows, "
 FIGURES = {
-    ("dense_router_decode", "v4-flash, 16 tokens"): "gate product, scores and top-6 of 16 tokens, v4-flash",
-    ("hash_router_fused", "v4-pro, 16 tokens"): "hash layer's experts and weights, 16 tokens, v4-pro",
-    ("activation_topk", "v4-flash, 8192 tokens, float32"): "scores and top-6 of 8192 tokens, v4-flash",
-    ("topk_select", "64 x 32768, k 512, float32"): "top-512 of 64 rows of 32,768 scores",
-    ("compress_flush", "CSA fp8_ds_mla, decode, 64 requests"): "CSA compression and flush, 64 requests",
-    ("compress_flush", "HCA fp8_ds_mla, decode, 64 requests"): "HCA compression and flush, 64 requests",
-    ("compress_flush", "CSA fp8_ds_mla, prefill, 8192 tokens"): "CSA compression and flush, prompt of 8192 tokens",
-    ("quantize_nvfp4", "16384 x 7168"): "NVFP4 of 16384 x 7168 bfloat16",
-    ("paged_stash_copy", "512 MiB bfloat16, pages of 64"): "paged stash of 512 MiB",
+    ("dense_router_decode", "v4-flash, 16 tokens"): "gate product, scores and top-6, 16 tokens",
+    ("activation_topk", "v4-flash, 8192 tokens"): "scores and top-6, 8192 tokens",
+    ("topk_select", "64 x 32768, k 512"): "top-512 of 64 rows of 32,768 scores",
+    ("compress_flush", "CSA, decode, 64 requests"): "CSA compression and flush, 64 requests",
+    ("compress_flush", "CSA, prefill, 8192 tokens"): "CSA compression and flush, prompt of 8192 tokens",
+    ("quantize_mxfp8", "16384 x 7168"): "MXFP8 of 16384 x 7168 bfloat16",
+    ("paged_stash_copy", "512 MiB, hidden 7168"): "paged stash of 512 MiB",
+    ("Nvfp4MoE", _LAYER + "1 token"): "layer of experts, MXFP4 weights, 1 token",
+    ("Nvfp4MoE", _LAYER + "128 tokens"): "layer of experts, MXFP4 weights, 128 tokens",
+    ("Nvfp4MoE", _LAYER + "8192 tokens"): "layer of experts, MXFP4 weights, 8192 tokens",
 }
-LAYERS = {("v4-flash", "bfloat16", "MXFP4", tokens) for tokens in (1, 128, 8192)}  # of moe_layers.json
 
 
 def read(device: str, name: str) -> dict[str, Any]:
@@ -46,9 +47,15 @@ def read(device: str, name: str) -> dict[str, Any]:
     return report
 
 
+def has(device: str, name: str) -> bool:
+    """Whether a device has such a report."""
+    return (RESULTS / device / name).exists()
+
+
 def devices() -> list[str]:
     """The folders of results, the README's first."""
-    return sorted((path.parent.name for path in RESULTS.glob("*/bench.json")), key=lambda name: (name != DEVICE, name))
+    folders = {path.parent.name for name in ("bench", "peers", "moe_layers") for path in RESULTS.glob(f"*/{name}.json")}
+    return sorted(folders, key=lambda name: (name != DEVICE, name))
 
 
 def conditions(report: dict[str, Any]) -> str:
@@ -60,31 +67,33 @@ def conditions(report: dict[str, Any]) -> str:
     )
 
 
+def microseconds(time: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{time:.0f}" if time >= 100 else f"{time:#.3g}"
+
+
+def peers_of(row: dict[str, Any], most: int | None = None) -> str:
+    """The peers of a row (`most` of them), the fastest first; one that is faster than this package is bold."""
+    bold = {True: "**", False: ""}
+    return ", ".join(
+        f"{name} {bold[time < row['us']]}{microseconds(time)}{bold[time < row['us']]}"
+        for name, time in sorted(row["peers"].items(), key=lambda peer: float(peer[1]))[:most]
+    )
+
+
 def times_of(row: dict[str, Any]) -> str:
     """The cells of a row; empty where there is no such baseline."""
     return " | ".join(f"{row[name]:.1f}" if row.get(name) is not None else "" for name in TIMES)
 
 
-def figures(report: dict[str, Any], layers: dict[str, Any]) -> str:
+def figures(report: dict[str, Any]) -> str:
     """The README's table."""
     rows = {(row["op"], row["case"]): row for row in report["rows"]}
-    lines = [
-        f"Microseconds in a CUDA graph, inputs not in cache ({conditions(report)}):",
-        "",
-        "| | floor | this package | torch.compile |",
-        "|---|---|---|---|",
-    ]
+    lines = ["| microseconds, sizes of v4-flash | this package | peers |", "|---|---|---|"]
     for key, text in FIGURES.items():
-        row = rows[key]
-        compiled = f"{row['torch_compile_us']:.1f}" if row.get("torch_compile_us") else ""
-        lines.append(f"| {text} | {row['floor_us']:.1f} | {row['cold_us']:.1f} | {compiled} |")
-    for row in layers["rows"]:
-        if (row["preset"], row["activations"], row["weights"], row["tokens"]) not in LAYERS:
-            continue
-        what = f"{row['tflops']:.0f} TFLOP/s" if row["tokens"] > 1024 else f"{row['tbs']:.1f} TB/s of weights"
-        tokens = f"{row['tokens']} token" + ("s" if row["tokens"] > 1 else "")
-        lines.append(f"| a layer's experts, v4-flash, MXFP4, {tokens} | | {row['us']:.0f} ({what}) | |")
-    return "\n".join([*lines, ""]) + "\n"
+        lines.append(f"| {text} | {microseconds(rows[key]['us'])} | {peers_of(rows[key], 3)} |")
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return "\n".join([*lines, "", f"On {conditions(report)}. {versions}.", ""]) + "\n"
 
 
 def readme_with(text: str, table: str) -> str:
@@ -94,11 +103,19 @@ def readme_with(text: str, table: str) -> str:
 
 
 def all_rows(device: str) -> list[str]:
-    """A section of docs/benchmarks.md: every row of one device."""
+    """A section of docs/benchmarks.md: everything recorded of one device."""
+    reports = [name for name in ("peers.json", "bench.json", "moe_layers.json") if has(device, name)]
+    lines = [f"## {read(device, reports[0])['machine']['device']}"]
+    for name in reports:
+        lines += ["", *SECTIONS[name](device)]
+    return lines
+
+
+def bench_rows(device: str) -> list[str]:
+    """Every row of `bench`."""
     report = read(device, "bench.json")
-    lines = [f"## {report['machine']['device']}", "", f"Measured on {conditions(report)}, empty kernel"]
-    lines[-1] += f" {report['launch_us']:.2f} us."
-    if (RESULTS / device / "bench.png").exists():
+    lines = [f"Every op, on {conditions(report)}, empty kernel {report['launch_us']:.2f} us."]
+    if has(device, "bench.png"):
         lines += ["", f"![time over floor](../tests/bench/results/{device}/bench.png)"]
     for family in dict.fromkeys(row["family"] for row in report["rows"]):
         lines += ["", f"### {family} ({device})", "", f"| op | case | {' | '.join(TIMES.values())} |"]
@@ -107,9 +124,27 @@ def all_rows(device: str) -> list[str]:
             f"| `{row['op']}` | {row['case']} | {times_of(row)} |" for row in report["rows"] if row["family"] == family
         ]
     costs = ", ".join(f"{name} {cost:.2f}" for name, cost in report["calls_us"].items())
-    lines += ["", f"Host time of a call without its launch, in microseconds: {costs}."]
-    if (RESULTS / device / "moe_layers.json").exists():
-        lines += ["", *layer_rows(device)]
+    return [*lines, "", f"Host time of a call without its launch, in microseconds: {costs}."]
+
+
+def peer_rows(device: str) -> list[str]:
+    """Other libraries beside this one, each pair measured in one process."""
+    report = read(device, "peers.json")
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        f"### Beside other libraries ({device})",
+        "",
+        f"On {conditions(report)}, empty kernel {report['launch_us']:.2f} us. {versions}.",
+        "Each row was measured in one process, in CUDA graphs. Results were compared on the same inputs. Bold: faster",
+        "than this package.",
+        "",
+        *(f"- {note}" for note in report["notes"]),
+        "",
+        "| op | case | this package | peers |",
+        "|---" * 4 + "|",
+    ]
+    for row in report["rows"]:
+        lines.append(f"| `{row['op']}` | {row['case']} | {microseconds(row['us'])} | {peers_of(row)} |")
     return lines
 
 
@@ -119,7 +154,8 @@ def layer_rows(device: str) -> list[str]:
     lines = [
         f"### Whole layers of experts ({device})",
         "",
-        "From sort to weighted sum, other experts in each call. TB/s counts the weights that are read.",
+        f"On {conditions(report)}. From sort to weighted sum, other experts in each call. TB/s counts the",
+        "weights that are read.",
         "",
         "| model | weights | activations | tokens | us | TB/s | TFLOP/s |",
         "|---" * 7 + "|",
@@ -130,6 +166,9 @@ def layer_rows(device: str) -> list[str]:
             f"{row['tbs']:.2f} | {row['tflops']:.0f} |"
         )
     return lines
+
+
+SECTIONS = {"peers.json": peer_rows, "bench.json": bench_rows, "moe_layers.json": layer_rows}
 
 
 def benchmarks() -> str:
@@ -150,9 +189,7 @@ def benchmarks() -> str:
 
 
 def main() -> None:
-    device = devices()[0]
-    table = figures(read(device, "bench.json"), read(device, "moe_layers.json"))
-    README.write_text(readme_with(README.read_text(), table))
+    README.write_text(readme_with(README.read_text(), figures(read(DEVICE, "peers.json"))))
     BENCHMARKS.write_text(benchmarks())
 
 
