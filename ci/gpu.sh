@@ -5,7 +5,7 @@
 #
 # Run from the checkout, with dsv4_kernels (the wheel), torch, pytest, hypothesis and numpy importable by $PYTHON.
 # The checks run as users do: Triton and the CuTe DSL cannot be imported, nvcc is off the PATH, HOME is read-only. The
-# benchmark alone may import Triton: torch.compile, the rival, needs it.
+# benchmark alone may import Triton: torch.compile, a baseline, needs it.
 set -euo pipefail
 
 out=$(realpath -m "${1:?usage: ci/gpu.sh OUT}")
@@ -36,7 +36,7 @@ if command -v compute-sanitizer >/dev/null; then
     # racecheck reports hazards in cuBLAS, and leaving its kernels out makes them fail: so none of them may run. It warns
     # of hash_router_fused, whose blocks are ordered by asynchronous stores that count at a barrier; the tests' emulator
     # knows those. Errors count.
-    user "$(command -v compute-sanitizer)" --tool "$tool" "$python" -m dsv4_kernels selftest --judge-on-cpu 2>&1 |
+    user "$(command -v compute-sanitizer)" --tool "$tool" "$python" -m dsv4_kernels selftest --check-on-cpu 2>&1 |
       tee "$out/$tool.log"
     grep -Eq 'ERROR SUMMARY: 0 errors|\(0 errors, ' "$out/$tool.log"
   done

@@ -77,7 +77,7 @@ def test_ops_and_their_cases(op: str, ambient: str) -> None:
     """The arguments of every case, and the results and the verdict of the smallest ones."""
     cases = [case for case in all_cases() if case.op == op and not case.large]
     arguments = {case.id: case.arguments("cpu") for case in cases}
-    cases.sort(key=lambda case: case.yardstick.moved_bytes(*arguments[case.id]))
+    cases.sort(key=lambda case: case.baseline.moved_bytes(*arguments[case.id]))
     results = {case.id: case.run(arguments[case.id]) for case in cases[:3]}
     with AMBIENTS[ambient]():
         for case in cases:
@@ -87,7 +87,7 @@ def test_ops_and_their_cases(op: str, ambient: str) -> None:
             again = case.run(arguments[case.id])
             for got, expected in zip(again, results[case.id], strict=True):
                 assert_same(got, expected)
-            assert case.yardstick.verdict(arguments[case.id], again).passed
+            assert case.baseline.verdict(arguments[case.id], again).passed
 
 
 def random(*shape: int) -> Tensor:

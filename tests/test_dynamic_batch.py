@@ -92,7 +92,7 @@ def of_size(op: str, arguments: tuple[Any, ...], size: int) -> tuple[Any, ...]:
 @pytest.mark.parametrize("op", TOKENS)
 def test_one_graph_for_every_number_of_tokens(op: str) -> None:
     cases = [case for case in all_cases() if case.op == op and not case.large and sizable(case)]
-    arguments = min(cases, key=lambda c: c.yardstick.moved_bytes(*c.arguments("cpu"))).arguments("cpu")
+    arguments = min(cases, key=lambda c: c.baseline.moved_bytes(*c.arguments("cpu"))).arguments("cpu")
     counter = CompileCounter()
 
     def call(*values: Any) -> tuple[Tensor, ...]:
@@ -110,7 +110,7 @@ def test_one_graph_for_every_number_of_tokens(op: str) -> None:
 @pytest.mark.parametrize("op", TOKENS)
 def test_export_with_a_dynamic_number_of_tokens(op: str) -> None:
     cases = [case for case in all_cases() if case.op == op and not case.large and sizable(case)]
-    arguments = min(cases, key=lambda c: c.yardstick.moved_bytes(*c.arguments("cpu"))).arguments("cpu")
+    arguments = min(cases, key=lambda c: c.baseline.moved_bytes(*c.arguments("cpu"))).arguments("cpu")
 
     class Call(torch.nn.Module):
         def forward(self, *values: Any) -> tuple[Tensor, ...]:

@@ -24,7 +24,7 @@ def small_case(op: str) -> Case:
         return not any(is_poison(output).any() for output in outputs)
 
     cases = [case for case in CASES if case.op == op and writes_everything(case)]
-    return min(cases, key=lambda case: case.yardstick.moved_bytes(*case.arguments("cpu")))
+    return min(cases, key=lambda case: case.baseline.moved_bytes(*case.arguments("cpu")))
 
 
 def test_every_op_has_cases() -> None:
@@ -36,7 +36,7 @@ def test_results(case: Case, device: str) -> None:
     arguments = case.arguments(device)
     before = fresh(arguments)
     results = case.run(arguments)
-    verdict = case.yardstick.verdict(arguments, results)
+    verdict = case.baseline.verdict(arguments, results)
     assert verdict.passed, verdict
     for argument, old in zip(arguments, before, strict=True):
         assert not isinstance(argument, torch.Tensor) or same_bits(argument, old), "input written"
@@ -50,8 +50,8 @@ def test_same_bits_twice(case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_judges_reject_wrong_results(case: Case) -> None:
-    """A judge that accepts anything would make every other test here empty."""
+def test_checks_reject_wrong_results(case: Case) -> None:
+    """A check that accepts anything would make every other test here empty."""
     arguments = case.arguments("cpu")
     results = case.run(arguments)
     for broken in range(len(results)):
@@ -63,7 +63,7 @@ def test_judges_reject_wrong_results(case: Case) -> None:
         flat[flat.numel() // 2] += 1
         if same_bits(changed[broken], results[broken]):  # a bfloat16 poison pattern too large to feel a 1
             flat[flat.numel() // 2] *= 2
-        assert not case.yardstick.verdict(arguments, tuple(changed)).passed
+        assert not case.baseline.verdict(arguments, tuple(changed)).passed
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -160,7 +160,7 @@ def test_graph_replay_follows_new_inputs(case: Case) -> None:
             poison(tensor)
         graph.replay()
         torch.cuda.synchronize()
-        verdict = case.yardstick.verdict(given, out + op.mutated_of(arguments))
+        verdict = case.baseline.verdict(given, out + op.mutated_of(arguments))
         assert verdict.passed, verdict
 
 

@@ -27,7 +27,7 @@ torch_ops.register()
 FEWEST_BYTES = {
     op: min(
         (c for c in all_cases() if c.op == op and not c.large),
-        key=lambda c: c.yardstick.moved_bytes(*c.arguments("cpu")),
+        key=lambda c: c.baseline.moved_bytes(*c.arguments("cpu")),
     )
     for op in OPS
 }

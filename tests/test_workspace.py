@@ -31,7 +31,7 @@ BF16 = torch.bfloat16
 def arguments_of(op: str, device: str = "cpu") -> tuple[Any, ...]:
     """Of the op's smallest case."""
     cases: list[Case] = [case for case in all_cases() if case.op == op and not case.large]
-    return min(cases, key=lambda case: case.yardstick.moved_bytes(*case.arguments("cpu"))).arguments(device)
+    return min(cases, key=lambda case: case.baseline.moved_bytes(*case.arguments("cpu"))).arguments(device)
 
 
 def caller(op: str, arguments: tuple[Any, ...]) -> Callable[..., tuple[Tensor, ...]]:

@@ -6,6 +6,7 @@ Through the C interface in eager mode, the torch op while something traces, the 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +31,7 @@ OutputSpec: TypeAlias = tuple[Sequence[int], torch.dtype]
 
 @dataclass(frozen=True)
 class Op:
-    """One op. All else follows from its name: dsv4_<name> in C, _native.<name>, <family>.reference.<name>,
+    """One op. All else follows from its name: dsv4_<name> in C, _native.<name>, <name> in dsv4_kernels.cpu.<family>,
     torch.ops.dsv4.<name>.
 
     arguments: the inputs in torch's schema language, in the order of the binding. What it changes in place is marked
@@ -92,18 +93,18 @@ class Op:
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             return self._run_otherwise(arguments, given, workspace, error, dispatched)
         if not on_device:
-            self.run_reference(arguments, out)
+            self.run_on_cpu(arguments, out)
         # As torch's own in-place functions: autograd learns that what it may have saved has changed.
         _mark_written(given)
         if self.mutated:
             _mark_written(self._select_mutated(arguments))
         return out  # type: ignore[return-value]  # no None is left
 
-    def run_reference(self, arguments: tuple[Any, ...], out: tuple[Any, ...]) -> None:
+    def run_on_cpu(self, arguments: tuple[Any, ...], out: tuple[Any, ...]) -> None:
         """The CPU implementation, for host tensors that passed the checks."""
         self._require_torch(arguments, out)
         with torch.no_grad():
-            self.reference(*arguments, *out)
+            self.cpu(*arguments, *out)
 
     def _require_torch(self, arguments: tuple[Any, ...], out: tuple[Any, ...]) -> None:
         """Raises InvalidArgumentError for arrays of other frameworks, on the host."""
@@ -147,12 +148,15 @@ class Op:
         return itemgetter(first, *rest) if rest else lambda arguments: (arguments[first],)
 
     @cached_property
-    def reference(self) -> Callable[..., None]:
+    def cpu(self) -> Callable[..., None]:
         """The CPU implementation: inputs, then outputs, which it writes in whatever float dtype they have."""
-        function: Callable[..., None] = getattr(
-            importlib.import_module(f"dsv4_kernels.{self.family}.reference"), self.name
-        )
-        return function
+        package = importlib.import_module(f"dsv4_kernels.cpu.{self.family}")
+        for entry in pkgutil.iter_modules(package.__path__):
+            module = importlib.import_module(f"{package.__name__}.{entry.name}")
+            function: Callable[..., None] | None = vars(module).get(self.name)
+            if function is not None and function.__module__ == module.__name__:
+                return function
+        raise LookupError(f"{self.name}: no CPU implementation in {package.__name__}")
 
     @cached_property
     def native(self) -> Callable[..., bool]:

@@ -97,7 +97,7 @@ def _out(op: Op) -> Callable[..., None]:
         except Exception:
             return through_run(*values)  # which says what is wrong
         if not on_device:
-            op.run_reference(values[:count], values[count:])
+            op.run_on_cpu(values[:count], values[count:])
         return mark_written(values[count:])
 
     return out if op.workspace_size is None else through_run

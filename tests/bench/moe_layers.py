@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dsv4_kernels.cases.moe.grouped_gemm import bfloat16_values
 from dsv4_kernels.cli.machine import describe
 from dsv4_kernels.cli.timing import ceilings, seconds_per_call
 from dsv4_kernels.moe import Nvfp4MoE
-from dsv4_kernels.moe.grouped_gemm_cases import bfloat16_values
 from dsv4_kernels.presets import PRESETS, Preset
 from torch import Tensor
 

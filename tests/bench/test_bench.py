@@ -19,7 +19,7 @@ BENCHED = [*(case for case in all_cases() if case.benched), *composites()]
 
 def small_case(op: str) -> Case:
     cases = [case for case in BENCHED if case.op == op and not case.large]
-    return min(cases, key=lambda case: case.yardstick.moved_bytes(*case.arguments("cpu")))
+    return min(cases, key=lambda case: case.baseline.moved_bytes(*case.arguments("cpu")))
 
 
 def refuse(*_: Any) -> Any:
@@ -45,7 +45,7 @@ def test_a_baseline_that_fails_costs_its_own_time_only(
     options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing, sound = small_case("hash_router"), small_case("moe_sort")
-    failing = dataclasses.replace(failing, yardstick=dataclasses.replace(failing.yardstick, plain=refuse))
+    failing = dataclasses.replace(failing, baseline=dataclasses.replace(failing.baseline, run=refuse))
     status, report = report_of(options, [failing, sound], monkeypatch)
     first, second = report["rows"]
     text = "RuntimeError: operation not permitted when stream is capturing"
@@ -89,9 +89,9 @@ def test_a_baseline_can_be_captured(case: Case) -> None:
     arguments = case.arguments("cuda")
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        case.yardstick.plain(*arguments)
+        case.baseline.run(*arguments)
         stream.synchronize()
         with torch.cuda.graph(graph, stream=stream):
-            case.yardstick.plain(*arguments)
+            case.baseline.run(*arguments)
         graph.replay()
         stream.synchronize()

@@ -12,7 +12,7 @@ SMALL = [case for case in composites() if case.labels["tokens"] <= 128]
 def test_what_is_timed_is_right(case: Composite) -> None:
     arguments = case.arguments("cpu")
     results = case.function(*arguments)
-    verdict = case.yardstick.verdict(arguments, results)
+    verdict = case.baseline.verdict(arguments, results)
     assert verdict.passed, verdict
 
 

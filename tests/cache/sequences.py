@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from dsv4_kernels import number_formats
-from dsv4_kernels.cache import CacheHandle, LayerCacheSchema, reference
+from dsv4_kernels.cache import CacheHandle, LayerCacheSchema
 from torch import Tensor
+
+NVFP4_GROUP = 16
 
 
 def token_rows(schema: LayerCacheSchema, tokens: int, generator: torch.Generator) -> Tensor:
@@ -66,7 +68,7 @@ def dequantised(parts: dict[str, Tensor]) -> Tensor:
     if parts["indexer_keys_fp4"].shape[1]:
         codes = number_formats.decode_e2m1(number_formats.unpack_e2m1(parts["indexer_keys_fp4"]))
         scale = number_formats.decode_e4m3(parts["indexer_scale"].view(torch.uint8))
-        rows.append((codes.unflatten(1, (-1, reference.NVFP4_GROUP)) * scale[..., None]).flatten(1))
+        rows.append((codes.unflatten(1, (-1, NVFP4_GROUP)) * scale[..., None]).flatten(1))
     return torch.cat(rows, dim=1)
 
 
@@ -81,7 +83,7 @@ def wrong_entries(schema: LayerCacheSchema, parts: dict[str, Tensor], rows: Tens
     limit[:, :stored] = exact[:, :stored].abs() * 2**-4 * 1.1 + amax * 2**-15
     limit[:, stored:head] = exact[:, stored:head].abs() * 2**-8
     if schema.indexer_head_dim:
-        groups = exact[:, head:].unflatten(1, (-1, reference.NVFP4_GROUP))
+        groups = exact[:, head:].unflatten(1, (-1, NVFP4_GROUP))
         # E2M1: half of its widest step, in units of a scale that is itself rounded.
         largest = groups.abs().amax(dim=2, keepdim=True).expand_as(groups).flatten(1)
         limit[:, head:] = largest / 6 * 1.1 + 2**-9

@@ -8,8 +8,9 @@ from fractions import Fraction
 import pytest
 import torch
 from dsv4_kernels import InvalidArgumentError
-from dsv4_kernels.cache import compress_flush, flush_write_csa, flush_write_hca, reference
+from dsv4_kernels.cache import compress_flush, flush_write_csa, flush_write_hca
 from dsv4_kernels.cases import is_poison, poison, same_bits
+from dsv4_kernels.cpu.cache import functions as on_cpu
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 numpy = pytest.importorskip("numpy")
@@ -226,7 +227,7 @@ def test_widths(head: int, rope: int, indexer: int, device: str) -> None:
     table = torch.arange(BLOCKS, dtype=torch.int32).repeat(2, 1)
     assert cpu.key is not None
     parts = (cpu.fp8, cpu.rope, cpu.scale, cpu.keys, cpu.key_scale)
-    reference.flush_write_csa(cpu.entry, cpu.key, *where, table, *parts, M)
+    on_cpu.flush_write_csa(cpu.entry, cpu.key, *where, table, *parts, M)
     for got, want in zip(pools[0].rows(), cpu.rows(), strict=True):
         assert same_bits(got, want)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cases import is_poison, poison
+from dsv4_kernels.cpu.moe.grouped_gemm import expert_weights
 from dsv4_kernels.moe import (
     can_interleave,
     interleave_weights,
@@ -16,7 +17,6 @@ from dsv4_kernels.moe import (
     run_fused_swiglu_grouped_gemm,
     run_nvfp4_grouped_gemm,
 )
-from dsv4_kernels.moe.grouped_gemm_reference import expert_weights
 
 from tests.moe.test_moe_grouped_gemm import by_hand
 

@@ -154,7 +154,7 @@ for case in cases.values():
         op(arguments, out)
     graph.replay()
     torch.cuda.synchronize()
-    verdict = case.yardstick.verdict(given, out + op.mutated_of(arguments))
+    verdict = case.baseline.verdict(given, out + op.mutated_of(arguments))
     assert verdict.passed, (case.id, verdict)
 """
 

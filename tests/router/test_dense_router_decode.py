@@ -6,8 +6,8 @@ import pytest
 import torch
 from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cases import is_poison, poison
+from dsv4_kernels.cases.router.functions import gate_inputs
 from dsv4_kernels.router import dense_router_decode, dense_router_decode_workspace_size
-from dsv4_kernels.router.cases import gate_inputs
 
 from tests.emulated import ARCHITECTURES, emulated, ptx_folder
 from tests.emulator import launch

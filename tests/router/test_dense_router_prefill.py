@@ -7,8 +7,8 @@ import pytest
 import torch
 from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cases import is_poison, poison
+from dsv4_kernels.cases.router.functions import baseline_dense, check_selection, gate_inputs
 from dsv4_kernels.router import dense_router_decode, dense_router_prefill
-from dsv4_kernels.router.cases import gate_inputs, judge_selection, plain_dense
 
 from tests.router import oracle
 
@@ -38,8 +38,8 @@ def test_equals_decode_up_to_rounding(hidden_size: int, experts: int, options: d
     prefill = dense_router_prefill(hidden, weight, bias, 6, **options)
     weighing = {"renormalize": True, "scale": 1.0, "epsilon": 0.0} | options
     arguments = (hidden, weight, bias, 6, *weighing.values())
-    results, plain = (tuple(t.cpu() for t in pair) for pair in (prefill, plain_dense(*arguments)))
-    verdict = judge_selection(arguments, results, plain)
+    results, plain = (tuple(t.cpu() for t in pair) for pair in (prefill, baseline_dense(*arguments)))
+    verdict = check_selection(arguments, results, plain)
     assert verdict.passed, verdict
     same = (decode[1] == prefill[1]).all(dim=1)  # a near tie may go the other way
     assert int(same.sum()) >= 62

@@ -7,8 +7,8 @@ import pytest
 import torch
 from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cases import is_poison, poison
+from dsv4_kernels.cases.router.functions import gate_inputs
 from dsv4_kernels.router import hash_router_fused, hash_router_scored
-from dsv4_kernels.router.cases import gate_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cases import is_poison, poison
+from dsv4_kernels.cases.router.functions import gate_inputs
 from dsv4_kernels.checkpoint import CheckpointError
 from dsv4_kernels.presets import PRESETS, Preset
 from dsv4_kernels.router import Router
-from dsv4_kernels.router.cases import gate_inputs
 from safetensors.torch import save_file
 
 from tests.router import oracle

@@ -11,7 +11,8 @@ import pytest
 import torch
 from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cases import is_poison, poison
-from dsv4_kernels.stash import paged_stash_copy, paged_stash_pop, reference
+from dsv4_kernels.cpu.stash import functions as on_cpu
+from dsv4_kernels.stash import paged_stash_copy, paged_stash_pop
 
 from tests.emulated import ARCHITECTURES, emulated, ptx_folder
 from tests.stash.pools import Pools, as_bytes, number, random_rows
@@ -453,11 +454,11 @@ def test_pages_are_conserved_over_100000_operations() -> None:
     def copy(source, tokens, record, spilled, _):  # type: ignore[no-untyped-def]
         counters = (pools.head, pools.tail, pools.capacity, record, pools.overflow, pools.host_spill, spilled, None)
         counters = (*counters, pools.high_water)
-        reference.paged_stash_copy(source, pools.pool, pools.host_pool, tokens, *lists, *counters)
+        on_cpu.paged_stash_copy(source, pools.pool, pools.host_pool, tokens, *lists, *counters)
 
     def pop(target, tokens, record, spilled, _):  # type: ignore[no-untyped-def]
         counters = (record, spilled, pools.overflow, *lists, pools.tail, pools.capacity, None, False)
-        reference.paged_stash_pop(pools.pool, pools.host_pool, target, tokens, *counters)
+        on_cpu.paged_stash_pop(pools.pool, pools.host_pool, target, tokens, *counters)
 
     assert conserve(pools, 100_000, 500, copy, pop) > 1000
 

@@ -94,7 +94,7 @@ def measure(case: Case, device: str, best: Ceilings, with_compile: bool) -> dict
         set_bytes = sum(a.numel() * a.element_size() for a in first if isinstance(a, torch.Tensor))
         count = max(1, min(MAX_SETS, COLD_BYTES // max(set_bytes, 1))) if device != "cpu" else 1
         sets = [first] + [fresh(first) for _ in range(count - 1)]
-        moved_bytes, plain = case.yardstick.moved_bytes(*first), case.yardstick.plain
+        moved_bytes, plain = case.baseline.moved_bytes(*first), case.baseline.run
         row["image"] = "several" if isinstance(case, Composite) else image_for(case.op, device)
         row["moved_bytes"], row["floor_us"] = moved_bytes, best.floor(moved_bytes) * 1e6
         row["cold_sets"] = len(sets)

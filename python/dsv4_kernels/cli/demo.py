@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dsv4_kernels.cases import Verdict, Yardstick
+from dsv4_kernels.cases import Baseline, Verdict
+from dsv4_kernels.cases.router.functions import BASELINES, gate_inputs
 from dsv4_kernels.checkpoint import CheckpointError
 from dsv4_kernels.cli.demo_cache import CacheStep, cache_steps
 from dsv4_kernels.cli.demo_compress import CompressStep, compress_steps
@@ -31,7 +32,6 @@ from dsv4_kernels.cli.machine import default_device, describe, image_for
 from dsv4_kernels.cli.timing import ceilings, seconds_per_call
 from dsv4_kernels.presets import PRESETS, Preset
 from dsv4_kernels.router import Router
-from dsv4_kernels.router.cases import YARDSTICKS, gate_inputs
 from dsv4_kernels.router.router import Mode
 
 # Functions of the router that are no op of their own, by the op whose kernel they run beside torch's product.
@@ -75,21 +75,21 @@ class Step:
     def run(self) -> tuple[Tensor, ...]:
         return self.router(self.hidden, self.token_ids)  # type: ignore[no-any-return]
 
-    def problem(self) -> tuple[Yardstick, tuple[Any, ...]]:
-        """What the batch asks for, whichever function answers: how to judge it, and the arguments."""
+    def problem(self) -> tuple[Baseline, tuple[Any, ...]]:
+        """What the batch asks for, whichever function answers: what to compare it with, and the arguments."""
         gate, weighing = self.router, (self.router.renormalize, self.router.scale, self.router.epsilon)
         if gate.mode == "hash":
             arguments = (self.token_ids, gate.tid2eid, self.hidden, gate.weight, None, *weighing)
-            return YARDSTICKS["hash_router_fused"], arguments
-        return YARDSTICKS["dense_router_decode"], (self.hidden, gate.weight, gate.bias, gate.top_k, *weighing)
+            return BASELINES["hash_router_fused"], arguments
+        return BASELINES["dense_router_decode"], (self.hidden, gate.weight, gate.bias, gate.top_k, *weighing)
 
     def verdict(self) -> Verdict:
-        yardstick, arguments = self.problem()
-        return yardstick.verdict(arguments, self.run())
+        baseline, arguments = self.problem()
+        return baseline.verdict(arguments, self.run())
 
     def moved_bytes(self) -> int:
-        yardstick, arguments = self.problem()
-        return yardstick.moved_bytes(*arguments)
+        baseline, arguments = self.problem()
+        return baseline.moved_bytes(*arguments)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4_kernels import number_formats
 from dsv4_kernels.cache import (
     AttentionType,
     BlockAllocator,
@@ -22,9 +21,9 @@ from dsv4_kernels.cache import (
     Request,
     append_and_flush,
     prepare_forward,
-    reference,
 )
-from dsv4_kernels.cases import Verdict
+from dsv4_kernels.cases import Verdict, code_tables
+from dsv4_kernels.cases.cache import definitions
 from dsv4_kernels.presets import Preset
 
 # E4M3 rounds to half a step, 16 beside its largest value 448; what float32 and bfloat16 add is small beside it.
@@ -112,20 +111,20 @@ class CacheStep:
             before[1:] = by_stream[0][:-1]
             before[0, :, 0], before[0, :, 1] = 0.0, -torch.inf
             values, scores = torch.cat((before[:, :, 0], values), 1), torch.cat((before[:, :, 1], scores), 1)
-        return reference.pooled(values, scores)
+        return definitions.pooled(values, scores)
 
     def _errors(self, stored: list[Tensor], exact: Tensor) -> tuple[float, float]:
         """Of entries, relative to their largest value; of indexer keys, relative to that of each group."""
         fp8, rope, scale, codes, key_scale = stored
         head = self.schema.head_dim
-        values = number_formats.decode_e4m3(fp8.view(torch.uint8)) * scale[..., None]
+        values = code_tables.decode_e4m3(fp8.view(torch.uint8)) * scale[..., None]
         entry = torch.cat((values, rope.to(torch.float32)), dim=-1)
         main = exact[..., :head]
         error = float(((entry - main).abs() / main.abs().amax(dim=-1, keepdim=True)).max())
         if not self.schema.indexer_head_dim:
             return error, 0.0
-        groups = number_formats.decode_e2m1(number_formats.unpack_e2m1(codes)).unflatten(-1, (-1, 16))
-        key = groups * number_formats.decode_e4m3(key_scale.view(torch.uint8))[..., None]
+        groups = code_tables.decode_e2m1(codes).unflatten(-1, (-1, 16))
+        key = groups * code_tables.decode_e4m3(key_scale.view(torch.uint8))[..., None]
         side = exact[..., head:].unflatten(-1, (-1, 16))
         return error, float(((key - side).abs() / side.abs().amax(dim=-1, keepdim=True)).max())
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from dsv4_kernels.cache import AttentionType, LayerCacheSchema
-from dsv4_kernels.cache.compress_flush_cases import CSA, HCA, INDEXER, Layer, compress_flush_case
 from dsv4_kernels.cases import Case, Verdict
+from dsv4_kernels.cases.cache.compress_flush import CSA, HCA, INDEXER, Layer, compress_flush_case
 from dsv4_kernels.op_table import OPS
 from dsv4_kernels.presets import Preset
 
@@ -33,11 +33,11 @@ class CompressStep:
 
     def verdict(self) -> Verdict:
         """State, codes and scales of a call on copies, against float64."""
-        return self.case.yardstick.verdict(self.arguments, self.case.run(self.arguments))
+        return self.case.baseline.verdict(self.arguments, self.case.run(self.arguments))
 
     def moved_bytes(self) -> int:
         """Rows in, rows of the state that an entry needs, entries out."""
-        return self.case.yardstick.moved_bytes(*self.arguments)
+        return self.case.baseline.moved_bytes(*self.arguments)
 
 
 def compress_steps(preset: Preset, requests: int, device: str, generator: torch.Generator) -> list[CompressStep]:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cases import Verdict
+from dsv4_kernels.cases.moe.definitions import swiglu, values_of
 from dsv4_kernels.moe import Nvfp4MoE
-from dsv4_kernels.moe.grouped_gemm_reference import dequantize, swiglu
 from dsv4_kernels.presets import Preset
 
 LIMIT = 10.0  # of the models' SwiGLU
-JUDGED = 2  # tokens whose sums are computed in float64
+CHECKED = 2  # tokens whose sums are computed in float64
 CPU_EXPERTS = 1  # the CPU implementation dequantises an expert to float64 in every call
 # Rows between the products and the sums are rounded to bfloat16, 2^-9 of each; values of a row are independent.
 ERROR = 2.0**-7
@@ -42,14 +42,14 @@ class MoeStep:
         first, count = self.experts.experts_start_idx, self.experts.num_experts
         here = ((self.topk_ids >= first) & (self.topk_ids < first + count)).cpu()
         worst = 0.0
-        for token in here.any(dim=1).nonzero().flatten().tolist()[:JUDGED]:
+        for token in here.any(dim=1).nonzero().flatten().tolist()[:CHECKED]:
             x = self.hidden[token].to(torch.float64).cpu()
             want = torch.zeros_like(x)
             for k in here[token].nonzero().flatten().tolist():
                 l1, l1_scale, l2, l2_scale = (part[int(self.topk_ids[token, k]) - first].cpu() for part in self.weights)
-                gate, up = (dequantize(l1, l1_scale) @ x).chunk(2)
+                gate, up = (values_of(l1, l1_scale) @ x).chunk(2)
                 inner = swiglu(gate, up, LIMIT).to(torch.bfloat16).to(torch.float64)
-                want += float(self.topk_weights[token, k]) * (dequantize(l2, l2_scale) @ inner)
+                want += float(self.topk_weights[token, k]) * (values_of(l2, l2_scale) @ inner)
             worst = max(worst, float((got[token] - want).norm() / want.norm()))
         if got[~here.any(dim=1)].any():
             return Verdict(float("inf"), ERROR, "a token without an expert here has a result")

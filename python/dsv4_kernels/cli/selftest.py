@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--op", action="append", help="only the cases of this op; may be given several times")
     parser.add_argument(
-        "--judge-on-cpu", action="store_true", help="keep plain torch off the device: under a sanitizer, say"
+        "--check-on-cpu", action="store_true", help="keep plain torch off the device: under a sanitizer, say"
     )
     parser.add_argument("--json", metavar="FILE", help="also write results to this file; - for standard output")
 
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
         return 2
     console = Console(stderr=options.json == "-")
     results = [
-        check(case, device, options.judge_on_cpu) for case in track(cases, "checking", console=console, transient=True)
+        check(case, device, options.check_on_cpu) for case in track(cases, "checking", console=console, transient=True)
     ]
     failed = [result for result in results if not result["passed"]]
     report = {"machine": describe(device), "passed": not failed, "results": results}
@@ -51,14 +51,14 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def check(case: Case, device: str, judge_on_cpu: bool) -> dict[str, Any]:
+def check(case: Case, device: str, check_on_cpu: bool) -> dict[str, Any]:
     """One case as a JSON row."""
     row: dict[str, Any] = {"op": case.op, "case": case.name, "image": image_for(case.op, device)}
     try:
         arguments = case.arguments(device)
         first, second = case.run(arguments), case.run(arguments)
         same = all(same_bits(a, b) for a, b in zip(first, second, strict=True))
-        verdict = case.yardstick.verdict(to_cpu(arguments) if judge_on_cpu else arguments, first)
+        verdict = case.baseline.verdict(to_cpu(arguments) if check_on_cpu else arguments, first)
     except Exception as error:  # a selftest reports what fails, whatever it is
         return row | {"passed": False, "error": None, "limit": None, "what": f"{type(error).__name__}: {error}"}
     what = verdict.what if same else "two runs differ"

@@ -17,12 +17,12 @@ from dsv4_kernels.moe.grouped_gemm import (
     run_fused_swiglu_grouped_gemm,
     run_nvfp4_grouped_gemm,
 )
-from dsv4_kernels.moe.grouped_gemm_reference import gate_and_up
 from dsv4_kernels.moe.quantize import (
     quantize_activation_nvfp4,
     quantize_mxfp8,
 )
 from dsv4_kernels.moe.routing import SortedRoutes, max_tiles, moe_finalize, moe_sort
+from dsv4_kernels.moe.weight_layouts import gate_and_up
 from dsv4_kernels.presets import Preset, find_preset
 
 # Rows per expert up to which tiles of 16 and of 64 rows are the fastest on an H100; see docs/decisions/0017.

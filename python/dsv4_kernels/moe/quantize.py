@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dsv4_kernels import host_values
 from dsv4_kernels.errors import InvalidArgumentError
-from dsv4_kernels.moe import quantize_reference as codes
+from dsv4_kernels.moe import formats
 from dsv4_kernels.op_table import NVFP4_AMAX_FLOOR, OPS
 from dsv4_kernels.workspace import Workspace
 
@@ -40,9 +40,9 @@ _quantize_mx = OPS["quantize_mx"]
 _quantize_fp8_per_token = OPS["quantize_fp8_per_token"]
 _dequantize_blocks = OPS["dequantize_blocks"]
 
-_SOURCES = {"plain": codes.PLAIN, "deinterleave": codes.DEINTERLEAVE, "swiglu": codes.SWIGLU}
-_ELEMENT_FORMATS = {"e4m3": codes.E4M3, "e2m1": codes.E2M1}
-_SCALE_FORMATS = {"e4m3": codes.SCALE_E4M3, "e8m0": codes.SCALE_E8M0, "float32": codes.SCALE_FLOAT32}
+_SOURCES = {"plain": formats.PLAIN, "deinterleave": formats.DEINTERLEAVE, "swiglu": formats.SWIGLU}
+_ELEMENT_FORMATS = {"e4m3": formats.E4M3, "e2m1": formats.E2M1}
+_SCALE_FORMATS = {"e4m3": formats.SCALE_E4M3, "e8m0": formats.SCALE_E8M0, "float32": formats.SCALE_FLOAT32}
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 MXFP4_AMAX_FLOOR = 6 * 2.0**-126
@@ -304,7 +304,7 @@ def quantize_mx(
     """
     form = _choice("quantize_mx", "element_format", element_format, _ELEMENT_FORMATS)
     if amax_floor is None:
-        amax_floor = MXFP4_AMAX_FLOOR if form == codes.E2M1 else 0.0
+        amax_floor = MXFP4_AMAX_FLOOR if form == formats.E2M1 else 0.0
     data, scale = _quantize_mx(
         (
             x, form, _choice("quantize_mx", "source", source, _SOURCES), granularity, limit or 0.0, round_to_bfloat16,
@@ -312,7 +312,7 @@ def quantize_mx(
         ),
         (out, out_scale),
     )  # fmt: skip
-    dtype = torch.float4_e2m1fn_x2 if form == codes.E2M1 else torch.float8_e4m3fn
+    dtype = torch.float4_e2m1fn_x2 if form == formats.E2M1 else torch.float8_e4m3fn
     return _typed(data, dtype, out), _typed(scale, torch.float8_e8m0fnu, out_scale)
 
 

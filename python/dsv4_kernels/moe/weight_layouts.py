@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.errors import InvalidArgumentError
+from dsv4_kernels.moe.interleaved_weights import PAIR_ROWS
 
 GRANULARITY = 4  # the described system's; DeepGEMM interleaves by 8, FlashInfer and TensorRT-LLM by 64
 
@@ -119,3 +120,12 @@ def _exchange(weights: Tensor, dim: int, order: tuple[int, int, int]) -> Tensor:
     exchanged = as_bytes.unflatten(dim, order).transpose(dim, dim + 1).reshape(weights.shape)
     result: Tensor = exchanged.contiguous().view(weights.dtype)
     return result
+
+
+def gate_and_up(result: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The two halves of a first product's columns, as the layout of its weights has them."""
+    if interleaved:
+        gate, up = result.unflatten(-1, (-1, 2, PAIR_ROWS)).unbind(dim=-2)
+        return gate.flatten(-2), up.flatten(-2)
+    gate, up = result.chunk(2, dim=-1)
+    return gate, up

@@ -405,7 +405,7 @@ class PagedStash:
     @contextmanager
     def saved_activations(
         self, select: Callable[[Tensor], Tensor | bool | None] | None = None
-    ) -> Iterator[SavedActivations]:
+    ) -> Iterator[SavedActivations[StashHandle]]:
         """Autograd's saved tensors go through the stash: out of memory between forward and backward.
 
             with stash.saved_activations() as saved:

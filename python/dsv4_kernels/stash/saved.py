@@ -6,21 +6,31 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dsv4_kernels.stash.paged_stash import PagedStash, StashHandle
+Handle = TypeVar("Handle")
 
 
-class _Entry:
+class Stash(Protocol[Handle]):
+    """What the hooks need of a PagedStash."""
+
+    @property
+    def device(self) -> torch.device: ...
+    def has_pool(self, tensor: Tensor) -> bool: ...
+    def stash(self, tensor: Tensor, num_tokens: Tensor | None = None) -> Handle: ...
+    def pop(self, handle: Handle, *, zero_rest: bool = False) -> Tensor: ...
+    def drop(self, handle: Handle) -> None: ...
+
+
+class _Entry(Generic[Handle]):
     """One tensor in the stash. It lives as long as autograd keeps what an operation saved of it, and so does what came
     back; if it goes before that, its pages are given back.
     """
 
-    def __init__(self, stash: PagedStash, handle: StashHandle) -> None:
+    def __init__(self, stash: Stash[Handle], handle: Handle) -> None:
         self._stash, self._handle = stash, handle
         self._restored: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None  # that it came back on
@@ -49,20 +59,20 @@ class _Entry:
 class _Saved:
     """What autograd keeps in place of a tensor."""
 
-    entry: _Entry
+    entry: _Entry[Any]
     shape: torch.Size
 
 
-class SavedActivations:
+class SavedActivations(Generic[Handle]):
     """The hooks of one PagedStash.saved_activations() context."""
 
-    def __init__(self, stash: PagedStash, select: Callable[[Tensor], Tensor | bool | None] | None) -> None:
+    def __init__(self, stash: Stash[Handle], select: Callable[[Tensor], Tensor | bool | None] | None) -> None:
         self._stash = stash
         self._select = select
         # By where the bytes are. A tensor that is gone frees its address for another one, so each is watched.
         self._marked: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], Tensor | None]] = {}
         # Entries belong to what autograd saved.
-        self._entries: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], weakref.ref[_Entry]]] = {}
+        self._entries: dict[tuple[Any, ...], tuple[weakref.ref[Tensor], weakref.ref[_Entry[Handle]]]] = {}
 
     def mark(self, tensor: Tensor, num_tokens: Tensor | None = None) -> Tensor:
         """Has a tensor stashed when an operation saves it, or a view of all of it. Returns the tensor.
