@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the package from this checkout, installs it into an environment of its own (.venv-demo), and runs the demo.
+# Builds the wheel of this checkout (ci/build.sh), installs it into an environment of its own (.venv-demo), and runs the
+# demo.
 #
 #     ci/demo.sh [ARGUMENT ...]      arguments of `python -m dsv4_kernels demo`, such as --tokens 4096 --json
 #
@@ -10,13 +11,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ci/environment.sh
 
 environment=.venv-demo
-sources=(pyproject.toml CMakeLists.txt README.md LICENSE aot csrc python ci/constraints.txt)
 
+ci/build.sh
+wheel=$(echo build/ci/*.whl)
 make_environment "$environment"
-if ! unchanged "$environment/installed" "${sources[@]}"; then
-  echo "demo: building and installing the package; minutes the first time, when pip downloads compilers (1 GB) and torch"
-  # -c holds for what is installed; the build environment, which needs no torch, is pip's own.
-  "$environment/bin/python" -m pip install -c ci/constraints.txt ".[demo]"
-  remember "$environment/installed" "${sources[@]}"
+if ! unchanged "$environment/installed" "$wheel" ci/constraints.txt; then
+  echo "demo: installing the wheel and what the demo needs; the first time, pip downloads torch"
+  "$environment/bin/python" -m pip install --quiet -c ci/constraints.txt "$wheel[demo]"
+  # A wheel of the same version is not installed over the last one unless told to.
+  "$environment/bin/python" -m pip install --quiet --force-reinstall --no-deps "$wheel"
+  remember "$environment/installed" "$wheel" ci/constraints.txt
 fi
 exec "$environment/bin/python" -m dsv4_kernels demo --preset v4-flash "$@"

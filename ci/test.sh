@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds wheel and sdist from this checkout, installs the wheel into an environment of its own (.venv-test), and runs the
-# lint set and tests against the installed package. Fails if anything does.
+# Builds wheel (ci/build.sh) and sdist of this checkout, installs the wheel into an environment of its own (.venv-test),
+# and runs the lint set and tests against the installed package. Fails if anything does.
 #
 #     ci/test.sh                     a representative set of the tests: about ten minutes on two cores
 #     ci/test.sh --all               every test: about half an hour
@@ -19,21 +19,13 @@ build=$root/.venv-build
 environment=$root/.venv-test
 output=$root/build/ci
 
-echo "test: environment of the build requirements"
-make_environment "$build"
-"$build/bin/python" ci/pins.py build >"$build/requirements.txt"
-"$build/bin/python" -m pip install --quiet -r "$build/requirements.txt" build
-
-echo "test: wheel and sdist"
-rm -rf "$output"
-mkdir -p "$output"
-(
-  export PATH=$build/bin:$PATH
-  python -m build --no-isolation --sdist --outdir "$output" >"$output/sdist.log" 2>&1 || { cat "$output/sdist.log"; exit 1; }
-  python -m build --no-isolation --wheel --outdir "$output" >"$output/wheel.log" 2>&1 || { cat "$output/wheel.log"; exit 1; }
-)
+ci/build.sh
 wheel=$(echo "$output"/*.whl)
-ls -l "$output"/*.whl "$output"/*.tar.gz
+
+echo "test: sdist"
+rm -f "$output"/*.tar.gz "$output"/*.xml
+PATH=$build/bin:$PATH "$build/bin/python" -m build --no-isolation --sdist --outdir "$output" >"$output/sdist.log" 2>&1 ||
+  { cat "$output/sdist.log"; exit 1; }
 
 echo "test: environment of the tests"
 make_environment "$environment"
@@ -44,15 +36,16 @@ make_environment "$environment"
 export PATH=$environment/bin:$PATH
 failed=()
 ci/lint.sh || failed+=(lint)
-# The PTX that the images were assembled from, which the emulator of the tests runs; CMake left it in the build folder.
+# What CMake left in the build folder: the PTX that the images were assembled from, which the emulator of the tests runs,
+# and the output of the aot step, from which the tests of that step start.
 tag=$(basename "$wheel" .whl)
-ptx=$root/build/${tag#*-*-}/images/ptx
+folder=$root/build/${tag#*-*-}
 
 # The program pytest, and not `python -m pytest`, which would put the checkout on sys.path.
 run_tests() {
   local report=$1
   shift
-  DSV4_TEST_DIST=$output DSV4_TEST_BUILD_PYTHON=$build/bin/python DSV4_TEST_PTX=$ptx \
+  DSV4_TEST_DIST=$output DSV4_TEST_BUILD_PYTHON=$build/bin/python DSV4_TEST_PTX=$folder/images/ptx DSV4_TEST_AOT=$folder/aot \
     pytest --junitxml="$output/$report.xml" "$@"
 }
 if (($#)) && [[ $* != --all ]]; then

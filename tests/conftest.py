@@ -8,7 +8,7 @@ import pytest
 import torch
 from dsv4_kernels import _native
 
-from tests.emulated import ARCHITECTURES, emulated, ptx_folder
+from tests.emulated import ARCHITECTURES, DISTINCT, SAME_PTX, emulated, has_own_ptx, ptx_folder
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 REPRESENTATIVE = "sm_90a"  # the architecture that the representative set emulates
@@ -50,18 +50,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))
 
 
-@pytest.fixture(params=["cpu", *ARCHITECTURES, GPU])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Where the tests with the fixture `device` run; see `tests.emulated.DISTINCT`."""
+    if "device" in metafunc.fixturenames:
+        architectures = ARCHITECTURES if metafunc.definition.get_closest_marker("every_architecture") else DISTINCT
+        metafunc.parametrize("device", ["cpu", *architectures, GPU], indirect=True)
+
+
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where to run: the CPU implementation, the kernels of each architecture in the emulator, the kernels on a GPU.
+    """Where to run: the CPU implementation, the kernels of an architecture in the emulator, the kernels on a GPU.
 
     Emulated kernels work on host tensors: the device is "cpu" then too.
     """
-    if request.param in ARCHITECTURES:
-        ptx_folder()
-        with emulated(request.param):
-            yield "cpu"
-    else:
+    if request.param not in ARCHITECTURES:
         yield request.param
+        return
+    ptx_folder()
+    with emulated(request.param) as symbols:
+        yield "cpu"
+    if not request.node.get_closest_marker("every_architecture"):
+        own = {symbol for symbol in symbols for one in SAME_PTX if has_own_ptx(symbol, one)}
+        assert not own, f"mark this test every_architecture: it launches {', '.join(sorted(own))}"
+
+
+@pytest.fixture(params=["cpu", REPRESENTATIVE, GPU])
+def device_of_each_kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Like `device`, for what is the same on every architecture if the results are."""
+    if request.param not in ARCHITECTURES:
+        yield request.param
+        return
+    ptx_folder()
+    with emulated(request.param):
+        yield "cpu"
 
 
 @pytest.fixture(params=["cpu", GPU])

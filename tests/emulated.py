@@ -24,9 +24,22 @@ from dsv4_kernels.op import Op
 from tests.emulator import Memory, Module, emulate, parse
 from tests.launches import OBSERVER, LaunchRecord, load_library
 
-# What is emulated, one of each generation, and the multiprocessors of a typical device. sm_103a and sm_121a come from
-# the sources of sm_100a and sm_120a; their PTX is close to those, not equal.
+# What is emulated, one of each generation, and the multiprocessors of a typical device.
 ARCHITECTURES = {"sm_90a": 132, "sm_100a": 148, "sm_120a": 188}
+
+# An architecture whose PTX is to the letter that of another one, but for its name, save the kernels with that prefix.
+# What is shown of the one then holds for the other; tests/test_shipped_ptx.py compares them. sm_103a and sm_121a come
+# from the sources of sm_100a and sm_120a, but CUDA's FP8 and FP4 headers give some kernels other instructions there.
+SAME_PTX = {"sm_120a": "sm_100a"}
+OWN_PTX = {"sm_120a": "moe_gemm_"}  # mma.sync, where sm_100a has tcgen05
+
+# Where a test runs that launches none of those kernels; others are marked `every_architecture`.
+DISTINCT = [name for name in ARCHITECTURES if name not in SAME_PTX]
+
+
+def has_own_ptx(kernel: str, architecture: str) -> bool:
+    """Whether a kernel's PTX for the architecture is another than for the one that it shares the others' with."""
+    return architecture not in SAME_PTX or kernel.startswith(OWN_PTX[architecture])
 
 
 def ptx_folder() -> Path:

@@ -12,6 +12,8 @@ from dsv4_kernels.op_table import OPS
 
 from tests.launches import observed
 
+pytestmark = pytest.mark.every_architecture
+
 torch_ops.register()
 CASES = [case for case in all_cases() if not case.large]
 
@@ -43,8 +45,8 @@ def test_results(case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_same_bits_twice(case: Case, device: str) -> None:
-    arguments = case.arguments(device)
+def test_same_bits_twice(case: Case, device_of_each_kind: str) -> None:
+    arguments = case.arguments(device_of_each_kind)
     for first, second in zip(case.run(arguments), case.run(arguments), strict=True):
         assert same_bits(first, second)
 

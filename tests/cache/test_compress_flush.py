@@ -12,7 +12,7 @@ from dsv4_kernels.cache import PAGE_LAYOUTS, compress_flush, unpack_entries
 from tests.cache import compress_engine
 from tests.cache import compress_oracle as oracle
 from tests.cache.compress_engine import Engine
-from tests.emulated import ARCHITECTURES, emulated, ptx_folder
+from tests.emulated import DISTINCT, emulated, ptx_folder
 
 # ratio, overlap: the models' kinds of layers, and those between.
 KINDS = [(1, False), (2, False), (2, True), (4, False), (4, True), (128, False)]
@@ -49,7 +49,7 @@ def test_prefill_and_decode_mixed(ratio: int, overlap: bool, wide: bool, device:
     one.step([(d, 1), (c, 0), (b, 2 * ratio), (a, 1)])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", DISTINCT)
 @pytest.mark.parametrize("layout", ["bf16", "indexer_bf16"])
 def test_several_tokens_a_block(layout: str, architecture: str) -> None:
     """What thousands of tokens do on a whole device, tens do on one multiprocessor: a block takes a few in turn."""
@@ -62,7 +62,7 @@ def test_several_tokens_a_block(layout: str, architecture: str) -> None:
     assert len(set(symbols)) == (1 if layout == "bf16" else 2), symbols
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", DISTINCT)
 def test_long_windows_of_many_requests(architecture: str) -> None:
     """Where not all blocks of a request run at once, it has fewer of them."""
     ptx_folder()
@@ -75,7 +75,7 @@ def test_long_windows_of_many_requests(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("multiprocessors", [5, 6, 7, 8])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", DISTINCT)
 def test_blocks_of_an_entry_by_what_is_resident(architecture: str, multiprocessors: int) -> None:
     """Two requests of eight blocks each run at once on 6 multiprocessors of three blocks (sm_90a), and on 8 of two, as
     the kernel is compiled for sm_100a and later."""
@@ -108,7 +108,7 @@ def test_paged_state_comes_round_twice(device: str) -> None:
         one.step([(request, 5)])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", DISTINCT)
 def test_entries_without_a_place(architecture: str) -> None:
     """A block of several tokens completes entries that go nowhere, and then one that is written: none of them may
     disturb the rows that another one reads."""

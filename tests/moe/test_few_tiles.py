@@ -12,6 +12,8 @@ from tests.launches import observed
 from tests.moe.test_interleaved_weights import random_codes
 from tests.moe.test_moe_grouped_gemm import by_hand
 
+pytestmark = pytest.mark.every_architecture
+
 KERNEL = "moe_few_tiles_kernel"
 
 

@@ -20,6 +20,8 @@ from dsv4_kernels.moe import (
 
 from tests.moe.test_moe_grouped_gemm import by_hand
 
+pytestmark = pytest.mark.every_architecture
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

@@ -13,6 +13,8 @@ from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cases import is_poison, poison
 from dsv4_kernels.moe import moe_grouped_gemm, run_fused_swiglu_grouped_gemm, run_nvfp4_grouped_gemm
 
+pytestmark = pytest.mark.every_architecture
+
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E2M1 += [-value for value in E2M1]
 

@@ -22,6 +22,8 @@ from dsv4_kernels.moe import (
 
 from tests.moe.test_moe_grouped_gemm import by_hand
 
+pytestmark = pytest.mark.every_architecture
+
 COLUMNS, INNER, TOP_K = 192, 128, 2
 SIZES = [("nvfp4", 16), ("nvfp4", 64), ("nvfp4", 128), ("mxfp8", 16), ("mxfp8", 128)]
 ROUTES = [9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 9, 4]  # slots of expert 1

@@ -25,6 +25,8 @@ from tests.emulated import emulated
 from tests.launches import observed
 from tests.moe.test_moe_grouped_gemm import by_hand
 
+pytestmark = pytest.mark.every_architecture
+
 EXPERTS, HIDDEN, INNER, TOP_K = 5, 128, 128, 3
 
 

@@ -25,6 +25,8 @@ from dsv4_kernels.moe import (
 from tests.emulated import emulated
 from tests.moe.test_moe_grouped_gemm import by_hand
 
+pytestmark = pytest.mark.every_architecture
+
 TOP_K = 2
 SLOTS = [9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 9, 4]  # of expert 1
 LIMIT = 3.0

@@ -93,3 +93,9 @@ def sdist(distributions: Path) -> Path:
 def build_python() -> Path:
     """The Python of an environment with the build requirements; the tests' own has neither Triton nor the CuTe DSL."""
     return from_test_script("DSV4_TEST_BUILD_PYTHON", "Python with the build requirements")
+
+
+@pytest.fixture(scope="session")
+def aot_output() -> Path:
+    """What the aot step made for the wheel, for every architecture."""
+    return from_test_script("DSV4_TEST_AOT", "output of the aot step")

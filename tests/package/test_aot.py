@@ -16,6 +16,7 @@ import pytest
 ARCH = "sm_90a"
 OTHER_ARCH = "sm_100a"
 TRITON_OP = "padded_squared_relu"
+CUTE_OP = "dense_router_decode"
 KERNELS = f"aot/moe/{TRITON_OP}.py"
 
 
@@ -72,25 +73,31 @@ def times(folder: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def built(root: Path, tmp_path_factory: pytest.TempPathFactory, build_python: Path) -> tuple[Tree, Path]:
-    """A whole output for two architectures, for tests that only look at it or copy it."""
+def built(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, build_python: Path, aot_output: Path
+) -> tuple[Tree, Path]:
+    """A whole output for two architectures, for tests that only look at it or copy it: that of the wheel's build."""
     tree = Tree(root, tmp_path_factory.mktemp("a_tree") / "tree", build_python)
     out = tmp_path_factory.mktemp("an_output")
+    for architecture in (ARCH, OTHER_ARCH):
+        shutil.copytree(aot_output / architecture, out / architecture)
     tree.build(out, arch=(ARCH, OTHER_ARCH))
     return tree, out
 
 
-# Deterministic.
+# Deterministic. (tests/package/test_build.py does the same with every kernel of an architecture.)
 
 
 def test_two_runs_in_two_folders_are_identical(root: Path, tmp_path: Path, built: tuple[Tree, Path]) -> None:
     _, first = built
     other = tmp_path / "somewhere" / "else, with a longer name"
     other.mkdir(parents=True)
-    Tree(root, other / "tree", built[0].python).build(other / "out", "--jobs", "1", arch=(ARCH, OTHER_ARCH))
+    tree = Tree(root, other / "tree", built[0].python)
+    tree.build(other / "out", "--jobs", "1", "--only", TRITON_OP, CUTE_OP, arch=(ARCH, OTHER_ARCH))
     one, two = contents(first), contents(other / "out")
-    assert len([name for name in one if name.endswith(".cubin")]) >= 2 * 2
-    assert differing(one, two) == []
+    images = [name for name in two if name.endswith((".cubin", ".ptx", ".json")) and "stamps" not in name]
+    assert len([name for name in images if name.endswith(".cubin")]) >= 2 * (2 + 9)
+    assert [name for name in images if one[name] != two[name]] == []
 
 
 # Incremental.
@@ -134,7 +141,7 @@ def test_lost_image_is_made_again(tmp_path: Path, root: Path, built: tuple[Tree,
     out = tmp_path / "out"
     shutil.copytree(built[1], out)
     wanted = contents(out)
-    lost = sorted(out.glob("*/*.cubin"))[0]
+    lost = out / ARCH / f"{TRITON_OP}_any.cubin"
     lost.unlink()
     built[0].build(out, arch=(ARCH, OTHER_ARCH))
     assert differing(contents(out), wanted) == []
@@ -162,7 +169,7 @@ def test_missing_compiler(tree: Tree, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("distribution", "op", "language"),
-    [("triton", TRITON_OP, "triton"), ("nvidia-cutlass-dsl", "dense_router_decode", "cute")],
+    [("triton", TRITON_OP, "triton"), ("nvidia-cutlass-dsl", CUTE_OP, "cute")],
 )
 def test_compiler_of_another_version(tree: Tree, tmp_path: Path, distribution: str, op: str, language: str) -> None:
     tree.replace("pyproject.toml", f'"{distribution}==', f'"{distribution}==0.0.')
@@ -240,14 +247,16 @@ def test_kernel_that_does_not_compile(tree: Tree, tmp_path: Path) -> None:
     assert "no_such_function" in text
 
 
-def test_interrupted_run_is_finished_by_the_next(tmp_path: Path, root: Path, built: tuple[Tree, Path]) -> None:
+def test_interrupted_run_is_finished_by_the_next(tmp_path: Path, built: tuple[Tree, Path]) -> None:
     """Stamps are written when a batch is done: without them, whatever lies there is made again."""
-    out = tmp_path / "out"
-    shutil.copytree(built[1] / ARCH, out / ARCH)
-    (out / ARCH / "stamps.json").unlink()
-    (sorted((out / ARCH).glob("*.cubin"))[0]).write_bytes(b"half")
-    built[0].build(out)
-    assert differing(contents(out / ARCH), contents(built[1] / ARCH)) == []
+    images = {name: data for name, data in contents(built[1] / ARCH).items() if name.startswith(TRITON_OP)}
+    folder = tmp_path / "out" / ARCH
+    folder.mkdir(parents=True)
+    for name, data in images.items():
+        (folder / name).write_bytes(data)
+    (folder / f"{TRITON_OP}_any.cubin").write_bytes(b"half")
+    built[0].build(tmp_path / "out", "--only", TRITON_OP)
+    assert differing(contents(folder), images) == ["stamps.json"]
 
 
 # Launch order.

@@ -9,7 +9,7 @@ from dsv4_kernels.cases import is_poison, poison
 from dsv4_kernels.cases.router.functions import gate_inputs
 from dsv4_kernels.router import dense_router_decode, dense_router_decode_workspace_size
 
-from tests.emulated import ARCHITECTURES, emulated, ptx_folder
+from tests.emulated import DISTINCT, emulated, ptx_folder
 from tests.emulator import launch
 from tests.router import oracle
 
@@ -147,7 +147,7 @@ def test_workspace_is_left_ready() -> None:
     assert torch.equal(first[0], second[0])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", DISTINCT)
 @pytest.mark.parametrize(("blocks_a_wave", "waves"), [(1, 1), (3, 1), (2, 2)])
 def test_few_blocks_at_once(architecture: str, blocks_a_wave: int, waves: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for few of its blocks the launch ends all the same, with the same bits, and leaves the workspace ready.
@@ -170,7 +170,7 @@ def test_few_blocks_at_once(architecture: str, blocks_a_wave: int, waves: int, m
         assert torch.equal(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", DISTINCT)
 def test_stages_are_used_again(architecture: str) -> None:
     """A block whose part of hidden_size has more units than the ring has stages: loads wait until the stage was read.
 

@@ -14,7 +14,7 @@ from dsv4_kernels.cases import is_poison, poison
 from dsv4_kernels.cpu.stash import functions as on_cpu
 from dsv4_kernels.stash import paged_stash_copy, paged_stash_pop
 
-from tests.emulated import ARCHITECTURES, emulated, ptx_folder
+from tests.emulated import DISTINCT, emulated, ptx_folder
 from tests.stash.pools import Pools, as_bytes, number, random_rows
 
 FAR = 1 << 40
@@ -375,7 +375,7 @@ def test_pages_from_where_the_list_wraps(bytewise: bool, head: int, device: str)
     assert pools.free() == [*free[5:], *free[:5]]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", DISTINCT)
 @pytest.mark.parametrize(
     ("kernels", "options"),
     [
