@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The lint set: every check, or those named, with the tools of the `lint` extra from the environment on PATH.
 #
-#     ci/lint.sh [CHECK ...]     checks: versions ruff format mypy clang_format cmake_format spelling workflows
+#     ci/lint.sh [CHECK ...]     checks: versions ruff format mypy clang_format cmake_format spelling words workflows
 #     ci/lint.sh fix             rewrites what the formatters would have
 #
 # .pre-commit-config.yaml calls these same checks. A tool that is absent or of another version than pyproject.toml pins
@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-checks=(versions ruff format mypy clang_format cmake_format spelling workflows)
+checks=(versions ruff format mypy clang_format cmake_format spelling words workflows)
 
 files() { git ls-files --cached --others --exclude-standard -- "$@"; }
 cpp_files() { files 'csrc/**.cpp' 'csrc/**.h' 'csrc/**.hpp' 'csrc/**.cu' 'csrc/**.cuh' 'tests/cpp/**.cpp' 'tests/cpp/**.h' 'tests/package/**.c'; }
@@ -22,6 +22,7 @@ mypy() { command mypy; }
 clang_format() { cpp_files | xargs clang-format --dry-run -Werror; }
 cmake_format() { cmake_files | xargs gersemi --check --diff --warnings-as-errors; }
 spelling() { files ':!LICENSE' | xargs codespell; }
+words() { files ':!*.json' | xargs python ci/words.py; }
 # Syntax by GitHub's schema; what can go wrong with permissions, pins and injected text by zizmor; and that cibuildwheel
 # would make a wheel for each of five Pythons on either machine, in the version that is checked here.
 workflows() {

@@ -2,7 +2,7 @@
 
     python ci/pins.py build          the build requirements, one a line, CMake and Ninja among them
     python ci/pins.py binding        those that the binding alone needs (DSV4_NATIVE_DIR): no compilers of kernels
-    python ci/pins.py extra EXTRA    what an extra asks for, one a line
+    python ci/pins.py extra EXTRA    the requirements of an extra, one per line
     python ci/pins.py check EXTRA    fails unless this environment holds exactly what the extra pins
 
 Needs nothing but an environment with pip: its copies of `tomli` and `packaging` serve where Python has none.
@@ -27,7 +27,7 @@ PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
 def build_requirements(pyproject: dict[str, Any]) -> list[str]:
-    """What the build needs; scikit-build-core asks for CMake and Ninja itself only where pip isolates the build."""
+    """What the build needs; scikit-build-core requires CMake and Ninja itself only where pip isolates the build."""
     tools = [f"{tool}{pyproject['tool']['scikit-build'][tool]['version']}" for tool in ("cmake", "ninja")]
     return [*pyproject["build-system"]["requires"], *tools]
 

@@ -6,7 +6,7 @@
 namespace dsv4 {
 
 constexpr int kThreads = 128;
-constexpr int kFewRows = 4;  // biases of so many rows are loaded before it is known which one a token takes
+constexpr int kFewRows = 4;  // so few rows of bias are all loaded before it is known which one applies
 
 // Rows of new tokens: head_dim columns from one pair of matrices, the rest of the width from another.
 struct TokenRows {
@@ -15,7 +15,7 @@ struct TokenRows {
   const float* ape;  // null for none
   int64_t values_stride;
   int64_t scores_stride;
-  int columns;  // of one stream
+  int columns;  // per stream
 };
 
 struct NewTokens {
@@ -23,7 +23,7 @@ struct NewTokens {
   TokenRows indexer;
   const int32_t* request_slots;
   const int64_t* positions;
-  const int32_t* token_offsets;  // null: one token a request
+  const int32_t* token_offsets;  // null: one token per request
   int64_t tokens;
   int64_t requests;
 };
@@ -65,9 +65,9 @@ __device__ inline int64_t request_of(const NewTokens& given, int64_t token, int6
   return found[0];
 }
 
-// A block a token and kThreads groups of four columns. What a token writes follows from its position alone, and one
-// token of each request writes the request's counters: nothing that another block writes is read. The token's columns
-// are loaded before it is known whether they are wanted, beside the loads that say so.
+// One block per token and kThreads groups of four columns. What a token writes follows from its position alone, and one
+// token of each request writes the request's counters: no block reads what another one writes. The token's columns are
+// loaded speculatively, together with the loads that decide whether they are needed.
 __global__ void __launch_bounds__(kThreads) append_kernel(NewTokens given, Tail tail, LongDivisor m, int round) {
   await_previous_grid();
   const int64_t token = blockIdx.x;
@@ -164,7 +164,7 @@ extern "C" dsv4_status dsv4_append(const dsv4_append_args* given, dsv4_stream st
   check.tensor("positions", args.positions, one_of(DSV4_INT64), {requests});
   check_first_tail(check, "tail_ka", args.tail_ka);
   check.range("kv columns (streams * head_dim)", streams * head_dim, 0, saturating_product(streams, width));
-  if (check.status()) return check.status();  // what follows computes with these extents
+  if (check.status()) return check.status();  // the code below computes with these extents
   const int64_t indexer_head_dim = width - head_dim;
   check_tail(check, "tail_za", args.tail_za, args.tail_ka);
   check.tensor("tail_len", args.tail_len, one_of(DSV4_INT32), {slots});

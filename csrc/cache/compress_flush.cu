@@ -16,24 +16,24 @@ constexpr int kMaxHeadDim = 512;
 constexpr int kMaxThreads = kMaxHeadDim / kChannels;
 
 constexpr int kShortWindow = 8;
-constexpr int kShortRows = 4;  // that a thread has in flight
+constexpr int kShortRows = 4;  // rows in flight per thread
 
-// What a second group of threads has pooled; see PooledRows.
+// The partial sums of the second group of threads; see PooledRows.
 struct HandedOver {
   Four<float> top[kMaxThreads];
   Four<float> sum[kMaxThreads];
   Four<float> value[kMaxThreads];
 };
 
-// Windows of up to 8 rows: a thread has four channels of them, and a block is one token, or a few in turn where there
-// are thousands. Where blocks are few and their latency is the time, a second group of threads pools every other row,
-// and then stores tokens while the first finishes the entry.
+// Windows of up to 8 rows (CSA): four channels per thread and one token per block, or several tokens one after another
+// for batches of thousands. With Groups = 2, for small grids, which are bound by latency, a second group of threads
+// pools every other row, and then stores tokens while the first group finishes the entry.
 template <typename T, int Groups>
 __global__ void __launch_bounds__(Groups* kMaxThreads, Groups == 1 ? 3 : 1)
     compress_flush_kernel(const __grid_constant__ CompressFlush call) {
   await_previous_grid();
-  // Each warp finds the places by itself, and none waits for another; but where there are many blocks, their number of
-  // instructions is the time.
+  // In small grids each warp computes the row places itself, which saves a barrier; large grids are bound by
+  // instruction issue, so there one warp computes them for the block.
   constexpr bool kEachWarp = Groups > 1;
   __shared__ RowPlace all_places[kEachWarp ? Groups * kMaxThreads / kWarpLanes : 1][kShortWindow];
   __shared__ HandedOver handed_over;
@@ -41,24 +41,24 @@ __global__ void __launch_bounds__(Groups* kMaxThreads, Groups == 1 ? 3 : 1)
   const int group_threads = blockDim.x / Groups;
   const int group = Groups == 1 ? 0 : threadIdx.x / group_threads;
   const int thread = threadIdx.x - group * group_threads, channel = kChannels * thread;
-  const int last = min(static_cast<int>(blockIdx.x + 1) * call.tokens_a_task, call.tokens);
+  const int last = min(static_cast<int>(blockIdx.x + 1) * call.tokens_per_task, call.tokens);
   const int finder = kEachWarp ? threadIdx.x % kWarpLanes : threadIdx.x;
   RowPlace* const places = all_places[kEachWarp ? threadIdx.x / kWarpLanes : 0];
   bool first = true;
-  for (int token = blockIdx.x * call.tokens_a_task; token < last;) {
+  for (int token = blockIdx.x * call.tokens_per_task; token < last;) {
     const Request request = find_request(call, token);
     const int end = min(request.end, last);
     if (request.index < 0) {
       token = end;
       continue;
     }
-    // The next token that completes a block, and those before it that wait for being stored.
+    // `next`: the next token that completes a block; tokens [token, next] are stored with it.
     int next = token + (~request.position(token) & (call.ratio() - 1));
     for (; next < end; next += call.ratio()) {
       const int block = request.position(next) >> call.ratio_bits;
       const int64_t loaded = load_destination(call, request, next, block);
       const Finish finish = load_finish(call, block, channel);
-      if (!first) __syncthreads();  // until the last token's rows and sums have been read
+      if (!first) __syncthreads();  // places and sums of the previous entry have been read
       first = false;
       bool complete = true;
       if (finder < kShortWindow) {
@@ -105,24 +105,24 @@ __global__ void __launch_bounds__(Groups* kMaxThreads, Groups == 1 ? 3 : 1)
   }
 }
 
-// Windows of many rows: the blocks of a cluster take a slice of the channels each, a block's groups of threads a row
-// each, and then the next that no group has. The first block gets the others' channels and finishes the entry, while
-// they go on.
-constexpr int kRowsAtOnce = 2;  // of a group: few, so that blocks share a multiprocessor and overlap
+// Windows of 128 or 256 rows (HCA): each block of a cluster pools a slice of the channels, and each group of threads in
+// a block every kGroups-th row. The first block receives the other blocks' channels through distributed shared memory
+// and finishes the entry, while the others go on.
+constexpr int kRowsAtOnce = 2;  // rows in flight per group: few, so that several blocks fit on a multiprocessor
 constexpr int kSliceThreads = 256;
 
-// Blocks that a multiprocessor holds, by the major compute capability: what the kernel is compiled for, and what the
-// host counts on. Three would spill from sm_100 on.
+// Resident blocks per multiprocessor, by major compute capability: the kernel's launch bounds, and what the host counts
+// on. Three would spill registers on sm_100 and later.
 constexpr int long_blocks(int major) { return major >= 10 ? 2 : 3; }
 #if defined(__CUDA_ARCH__)
 constexpr int kLongBlocks = long_blocks(__CUDA_ARCH__ / 100);
 #else
-constexpr int kLongBlocks = 1;  // the host's pass compiles no kernel
+constexpr int kLongBlocks = 1;  // the host compilation pass compiles no kernel
 #endif
 constexpr int kLongestWindow = 256;
-static_assert(kLongestWindow <= kSliceThreads, "a thread finds a row");
+static_assert(kLongestWindow <= kSliceThreads, "one thread computes the place of each row");
 
-// What the groups of a block have of each channel; see PooledRows.
+// The partial sums of a block's groups of threads, per channel; see PooledRows.
 template <int Slice>
 struct Slices {
   static constexpr int kGroupThreads = Slice / kChannels;
@@ -158,20 +158,20 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, 
   constexpr int kGroups = Slices<kSlice>::kGroups, kGroupThreads = Slices<kSlice>::kGroupThreads;
   __shared__ RowPlace places[kLongestWindow];
   __shared__ Slices<kSlice> slices;
-  // Of the first block; the next entry comes while one is finished.
+  // Used in the first block. Double buffered: the next entry arrives while one is being finished.
   __shared__ alignas(16) float entry[2][HeadDim];
   __shared__ alignas(16) float scratch[kScratch];
   const int thread = threadIdx.x, rank = blockIdx.x % Blocks;
   const int group = thread / kGroupThreads, group_thread = thread % kGroupThreads;
   const int channel = rank * kSlice + kChannels * group_thread;
-  // The first block has the most to do: the last one begins with the rows of tokens.
+  // The first block also finishes entries, so the last block takes the first token rows to store.
   const int row_thread = (Blocks - 1 - rank) * kSliceThreads + thread;
   const int task = blockIdx.x / Blocks;
-  const int last = min((task + 1) * call.tokens_a_task, call.tokens);
+  const int last = min((task + 1) * call.tokens_per_task, call.tokens);
   bool started = false;  // whether the first block is known to run
   int turn = 0;
   __cluster_barrier_arrive_relaxed();
-  for (int token = task * call.tokens_a_task; token < last;) {
+  for (int token = task * call.tokens_per_task; token < last;) {
     const Request request = find_request(call, token);
     const int end = min(request.end, last);
     if (request.index < 0) {
@@ -195,7 +195,7 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, 
         pooled.add(rows.score, rows.kv);
       }
       store_successors<T>(call, request, block, places, group, kGroups, channel);
-      // On their way while the sums meet; before, their registers are wanted for rows.
+      // Loaded here so that they are in flight during the reduction; earlier they would take registers from the rows.
       Place place = destination(call, load_destination(call, request, next, block), block);
       Finish finish;
       if (thread < kEntryThreads) finish = load_finish(call, block, kChannels * thread);
@@ -224,7 +224,7 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, 
   if (!started) __cluster_barrier_wait();
 }
 
-constexpr int64_t kShortBlocks = 16;  // of a multiprocessor: enough to choose from
+constexpr int64_t kShortBlocks = 16;  // blocks per multiprocessor, enough to balance the load
 
 template <int Value>
 using Constant = std::integral_constant<int, Value>;
@@ -233,23 +233,23 @@ template <typename T>
 static dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
   if (call.window() <= kShortWindow) {
     const int64_t multiprocessors = target.device->multiprocessors;
-    call.tokens_a_task = static_cast<int32_t>(blocks_for(call.tokens, multiprocessors * kShortBlocks));
-    const uint32_t blocks = blocks_for(call.tokens, call.tokens_a_task), threads = call.head_dim / kChannels;
-    if (int64_t{blocks} * threads <= multiprocessors * kMaxThreads)  // all run at once
+    call.tokens_per_task = static_cast<int32_t>(blocks_for(call.tokens, multiprocessors * kShortBlocks));
+    const uint32_t blocks = blocks_for(call.tokens, call.tokens_per_task), threads = call.head_dim / kChannels;
+    if (int64_t{blocks} * threads <= multiprocessors * kMaxThreads)  // one wave
       return launch<compress_flush_kernel<T, 2>>(target, {blocks, 2 * threads}, call);
     return launch<compress_flush_kernel<T, 1>>(target, {blocks, threads}, call);
   }
-  // A request's tokens, as far as one block of them: then no two entries of a request wait for each other.
-  call.tokens_a_task = std::min(static_cast<int32_t>(call.tokens_a_request.value), call.ratio());
-  const uint32_t clusters = blocks_for(call.tokens, call.tokens_a_task);
+  // A cluster takes the tokens of one request, at most `ratio` of them, so that it completes at most one entry.
+  call.tokens_per_task = std::min(static_cast<int32_t>(call.tokens_per_request.value), call.ratio());
+  const uint32_t clusters = blocks_for(call.tokens, call.tokens_per_task);
   const auto launch_long = [&](auto blocks, auto head_dim) {
     constexpr int kBlocks = decltype(blocks)::value;
     return launch<compress_flush_long_kernel<T, kBlocks, decltype(head_dim)::value>>(
         target, {clusters * kBlocks, kSliceThreads}, call);
   };
   if (call.head_dim != kMaxHeadDim) return launch_long(Constant<2>(), Constant<128>());
-  // Many blocks for one entry are the fastest while all run at once. Beyond, they cost more to start than they gain,
-  // most of all where no entry completes.
+  // Eight blocks per entry are fastest while all clusters fit in one wave. Beyond that their launch costs more than
+  // they gain, most of all for steps in which no entry completes.
   const int64_t resident =
       int64_t{target.device->multiprocessors} * long_blocks(kArchitectures[target.device->architecture].major);
   if (clusters * int64_t{8} <= resident) return launch_long(Constant<8>(), Constant<kMaxHeadDim>());
@@ -286,7 +286,7 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   check.aligned_rows("ape", args.ape, kVector);
   check.tensor("start_positions", args.start_positions, indices, {kAny});
   check.range("start_positions (requests)", requests, 0, INT32_MAX - 1);
-  if (check.status()) return check.status();  // what follows computes with these extents
+  if (check.status()) return check.status();  // the code below computes with these extents
   check.tensor("query_starts", args.query_starts, one_of(DSV4_INT32), {requests + 1});
   check.tensor("state", args.state, one_of(DSV4_FLOAT32), {kAny, kAny, 2, width});
   check.aligned_rows("state", args.state, kVector);
@@ -343,7 +343,7 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   call.quantization = {args.amax_floor, args.scale_floor, args.fp4_ties_toward_zero != 0, args.exact_scale != 0};
   call.tokens = static_cast<int32_t>(tokens);
   call.requests = static_cast<int32_t>(requests);
-  call.tokens_a_request = Divisor(static_cast<uint32_t>(std::max<int64_t>(tokens / requests, 1)));
+  call.tokens_per_request = Divisor(static_cast<uint32_t>(std::max<int64_t>(tokens / requests, 1)));
   call.head_dim = layout.head_dim;
   call.width = static_cast<int32_t>(width);
   while (kChannels << call.head_bits < call.head_dim) ++call.head_bits;
@@ -351,7 +351,7 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   call.state_rows = Divisor(static_cast<uint32_t>(state_rows));
   call.state_columns = Divisor(static_cast<uint32_t>(state_columns));
   call.capacity = Divisor(static_cast<uint32_t>(std::min<int64_t>(capacity, INT32_MAX)));
-  call.blocks_a_request = static_cast<int32_t>(extent(args.block_table, 1));
+  call.blocks_per_request = static_cast<int32_t>(extent(args.block_table, 1));
   call.epsilon = args.epsilon;
   call.reciprocal_dim = 1.0f / static_cast<float>(layout.head_dim);
   call.overlap = args.overlap != 0;

@@ -1,11 +1,11 @@
-// What one call of compress_flush brings: tokens of requests, and the state that holds the rows of earlier calls.
+// Device code of compress_flush: the tokens of one call, and the state that holds the rows of earlier calls.
 //
 // A row is the kv and the score of one token. The rows that a block needs come from the call's own tokens where this
-// call brought them and from the state otherwise, so nothing that the call stores is read again by it. What remains is
-// that a token may be stored to a place that an entry still reads. Every such place is read by one thread only: an
-// entry is the only one that reads its block's second stream, and the one after it the only one that reads the first.
-// So that thread stores the new row there once it has read the old one, and the token's own block leaves it alone;
-// is_read_by_an_entry() is the rule that both go by.
+// call brought them and from the state otherwise, so nothing that the call stores is read again by it. One hazard
+// remains: a new token may overwrite a state row that a pooled entry still has to read. Each half of such a row has
+// exactly one reader thread (the entry of its block reads the second stream, the entry of the next block the first), so
+// that thread stores the new row after it has read the old one, and the token's own block skips it.
+// is_read_by_an_entry() decides.
 #pragma once
 
 #include <type_traits>
@@ -36,18 +36,18 @@ struct CompressFlush {
   int64_t positions;  // rows of cos_sin
   PageLayout layout;
   Quantization quantization;
-  Divisor tokens_a_request;  // where all requests bring the same number; a first guess otherwise
+  Divisor tokens_per_request;  // if all requests bring the same number; otherwise a first guess
   Divisor state_rows;
   Divisor state_columns;
-  Divisor capacity;  // positions until a place in the state comes again
+  Divisor capacity;  // positions until a state row is reused (rows * columns)
   int32_t tokens;
   int32_t requests;
-  int32_t tokens_a_task;
+  int32_t tokens_per_task;  // tokens of one thread block or cluster
   int32_t head_dim;
   int32_t width;
   int32_t head_bits;   // head_dim is kChannels << head_bits
   int32_t ratio_bits;  // ratio is 1 << ratio_bits
-  int32_t blocks_a_request;
+  int32_t blocks_per_request;
   float epsilon;
   float reciprocal_dim;  // 1 / head_dim
   bool overlap;
@@ -63,7 +63,7 @@ struct Request {
   int32_t first;  // tokens [first, end) of the call
   int32_t end;
   int32_t start;  // position of the first one
-  int32_t page;   // of the state, where a request has only one
+  int32_t page;   // state page, if state_table has one column
 
   __device__ bool holds(int token) const { return token >= first && token < end; }
   __device__ uint32_t position(int token) const { return static_cast<uint32_t>(start + (token - first)); }
@@ -72,7 +72,7 @@ struct Request {
 
 constexpr int64_t kMaxPosition = INT32_MAX;
 
-// All its loads at once: they depend on nothing but the index.
+// All loads depend on the index alone, so they are in flight together.
 __device__ inline Request load_request(const CompressFlush& call, int index) {
   const int first = call.query_starts[index], end = call.query_starts[index + 1];
   const int64_t start = call.start_positions[index];
@@ -85,8 +85,8 @@ __device__ inline Request load_request(const CompressFlush& call, int index) {
 
 // The request of a token. Every lane of the warp must call it, for the same token.
 __device__ inline Request find_request(const CompressFlush& call, int token) {
-  // Right where all requests bring the same number of tokens, and then the only chain is one load long.
-  int index = min(static_cast<int>(call.tokens_a_request.quotient(token)), call.requests - 1);
+  // The guess is right if all requests bring the same number of tokens; then the dependent chain is one load.
+  int index = min(static_cast<int>(call.tokens_per_request.quotient(token)), call.requests - 1);
 #pragma unroll 1
   for (bool searched = false; index < call.requests; searched = true) {
     const Request found = load_request(call, index);
@@ -101,7 +101,7 @@ __device__ inline Request find_request(const CompressFlush& call, int token) {
   return {-1, token, token + 1, 0, -1};
 }
 
-// The kv of a row in the state; its score follows `width` later. Null where the table names no page.
+// The kv of a row in the state; its score follows `width` elements later. Null if state_table has no valid page.
 __device__ inline float* state_row(const CompressFlush& call, const Request& request, uint32_t position) {
   const uint32_t turn = call.state_rows.quotient(position);
   const uint32_t row = position - turn * call.state_rows.value;
@@ -123,8 +123,8 @@ __device__ inline bool is_read_by_an_entry(const CompressFlush& call, const Requ
   return completed_by >= static_cast<uint32_t>(request.start) && completed_by < request.end_position();
 }
 
-// Four channels of a row as they lie in memory: widen() makes numbers of them. A thread loads all that it wants before
-// it widens any, so that it waits once.
+// Four channels of a row as stored; upcast() converts them to float32. A thread issues all its loads before it converts
+// any, so that it waits once.
 template <typename T>
 __device__ inline void load_raw(const T* row, Four<float>* raw) {
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -135,7 +135,7 @@ __device__ inline void load_raw(const T* row, Four<float>* raw) {
 }
 
 template <typename T>
-__device__ inline void widen(Four<float>* raw) {
+__device__ inline void upcast(Four<float>* raw) {
   if constexpr (sizeof(T) != sizeof(float)) {
     const float2 low = unpack_bfloat16(__float_as_uint(raw->values[0]));
     const float2 high = unpack_bfloat16(__float_as_uint(raw->values[1]));
@@ -143,7 +143,7 @@ __device__ inline void widen(Four<float>* raw) {
   }
 }
 
-// Four channels of a token: kv, score, and the position's bias, which the score lacks until widen().
+// Four channels of a token: kv, score, and the position's bias, which upcast() adds to the score.
 struct TokenChannels {
   Four<float> kv;
   Four<float> score;
@@ -163,9 +163,9 @@ __device__ inline void load_token(const CompressFlush& call, int token, uint32_t
 }
 
 template <typename T>
-__device__ inline void widen(TokenChannels* channels) {
-  widen<T>(&channels->kv);
-  widen<T>(&channels->score);
+__device__ inline void upcast(TokenChannels* channels) {
+  upcast<T>(&channels->kv);
+  upcast<T>(&channels->score);
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) channels->score.values[i] += channels->bias.values[i];
 }
@@ -176,8 +176,9 @@ __device__ inline void store_channels(float* row, const Four<float>& channels) {
   *reinterpret_cast<Four<float>*>(row) = channels;
 }
 
-// Stores rows of tokens [first, end) to the state, but for those whose place a later token of the call takes, or whose
-// place's old row an entry reads: the thread that reads that stores the new one. By threads `thread` of `threads`.
+// Stores the rows of tokens [first, end) to the state. Skips a token whose state row a later token of the call
+// overwrites, and one whose state row holds an old row that an entry reads: that entry's thread stores it
+// (store_successors). Executed by `threads` threads, of which this is number `thread`.
 template <typename T>
 __device__ inline void store_tokens(const CompressFlush& call, const Request& request, int first, int end, int thread,
                                     int threads) {
@@ -205,20 +206,20 @@ __device__ inline void store_tokens(const CompressFlush& call, const Request& re
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (!stored[half]) continue;
-      widen<T>(&channels[half]);
+      upcast<T>(&channels[half]);
       store_channels(row + column + half * call.head_dim, channels[half].kv);
       store_channels(row + column + half * call.head_dim + call.width, channels[half].score);
     }
   }
 }
 
-// What names the place of a block's entry: a page of the table, or an entry of the mapping. The place itself is
-// computed from it later, since who computes waits for the load.
+// Loads what decides where a block's entry goes: a page of block_table or an element of slot_mapping. destination()
+// computes the place from it later, so that the load's latency is hidden.
 __device__ inline int64_t load_destination(const CompressFlush& call, const Request& request, int token, int block) {
   if (!call.block_table) return call.slot_mapping[token];
   const int column = call.pages.entries.quotient(block);
-  if (column >= call.blocks_a_request) return -1;
-  return call.block_table[request.index * int64_t{call.blocks_a_request} + column];
+  if (column >= call.blocks_per_request) return -1;
+  return call.block_table[request.index * int64_t{call.blocks_per_request} + column];
 }
 
 __device__ inline Place destination(const CompressFlush& call, int64_t loaded, int block) {
@@ -227,15 +228,15 @@ __device__ inline Place destination(const CompressFlush& call, int64_t loaded, i
   return {loaded < call.pages.count ? loaded : -1, block - column * static_cast<int>(call.pages.entries.value)};
 }
 
-// Where a row of a block's window is. Found by one thread for all of its warp or block: it is much the longer part of a
-// load.
+// Where a row of a block's window is. One thread computes it for its warp or block, as the address computation takes
+// much longer than the load itself.
 struct alignas(16) RowPlace {
   enum Flags : int32_t {
-    kExists = 1,    // else before position 0, beyond the window, or missing
-    kFromCall = 2,  // else from the state
+    kExists = 1,    // clear: before position 0, beyond the window, or missing
+    kFromCall = 2,  // clear: from the state
     kHasScore = 4,
     kHasBias = 8,
-    kMissing = 16,  // in a state page that there is not
+    kMissing = 16,  // its state page is out of range
   };
 
   const void* kv;  // the entry's first channel
@@ -247,7 +248,7 @@ struct alignas(16) RowPlace {
   __device__ bool in_state() const { return (flags & (kExists | kFromCall)) == kExists; }
 };
 
-// Both kinds of row are computed and one is chosen: lanes that branch take both ways, one after the other.
+// Computes both addresses and selects one: a divergent branch would execute both sides one after the other.
 template <typename T>
 __device__ inline RowPlace find_row(const CompressFlush& call, const Request& request, int block, int row) {
   const int position = ((block + 1) << call.ratio_bits) - call.window() + row;
@@ -280,12 +281,12 @@ struct Rows {
 template <typename T, int Count>
 __device__ inline Rows<Count> load_rows(const CompressFlush& call, const RowPlace* places, int row, int step,
                                         int channel) {
-  // All places before the first row: to read one while rows are on their way would wait for those.
+  // All places are read before the first row is loaded: a later shared-memory read would wait for loads in flight.
   RowPlace found[Count];
   if (Count > 2) {
 #pragma unroll
     for (int i = 0; i < Count; ++i) found[i] = places[row + i * step];
-    __syncwarp();  // keeps the compiler to that order
+    __syncwarp();  // the compiler may not reorder across it
   }
   TokenChannels loaded[Count];
   bool from_call[Count];
@@ -309,15 +310,15 @@ __device__ inline Rows<Count> load_rows(const CompressFlush& call, const RowPlac
   Rows<Count> rows;
 #pragma unroll
   for (int i = 0; i < Count; ++i) {
-    if (from_call[i]) widen<T>(&loaded[i]);
+    if (from_call[i]) upcast<T>(&loaded[i]);
     rows.kv[i] = loaded[i].kv;
     rows.score[i] = loaded[i].score;
   }
   return rows;
 }
 
-// In a call that is longer than the state has room for: stores the tokens that take the place of rows that this thread
-// has loaded, as load_rows() names them.
+// For calls with more tokens than the state has rows: stores the tokens that overwrite the rows which this thread has
+// loaded with load_rows() of the same arguments.
 template <typename T>
 __device__ inline void store_successors(const CompressFlush& call, const Request& request, int block,
                                         const RowPlace* places, int row, int step, int channel) {
@@ -335,7 +336,7 @@ __device__ inline void store_successors(const CompressFlush& call, const Request
     const int column = channel + (call.overlap && row >= call.ratio() ? call.head_dim : 0);
     TokenChannels channels;
     load_token<T>(call, request.first + static_cast<int>(successor - request.start), successor, column, &channels);
-    widen<T>(&channels);
+    upcast<T>(&channels);
     float* const place = state_row(call, request, successor);
     store_channels(place + column, channels.kv);
     store_channels(place + call.width + column, channels.score);
@@ -415,7 +416,8 @@ __device__ inline void finish_entry(const CompressFlush& call, const Place& plac
     const float cosines[] = {finish.cosine.x, finish.cosine.y}, sines[] = {finish.sine.x, finish.sine.y};
 #pragma unroll
     for (int pair = 0; pair < kChannels / 2; ++pair) {
-      // Each product rounded, so that the bits are those of any engine that computes in float32 without fused steps.
+      // Each product is rounded (no fused multiply-add), for the same bits as engines that compute in float32 without
+      // it.
       const float even = v[2 * pair], odd = v[2 * pair + 1];
       v[2 * pair] = __fsub_rn(__fmul_rn(even, cosines[pair]), __fmul_rn(odd, sines[pair]));
       v[2 * pair + 1] = __fadd_rn(__fmul_rn(odd, cosines[pair]), __fmul_rn(even, sines[pair]));

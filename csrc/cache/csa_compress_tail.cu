@@ -4,10 +4,10 @@
 
 namespace dsv4 {
 
-constexpr int kThreads = 64;    // small blocks: a batch of one still spreads over several multiprocessors
-constexpr int kRowsAtOnce = 4;  // of each stream: the models' m, so that all loads are in flight before the first use
+constexpr int kThreads = 64;    // small blocks, so that one request spreads over several multiprocessors
+constexpr int kRowsAtOnce = 4;  // per stream: the models' m, so that all loads are in flight before the first use
 
-// One thread a request and four columns; blocks of a request along y.
+// One thread per request and four columns; a request's blocks along y.
 __global__ void __launch_bounds__(kThreads)
     csa_compress_tail_kernel(const float* __restrict__ ka, const float* __restrict__ za, const float* __restrict__ kb,
                              const float* __restrict__ zb, const int32_t* __restrict__ tail_len,

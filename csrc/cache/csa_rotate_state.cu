@@ -6,7 +6,7 @@ namespace dsv4 {
 
 constexpr int kThreads = 128;
 
-// Four columns of values and of scores a thread; blocks of a request along y. `from` is what becomes the block before.
+// Four columns of values and of scores per thread; a request's blocks along y. `from` becomes the previous block.
 __global__ void __launch_bounds__(kThreads)
     csa_rotate_state_kernel(const bool* __restrict__ valid_mask, const int32_t* __restrict__ request_slots, float* ka,
                             float* za, float* kb, float* zb, float* from_k, float* from_z, int32_t* tail_len,

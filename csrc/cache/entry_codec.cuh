@@ -1,4 +1,5 @@
-// One entry of a page: four neighbouring channels a thread, `head_dim / 4` neighbouring threads an entry.
+// Encoding and decoding of one entry of a page: four adjacent channels per thread, `head_dim / 4` adjacent threads per
+// entry.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,9 +15,9 @@
 
 namespace dsv4 {
 
-constexpr int kChannels = 4;  // of a thread
+constexpr int kChannels = 4;  // per thread
 
-// A layout as kernels take it.
+// A page layout as a kernel parameter.
 struct PageLayout {
   int32_t quantized_dims;
   int32_t element;  // a dsv4_dtype, as is scale
@@ -28,7 +29,7 @@ inline PageLayout page_layout(const dsv4_page_layout_info& info) {
   return {info.quantized_dims, info.element, info.group, info.scale};
 }
 
-// Where an entry is: page -1 for nowhere.
+// Where an entry is; page -1 if it is stored nowhere.
 struct Place {
   int64_t page;
   int32_t slot;
@@ -50,7 +51,7 @@ struct Pages {
   Part scales;
   Part rest;
   int64_t count;
-  Divisor entries;  // of a page
+  Divisor entries;  // per page
   LongDivisor entries_of_index;
 
   // From an index that counts the entries of all pages.
@@ -111,7 +112,7 @@ inline void check_pages(Check& check, const dsv4_tensor& pages, const dsv4_tenso
   check.aligned_rows("rope", rope, sizeof(uint2));
 }
 
-// Where engines differ to the bit; see dsv4_compress_flush_args.
+// Rounding rules in which engines differ; see dsv4_compress_flush_args.
 struct Quantization {
   float amax_floor;
   float scale_floor;
@@ -133,23 +134,23 @@ __device__ inline float2 unpack_bfloat16(uint32_t pair) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
-// Two codes a byte, the even channel in the low nibble.
+// Two codes per byte, the even channel in the low nibble.
 __device__ inline uint16_t encode_e2m1x4(const float (&v)[kChannels], bool ties_toward_zero) {
   const float values[8] = {v[0], v[1], v[2], v[3], 0.0f, 0.0f, 0.0f, 0.0f};
   return static_cast<uint16_t>(ties_toward_zero ? encode_e2m1x8<Ties::kTowardZero>(values)
                                                 : encode_e2m1x8<Ties::kToEven>(values));
 }
 
-// A group's scale before it is rounded to what is stored; NaN for an amax that is NaN.
+// A group's scale before it is rounded to the stored format; NaN if amax is NaN.
 __device__ inline float wanted_scale(float amax, float largest, float amax_floor, float scale_floor = 0.0f) {
   return max_or_nan(__fdiv_rn(max_or_nan(amax, amax_floor), largest), scale_floor);
 }
 
-// Values in units of a scale, to the nearest; 0 where the scale is 0.
+// values / scale, rounded to nearest; 0 if the scale is 0.
 template <int Count>
 __device__ inline void divide_by_scale(float (&values)[Count], float scale) {
   const bool none = scale == 0.0f;
-  const float divisor = none ? 1.0f : scale;  // a division by 0 takes a long way round
+  const float divisor = none ? 1.0f : scale;  // division by 0 takes the slow path of IEEE division
 #pragma unroll
   for (int i = 0; i < Count; ++i) {
     const float quotient = __fdiv_rn(values[i], divisor);
@@ -157,7 +158,7 @@ __device__ inline void divide_by_scale(float (&values)[Count], float scale) {
   }
 }
 
-// The largest of a value over the lanes of a group, a power of two, or NaN; every lane of the warp must call it.
+// Maximum over a group of lanes (a power of two), NaN if any is NaN; every lane of the warp must call it.
 __device__ inline float max_over_group(float value, int group) {
   for (int distance = group / 2; distance > 0; distance /= 2)
     value = max_or_nan(value, __shfl_xor_sync(kFullWarp, value, distance));
@@ -167,7 +168,7 @@ __device__ inline float max_over_group(float value, int group) {
 // A barrier of the block's first four warps alone.
 __device__ inline void await_four_warps() { asm volatile("barrier.sync 1, 128;" ::: "memory"); }
 
-// The largest, or NaN, over the first four warps of the block. `scratch`, 16-byte aligned, is read until the next
+// Maximum, or NaN, over the first four warps of the block. `scratch`, 16-byte aligned, is in use until the next
 // barrier.
 __device__ inline float max_over_four_warps(float value, float* scratch) {
   value = max_over_group(value, kWarpLanes);

@@ -1,6 +1,6 @@
-// Quantising an entry (and an indexer key) and writing it to the pool in the split layout: what flush_write_csa and
-// flush_write_hca share. A block for each request's entry, and one for its indexer key. One warp finds the place, which
-// takes three loads in a row, while the others quantise.
+// Quantises an entry (and an indexer key) and writes it to the pool in the split layout: shared by flush_write_csa and
+// flush_write_hca. One block per request for the entry, one for the indexer key. One warp computes the place, which
+// takes three dependent loads, while the others quantise.
 #pragma once
 
 #include "cache/entry_codec.cuh"
@@ -13,9 +13,9 @@ namespace dsv4 {
 
 constexpr int kEntryWarps = 4;
 constexpr int kEntryThreads = (kEntryWarps + 1) * kWarpLanes;
-constexpr int kFoursALane = 8;  // every warp has the whole entry, for its largest value
-constexpr int64_t kMaxHeadDim = kWarpLanes * kFoursALane * kFour;
-constexpr int kEight = 8;  // indexer columns of a thread
+constexpr int kFoursPerLane = 8;  // every warp loads the whole entry to find its amax
+constexpr int64_t kMaxHeadDim = kWarpLanes * kFoursPerLane * kFour;
+constexpr int kEight = 8;  // indexer columns per thread
 constexpr dsv4_page_layout_info kSplit = kPageLayouts[DSV4_PAGE_SPLIT];
 constexpr dsv4_page_layout_info kSplitIndexer = kPageLayouts[DSV4_PAGE_SPLIT_INDEXER];
 constexpr int kNvfp4Group = kSplitIndexer.group;
@@ -44,7 +44,7 @@ struct SplitPages {
   int indexer_head_dim;
 };
 
-// The entry's row in the pool, or -1 where there is none.
+// The entry's row in the pool, or -1 if it has none.
 __device__ inline int64_t pool_row(const PoolTarget& target, int64_t request) {
   const int64_t slot = slot_of(target.request_slots, request, target.slots);
   if (slot < 0) return -1;
@@ -58,7 +58,7 @@ __device__ inline int64_t pool_row(const PoolTarget& target, int64_t request) {
   return entry + (block - column) * target.entries_per_block.value;
 }
 
-// Eight columns of the indexer key a thread; two threads share a group. `row` is there after the block's barrier.
+// Eight columns of the indexer key per thread; two threads share a scale. `row` is valid after the block's barrier.
 __device__ inline void write_indexer_key(const SplitPages& pages, const __nv_bfloat16* key, const int64_t& row) {
   constexpr int kColumns = kEntryWarps * kWarpLanes * kEight;
   for (int first = 0; first < pages.indexer_head_dim; first += kColumns) {
@@ -79,7 +79,7 @@ __device__ inline void write_indexer_key(const SplitPages& pages, const __nv_bfl
     }
     amax = max_over_group(amax, kNvfp4Group / kEight);
     uint32_t scale_code = 0, codes = 0;
-    if (inside) {  // quotients of zeros take a division's slow way
+    if (inside) {  // dividing zeros takes the slow path of IEEE division
       scale_code = encode_e4m3(wanted_scale(amax, kLargestE2m1, kSplitIndexer.amax_floor));
       divide_by_scale(values, decode_e4m3(scale_code));
       codes = encode_e2m1x8(values);
@@ -113,24 +113,24 @@ __global__ void __launch_bounds__(kEntryThreads)
     return;
   }
   const int stored = pages.head_dim - pages.rope_dim;
-  Four<__nv_bfloat16> fours[kFoursALane] = {};
-  uint32_t codes[kFoursALane] = {};
+  Four<__nv_bfloat16> fours[kFoursPerLane] = {};
+  uint32_t codes[kFoursPerLane] = {};
   float scale = 0.0f;
   const auto column_of = [lane](int i) { return (i * kWarpLanes + lane) * kFour; };
   if (warp < kEntryWarps) {
     const __nv_bfloat16* const values = entry + request * pages.head_dim;
 #pragma unroll
-    for (int i = 0; i < kFoursALane; ++i) fours[i] = load_four(values, column_of(i), pages.head_dim, true);
+    for (int i = 0; i < kFoursPerLane; ++i) fours[i] = load_four(values, column_of(i), pages.head_dim, true);
     float amax = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kFoursALane; ++i) {
+    for (int i = 0; i < kFoursPerLane; ++i) {
       if (column_of(i) >= stored) continue;
 #pragma unroll
       for (int j = 0; j < kFour; ++j) amax = max_or_nan(amax, fabsf(static_cast<float>(fours[i].values[j])));
     }
     scale = wanted_scale(max_over_group(amax, kWarpLanes), kLargestE4m3, kSplit.amax_floor);
 #pragma unroll
-    for (int i = 0; i < kFoursALane; ++i) {
+    for (int i = 0; i < kFoursPerLane; ++i) {
       if (i % kEntryWarps != warp || column_of(i) >= stored) continue;
       float scaled[kFour];
 #pragma unroll
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kEntryThreads)
   if (row < 0 || warp == kEntryWarps) return;
   if (threadIdx.x == 0) pages.inv_scale[row] = scale;
 #pragma unroll
-  for (int i = 0; i < kFoursALane; ++i) {
+  for (int i = 0; i < kFoursPerLane; ++i) {
     const int column = column_of(i);
     if (i % kEntryWarps != warp || column >= pages.head_dim) continue;
     if (column < stored)
@@ -173,7 +173,7 @@ void check_flush_write(Check& check, const Args& args) {
   check.range("entries_rope columns (rope_dim)", rope_dim, 0, head_dim);
   check.multiple("entries_rope columns (rope_dim)", rope_dim, kFour);
   check.aligned_rows("entries_rope", args.entries_rope, kFour * sizeof(__nv_bfloat16));
-  if (check.status()) return;  // what follows computes with these extents
+  if (check.status()) return;  // the code below computes with these extents
   check.tensor("entries_fp8", args.entries_fp8, one_of(DSV4_FLOAT8_E4M3FN, DSV4_UINT8),
                {extent(args.entries_rope, 0), extent(args.entries_rope, 1), head_dim - rope_dim});
   check.aligned_rows("entries_fp8", args.entries_fp8, kFour);

@@ -5,13 +5,13 @@
 
 namespace dsv4 {
 
-// An entry of 128 rows is 512 KiB: its columns are split over many blocks, so that a single request that flushes is not
-// left to one multiprocessor. A row's part in a block is a line of memory.
+// An entry of 128 rows reads 512 KiB: its columns are split over many blocks, so that the flush of a single request
+// uses many multiprocessors. A block reads one cache line (128 bytes) of each row.
 constexpr int kWarps = 8;
-constexpr int kColumns = 32;                                    // of a block
+constexpr int kColumns = 32;                                    // per block
 constexpr int kLanesAcross = kColumns / kFour;                  // lanes that share a row
-constexpr int kRowGroups = kWarps * kWarpLanes / kLanesAcross;  // rows that are read side by side
-constexpr int kRowsAtOnce = 4;                                  // of a thread: all 128 of the models in one step
+constexpr int kRowGroups = kWarps * kWarpLanes / kLanesAcross;  // rows read at the same time
+constexpr int kRowsAtOnce = 4;                                  // per thread: the models' 128 rows in one step
 
 __global__ void __launch_bounds__(kWarps* kWarpLanes)
     hca_compress_tail_kernel(const float* __restrict__ ka, const float* __restrict__ za,

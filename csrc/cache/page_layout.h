@@ -1,4 +1,4 @@
-// The page layouts of the compressed cache: the one table of them. Python builds its own from it.
+// The table of page layouts of the compressed cache. Python reads it through dsv4_page_layout_at().
 //
 // A page holds the values of its entries one after another, then the scales of its entries one after another. Of
 // `separate` layouts it holds the quantised values only.
@@ -9,12 +9,11 @@
 namespace dsv4 {
 
 // The last `head_dim - quantized_dims` values of an entry are bfloat16. A scale of split is at least the smallest
-// normal float32, so that a row of zeros divides by something.
+// normal float32, so that a row of zeros is not divided by 0.
 constexpr size_t kInfoBytes = sizeof(dsv4_page_layout_info);
 constexpr dsv4_page_layout_info kPageLayouts[] = {
     // struct_size, name, head_dim, quantized_dims, element, group, scale, value_bytes, scale_bytes, page_alignment,
-    // separate,
-    // amax_floor, exact_scale
+    // separate, amax_floor, exact_scale
     {kInfoBytes, "bf16", 512, 0, DSV4_BFLOAT16, 0, DSV4_ABSENT, 1024, 0, 1, 0, 0.0f, 0},
     {kInfoBytes, "indexer_bf16", 128, 0, DSV4_BFLOAT16, 0, DSV4_ABSENT, 256, 0, 1, 0, 0.0f, 0},
     // 7 scales and a byte of padding.
@@ -34,7 +33,7 @@ constexpr int64_t page_bytes(const dsv4_page_layout_info& layout, int64_t entrie
   return (bytes + layout.page_alignment - 1) / layout.page_alignment * layout.page_alignment;
 }
 
-// What pages must start on a multiple of, for the widest access to them.
+// Alignment that pages must have for the widest access to them.
 constexpr int64_t page_access_bytes(const dsv4_page_layout_info& layout) {
   return layout.quantized_dims < layout.head_dim ? 8 : 4;
 }

@@ -1,4 +1,5 @@
-// Softmax-weighted sums of rows, per column, four neighbouring columns a thread, in one pass over any number of rows.
+// Softmax-weighted sums of rows, per column, four adjacent columns per thread, in one pass over any number of rows
+// (online softmax).
 #pragma once
 
 #include <math_constants.h>
@@ -8,14 +9,14 @@
 
 namespace dsv4 {
 
-// exp in three instructions. What the product is off by weighs as little as the row: |x| e^x 2^-24, at most 2^-25.
+// exp in three instructions. The rounding of the product gives an absolute error of |x| e^x 2^-24, at most 2^-25.
 __device__ inline float exp_of(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 0x1.715476p+0f));  // log2(e)
   return result;
 }
 
-// sum softmax(z) * k over the rows seen so far is value / sum; both are relative to the largest score, `top`.
+// sum softmax(z) * k over the rows added so far is value / sum; both are relative to the largest score, `top`.
 struct PooledRows {
   float top[kFour];
   float sum[kFour];
@@ -51,7 +52,7 @@ struct PooledRows {
     }
   }
 
-  // Adds the rows that another thread has seen.
+  // Adds the rows that another thread has added.
   __device__ void merge(const PooledRows& other) {
 #pragma unroll
     for (int j = 0; j < kFour; ++j) {
@@ -65,7 +66,7 @@ struct PooledRows {
     }
   }
 
-  // What another lane of the warp holds; every lane must call it.
+  // The sums of another lane of the warp; every lane must call it.
   __device__ PooledRows of_lane(int lane) const {
     PooledRows other;
 #pragma unroll
@@ -81,7 +82,7 @@ struct PooledRows {
     return sum[column] == 0.0f ? 0.0f : __fdividef(value[column], sum[column]);
   }
 
-  // -inf minus -inf is no number: while nothing was seen, scores are relative to 0.
+  // -inf minus -inf is NaN, so while all scores are -inf they are taken relative to 0.
   __device__ static float finite_base(float highest) { return highest == -CUDART_INF_F ? 0.0f : highest; }
 };
 

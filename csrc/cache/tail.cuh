@@ -20,13 +20,13 @@ __device__ inline bool tail_is_full(const int32_t* tail_len, int64_t slot, int m
   return slot >= 0 && tail_len[slot] >= m;
 }
 
-// A tail buffer: the shape of the first one, rows that are read four columns at a time.
+// Checks a tail buffer: the first one's shape, and rows aligned for reads of four columns.
 inline void check_tail(Check& check, const char* name, const dsv4_tensor& tail, const dsv4_tensor& like) {
   check.tensor(name, tail, one_of(DSV4_FLOAT32), {extent(like, 0), extent(like, 1), extent(like, 2)});
   check.aligned_rows(name, tail, 4 * sizeof(float));
 }
 
-// The first tail buffer, which decides the state's extents.
+// Checks the first tail buffer, which decides the state's extents.
 inline void check_first_tail(Check& check, const char* name, const dsv4_tensor& tail) {
   check.tensor(name, tail, one_of(DSV4_FLOAT32), {kAny, kAny, kAny});
   check.multiple("tail buffer columns (width)", extent(tail, 2), 4);
@@ -34,7 +34,7 @@ inline void check_first_tail(Check& check, const char* name, const dsv4_tensor& 
   check.aligned_rows(name, tail, 4 * sizeof(float));
 }
 
-// next_kb and next_zb: both or neither. One that is given is checked before one that is missed.
+// next_kb and next_zb: both or neither. A given one is checked before a missing one is reported.
 template <typename Args>
 void check_next_rows(Check& check, const Args& args) {
   if (present(args.next_kb)) check_tail(check, "next_kb", args.next_kb, args.tail_ka);
@@ -42,9 +42,9 @@ void check_next_rows(Check& check, const Args& args) {
   if (present(args.next_zb)) check_tail(check, "next_kb", args.next_kb, args.tail_ka);
 }
 
-// A slot's rows are spread over the second dimension of a grid.
-inline void check_blocks_of_slot(Check& check, int64_t slot_columns, int64_t columns_a_block) {
-  check.range("tail buffer elements of a slot (rows * width)", slot_columns, 0, 65535 * columns_a_block);
+// The blocks of a slot are the grid's second dimension, which is limited.
+inline void check_blocks_of_slot(Check& check, int64_t slot_columns, int64_t columns_per_block) {
+  check.range("tail buffer elements of a slot (rows * width)", slot_columns, 0, 65535 * columns_per_block);
 }
 
 }  // namespace dsv4

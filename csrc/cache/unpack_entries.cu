@@ -7,7 +7,7 @@ namespace dsv4 {
 
 constexpr int kUnpackThreads = 128;
 
-// `entry_threads` is a power of two: a thread for four channels.
+// One thread per four channels; `entry_threads` is a power of two.
 __global__ void __launch_bounds__(kUnpackThreads)
     unpack_entries_kernel(Pages pages, PageLayout layout, Indices slots, float* __restrict__ out, int64_t entries,
                           int entry_threads) {

@@ -38,7 +38,7 @@ bool is_empty(const dsv4_tensor& value) {
   return false;
 }
 
-// *bytes: from the first element to the end of the last row, with what lies between it and one more.
+// *bytes: from the first element to the end of the last row, gaps between rows included.
 bool layout_matches(const dsv4_tensor& value, Layout layout, int64_t* bytes) {
   *bytes = 0;
   if (is_empty(value)) return true;  // nothing is ever addressed
@@ -76,8 +76,8 @@ Pieces pieces_of(const dsv4_tensor& value) {
 
 int64_t span_of(const Pieces& value) { return (value.count - 1) * value.stride + value.bytes; }
 
-// Whether two tensors have a byte in common. Columns of one matrix have none. Exact but for tensors of pieces at
-// different distances, which is answered with yes where their spans overlap.
+// Whether two tensors share a byte. Disjoint columns of one matrix do not. Exact, except for two tensors with different
+// strides between pieces, for which overlapping spans count as sharing.
 bool share_bytes(const Pieces& a, const Pieces& b) {
   if (a.count == 1 && b.count > 1) return share_bytes(b, a);
   const auto offset = static_cast<int64_t>(b.begin - a.begin);  // may be negative
@@ -93,7 +93,7 @@ bool share_bytes(const Pieces& a, const Pieces& b) {
   return (into < a.bytes && meets(number)) || (into + b.bytes > a.stride && meets(number + 1));
 }
 
-// Of two tensors of one shape.
+// Both tensors have the same shape.
 bool is_same_view(const dsv4_tensor& a, const dsv4_tensor& b) {
   if (a.data != b.data || a.dtype != b.dtype || a.rank != b.rank) return false;
   for (int i = 0; i < a.rank; ++i)
@@ -108,7 +108,7 @@ dsv4_status bad_struct_size(const char* op, size_t expected, size_t got) {
               expected, got, dsv4_version());
 }
 
-// By the names that the headers give them.
+// Recognised by the names that the headers give to outputs.
 bool is_output(const char* name) {
   return (name[0] == 'o' && name[1] == 'u' && name[2] == 't') || (name[0] == 'w' && !std::strcmp(name, "workspace"));
 }
@@ -307,7 +307,7 @@ void Check::bad_value(const char* name, const char* need, long long got) {
 void Check::bad_number(const char* name, float value, float low) {
   char limit[48] = "";
   if (low != -FLT_MAX) std::snprintf(limit, sizeof(limit), " of at least %g", static_cast<double>(low));
-  // A NaN's sign, which printf shows, means nothing. 9 digits tell any two floats apart; 6 are enough for most.
+  // printf would show a NaN's sign, which means nothing. 9 digits distinguish any two floats; 6 are enough for most.
   char got[32];
   std::snprintf(got, sizeof(got), "%g", static_cast<double>(value));
   if (std::strtof(got, nullptr) != value) std::snprintf(got, sizeof(got), "%.9g", static_cast<double>(value));

@@ -1,5 +1,5 @@
 // Argument checks of an op. Each check is skipped once one has failed, so an entry point reads as a plain list of what
-// the op takes, and the first thing that is wrong is what the caller is told.
+// the op takes, and the first failure is the one that is reported.
 #pragma once
 
 #include <cfloat>
@@ -14,7 +14,7 @@ namespace dsv4 {
 
 using DtypeSet = uint32_t;
 
-// A caller's dtype may be any number: those that no set can hold are in none.
+// A caller's dtype may be any number; one that no set can represent is in no set.
 template <typename... Dtypes>
 constexpr DtypeSet one_of(Dtypes... dtypes) {
   return ((dtypes >= 0 && dtypes < 32 ? DtypeSet{1} << dtypes : DtypeSet{0}) | ...);
@@ -26,7 +26,7 @@ inline int64_t saturating_product(int64_t a, int64_t b) {
   return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
 }
 
-constexpr int64_t kAny = -1;  // an extent that the tensor itself decides
+constexpr int64_t kAny = -1;  // any extent
 
 enum class Layout {
   kContiguous,   // C order without gaps
@@ -45,7 +45,7 @@ class Check {
   Args read(const Args* given) {
     size_t bytes = 0;
     if (given) std::memcpy(&bytes, given, sizeof(bytes));
-    if (bytes == sizeof(Args)) return *given;  // without zeros first
+    if (bytes == sizeof(Args)) return *given;  // no need to zero first
     Args args = {};
     if (bytes < sizeof(size_t) || bytes > sizeof(Args)) {
       bad_struct(given, bytes, sizeof(Args));
@@ -94,7 +94,7 @@ class Check {
   void given(const char* name, const dsv4_tensor& value, const char* when);
   void absent(const char* name, const dsv4_tensor& value, const char* when);
 
-  // Anything else. `need` and `got` complete "expected <need>, got <got>".
+  // Any other condition. `need` and `got` complete "expected <need>, got <got>".
   template <typename Number>
   void require(bool holds, const char* name, const char* need, Number got) {
     static_assert(std::is_integral_v<Number>, "for floats there is number()");
@@ -143,11 +143,11 @@ class Check {
   Seen seen_[kMaxSeen];
 };
 
-// Writes `size` bytes of a result, but for its struct_size, to a caller's struct, whose own struct_size says how many
-// of its fields the caller knows.
+// Copies `size` bytes of a result, except its struct_size, to a caller's struct, whose own struct_size says which
+// fields the caller knows.
 dsv4_status write_struct(const char* op, const char* argument, const void* result, size_t size, void* given);
 
-// A read-only extent that is safe to take before the tensor was checked.
+// An extent; safe to read before the tensor has been checked.
 inline int64_t extent(const dsv4_tensor& tensor, int dimension) {
   return dimension < tensor.rank && dimension < DSV4_MAX_RANK ? tensor.shape[dimension] : 0;
 }

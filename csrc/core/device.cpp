@@ -48,7 +48,7 @@ dsv4_status read_device(const char* op, int ordinal, Device* device) {
               named ? properties.name : "?", major, minor, list_architectures().c_str());
 }
 
-// The driver's functions for contexts. Asked for by name, as the library is not linked against the driver.
+// The driver's context functions, looked up by name, as the library is not linked against the driver.
 struct Contexts {
   decltype(&::cuDevicePrimaryCtxRetain) retain;
   decltype(&::cuCtxPushCurrent) push;
@@ -58,7 +58,7 @@ struct Contexts {
 
 const Contexts& contexts() {
   static const Contexts found = [] {
-    constexpr unsigned kCudaVersion = 12000;  // that these functions are taken as of
+    constexpr unsigned kCudaVersion = 12000;  // the version of these functions' interfaces
     Contexts entries = {};
     const struct {
       const char* name;
@@ -95,7 +95,7 @@ dsv4_status find_device(const char* op, int ordinal, const Device** device) {
   }
   std::lock_guard<std::mutex> lock(mutex);
   if (ordinal >= 0 && ordinal < kMaxDevices && known[ordinal].load(std::memory_order_relaxed)) {
-    *device = &devices[ordinal];  // by a thread that held the lock before; others read the facts already
+    *device = &devices[ordinal];  // filled by a thread that held the lock before, and already visible to others
     return DSV4_OK;
   }
   Device found = {};
@@ -123,8 +123,8 @@ dsv4_status LaunchTarget::enter(int ordinal) {
   AllowLoadingInCapture allow;
   const Contexts& driver = contexts();
   if (driver.error) return fail_cuda(driver.error, op, "cudaGetDriverEntryPointByVersion");
-  // Kept for as long as the process: the tensors' owner holds the context too, and may let go of it while work is
-  // enqueued. Asked for anew where it was destroyed since (cudaDeviceReset).
+  // Retained for the life of the process: the tensors' owner may release its own reference while work is enqueued.
+  // Retained again if it was destroyed since (cudaDeviceReset).
   static std::atomic<CUcontext> retained[kMaxDevices];
   CUcontext context = retained[ordinal].load(std::memory_order_acquire);
   if (!context || driver.push(context) != CUDA_SUCCESS) {

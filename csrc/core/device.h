@@ -16,7 +16,7 @@ struct Device {
   int shared_per_block;  // bytes of shared memory that a block can opt in to
 };
 
-// The facts of a device, read once. DSV4_ERROR_NO_IMAGE if the library holds nothing for it.
+// The properties of a device, read once. DSV4_ERROR_NO_IMAGE if the library holds nothing for it.
 dsv4_status find_device(const char* op, int ordinal, const Device** device);
 
 // What an op launches on. Makes the device current for as long as it lives, by its primary context on the thread's

@@ -5,7 +5,7 @@
 
 namespace dsv4 {
 
-// Bytes of one stored element; 1 for values that are no dtype.
+// Bytes per stored element; 1 for values that are not a dsv4_dtype.
 inline int dtype_bytes(int32_t dtype) {
   switch (dtype) {
     case DSV4_INT64:

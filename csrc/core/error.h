@@ -1,4 +1,4 @@
-// Status codes with words: fail() records the text that dsv4_last_error() returns on this thread.
+// Error texts: fail() records the text that dsv4_last_error() returns on this thread.
 #pragma once
 
 #include <dsv4/dsv4.h>
@@ -11,7 +11,7 @@ namespace dsv4 {
 __attribute__((format(printf, 4, 5), cold)) dsv4_status fail(dsv4_status status, const char* op, const char* argument,
                                                              const char* format, ...);
 
-// Turns a failed CUDA call into a status that tells a missing driver, a missing image and other failures apart.
+// Converts a failed CUDA call into a status: no driver, no image, or another CUDA error.
 __attribute__((cold)) dsv4_status fail_cuda(cudaError_t error, const char* op, const char* what);
 
 }  // namespace dsv4

@@ -74,8 +74,8 @@ const std::vector<CudaFunction>& cuda_functions() { return registered(); }
 }  // namespace dsv4
 
 // nvcc's generated code registers each kernel with the CUDA runtime through this function when the library is loaded.
-// The linker (--wrap) leads those calls here first, so that the list of kernels and their names is the compiler's own
-// and needs no driver: cudaFuncGetName would.
+// The linker (--wrap) redirects those calls here first, so the list of kernels and names is the compiler's own, and
+// building it needs no driver, which cudaFuncGetName would.
 extern "C" void __real___cudaRegisterFunction(void** fat_binary, const char* host_function, char* device_function,
                                               const char* device_name, int thread_limit, uint3* thread_id,
                                               uint3* block_id, dim3* block, dim3* grid, int* warp_size);

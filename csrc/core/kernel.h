@@ -1,4 +1,4 @@
-// A kernel of any language, and how it becomes something that can be launched.
+// A kernel of any language, and how it is loaded for launching.
 //
 // CUDA C++ kernels live in the library's fat binary and are registered by the code that nvcc generates. Triton and CuTe
 // DSL kernels are images that the aot step compiled; the build embeds them (kernels.cpp, generated).
@@ -17,8 +17,8 @@ namespace dsv4 {
 struct AotImage {
   const char* symbol;
   const unsigned char* data;
-  uint32_t dynamic_shared;  // bytes a block of this image needs
-  uint32_t threads;         // of a block
+  uint32_t dynamic_shared;  // bytes per block
+  uint32_t threads;         // per block
 };
 
 // Every kernel is a static object, and in the list of all kernels from the start of the process.

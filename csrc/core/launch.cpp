@@ -20,7 +20,7 @@ dsv4_status observe(const Observer& watching, const Kernel& kernel, const Launch
   record.symbol = symbol_of(kernel, architecture);
   record.language = kernel.language;
   record.architecture = kArchitectures[architecture].name;
-  const dim3 dims[] = {geometry.grid, geometry.block, dim3(geometry.cluster)};  // a kernel may set a cluster itself
+  const dim3 dims[] = {geometry.grid, geometry.block, dim3(geometry.cluster)};  // or the cluster is compiled in
   uint32_t* const fields[] = {record.grid, record.block, record.cluster};
   for (int i = 0; i < 3; ++i) {
     fields[i][0] = dims[i].x;

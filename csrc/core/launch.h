@@ -1,4 +1,4 @@
-// The one way to a GPU: every kernel of every language is launched by launch_kernel().
+// Launching: every kernel of every language is launched by launch_kernel(), which tests can observe.
 #pragma once
 
 #include <type_traits>
@@ -12,16 +12,16 @@ struct Geometry {
   dim3 grid;
   dim3 block;
   uint32_t dynamic_shared = 0;  // bytes
-  uint32_t cluster = 1;         // neighbouring blocks of a cluster, in x; of kernels compiled without one
+  uint32_t cluster = 1;         // blocks per cluster, in x, for kernels that are compiled without a cluster size
 };
 
-// The host's half of a launch: the stream may start the kernel's blocks while the kernel before it runs out, which
-// hides the half microsecond that a launch takes. The kernel's half is that it first of all waits for that one to be
-// complete; the build refuses a kernel that does not (aot/images.py). In CUDA C++:
+// Every launch uses programmatic dependent launch (PDL): blocks may be scheduled while the previous kernel in the
+// stream drains, which hides about 0.5 us of launch latency. In return every kernel waits for the previous grid before
+// it touches memory; the build refuses one that does not (aot/images.py). In CUDA C++:
 #ifdef __CUDACC__
-// First in every kernel, by every thread: waits until all that came before in the stream is complete and its memory
-// visible, then lets the next kernel's blocks start. In this order no more than one kernel waits in the
-// multiprocessors.
+// First statement of every kernel, by every thread: waits until the previous grid is complete and its memory visible
+// (griddepcontrol.wait), then lets the next grid's blocks be scheduled (griddepcontrol.launch_dependents). In this
+// order at most one successor is resident.
 __device__ __forceinline__ void await_previous_grid() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -32,7 +32,7 @@ __device__ __forceinline__ void await_previous_grid() {
 dsv4_status launch_kernel(Kernel& kernel, const LaunchTarget& target, const Geometry& geometry, void** parameters,
                           const uint32_t* sizes, uint32_t count);
 
-// For an aot kernel the image decides block and shared memory; the caller gives the grid.
+// For an aot kernel the image decides block size and shared memory; the caller gives the grid.
 dsv4_status launch_aot_kernel(Kernel& kernel, const LaunchTarget& target, dim3 grid, void** parameters,
                               const uint32_t* sizes, uint32_t count);
 
@@ -58,7 +58,7 @@ dsv4_status launch(const LaunchTarget& target, const Geometry& geometry, Values&
   return detail::launch_as<Function>(Function, target, geometry, std::forward<Values>(values)...);
 }
 
-// Blocks of `block` items that cover `count`, as a grid dimension.
+// Number of blocks of `block` items that cover `count`, as a grid dimension.
 inline uint32_t blocks_for(int64_t count, int64_t block) { return static_cast<uint32_t>((count + block - 1) / block); }
 
 }  // namespace dsv4

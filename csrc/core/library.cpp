@@ -1,4 +1,4 @@
-// The questions an engine asks the library itself: version, what it holds, whether a device can run it.
+// Queries about the library itself: version, images, and whether a device can run it.
 #include "core/check.h"
 #include "core/images.h"
 #include "core/kernel.h"

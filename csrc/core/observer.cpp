@@ -9,7 +9,7 @@
 namespace dsv4 {
 namespace {
 
-constexpr int kEmulatedSharedPerBlock = 227 * 1024;  // of sm_90 and sm_100
+constexpr int kEmulatedSharedPerBlock = 227 * 1024;  // as on sm_90 and sm_100
 
 std::atomic<const Observer*> active{nullptr};
 

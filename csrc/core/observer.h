@@ -1,4 +1,4 @@
-// The test window of testing.h: who watches launches, and the device that an emulation pretends to be.
+// The hooks of testing.h: the observer of launches, and the device that an emulation reports.
 #pragma once
 
 #include <dsv4/testing.h>
@@ -17,7 +17,7 @@ struct Observer {
 // Null outside tests.
 const Observer* observer();
 
-// The device to pretend to run on, or null.
+// The emulated device, or null.
 inline const Device* emulated_device() {
   const Observer* watching = observer();
   return watching && watching->emulating ? &watching->device : nullptr;

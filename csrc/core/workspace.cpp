@@ -2,7 +2,7 @@
 //
 // Kernels leave workspaces zeroed, so memory is zeroed once, when it is allocated, and then lent again and again. Two
 // launches that may run at the same time must not share it: outside of captures a block belongs to a stream, in a
-// capture to a stream of that graph, for replays may run beside eager calls and beside other graphs.
+// capture to a stream of that graph, since replays may run concurrently with eager calls and with other graphs.
 #include <dsv4/dsv4.h>
 
 #include <algorithm>
@@ -23,17 +23,17 @@ constexpr size_t kSmallestBlock = 16 << 10;
 struct Block {
   unsigned char* data;
   size_t size;
-  unsigned long long stream;   // of blocks of streams its id, which is never used again; of blocks of graphs its handle
-  unsigned long long capture;  // id of the capture; of blocks of graphs
-  uint64_t last_use;           // of blocks of streams
-  std::atomic<bool> taken{true};  // of blocks of graphs: until the graph and all that was made of it are gone
+  unsigned long long stream;      // stream blocks: the stream's id, which is never reused; graph blocks: its handle
+  unsigned long long capture;     // graph blocks: id of the capture
+  uint64_t last_use;              // stream blocks
+  std::atomic<bool> taken{true};  // graph blocks: until the graph and all copies and executables of it are destroyed
 };
 
 // The blocks of one device. Never freed at exit, when the driver may be gone and graphs may still give blocks back.
 // After a fork the child, which cannot use the parent's CUDA context, cannot use this either.
 struct Pool {
   std::mutex mutex;
-  cudaStream_t zeroing = nullptr;  // waits for nothing of the caller's
+  cudaStream_t zeroing = nullptr;  // independent of the caller's streams
   uint64_t clock = 0;
   std::vector<Block*> of_streams;
   std::vector<Block*> of_graphs;
@@ -70,9 +70,9 @@ dsv4_status allocate(Pool& pool, size_t size, Block** block) {
   return DSV4_OK;
 }
 
-// Makes room for the block of one more stream. The stream that has not called for longest is most likely gone: there is
-// no way to be told. cudaFree waits for the device, so no kernel can still be using its block. Where it may not be
-// called, the table grows beyond its bound instead.
+// Frees the block of the stream that called least recently, to make room for one more. That stream is most likely
+// destroyed; CUDA does not notify of it. cudaFree waits for the device, so no kernel can still be using the block. If
+// cudaFree may not be called now (during a capture), the table grows beyond its bound instead.
 void evict(Pool& pool) {
   if (pool.of_streams.size() < DSV4_WORKSPACE_STREAMS) return;
   AllowLoadingInCapture allow;
@@ -86,8 +86,8 @@ void evict(Pool& pool) {
   pool.of_streams.erase(oldest);
 }
 
-// Of an eager call. Where a stream needs more than before it gets a second block: the first may be in use, and the
-// sizes double.
+// Lends to an eager call. A stream that needs more than before gets a second block, as the first may be in use; sizes
+// double.
 dsv4_status lend_to_stream(Pool& pool, unsigned long long stream, size_t size, Block** lent) {
   for (Block* block : pool.of_streams)
     if (block->stream == stream && block->size >= size) {
@@ -103,11 +103,12 @@ dsv4_status lend_to_stream(Pool& pool, unsigned long long stream, size_t size, B
   return DSV4_OK;
 }
 
-// What CUDA calls, on a thread of its own, when nothing holds the graph any more. Neither CUDA calls nor locks here: a
-// thread that holds the lock may be waiting for this one inside CUDA.
+// Called by CUDA on an internal thread when the last reference to the graph is gone. It must not call CUDA or take the
+// lock: a thread that holds the lock may be waiting for this one inside CUDA.
 void CUDART_CB give_back(void* block) { static_cast<Block*>(block)->taken.store(false, std::memory_order_release); }
 
-// The graph, its copies and its executables hold the block together; the last one gives it back, once it has run out.
+// The graph, its copies and its executables share ownership of the block; when the last of them has been destroyed and
+// its work is complete, the block is given back.
 dsv4_status tie_to_graph(Block* block, cudaGraph_t graph) {
   AllowLoadingInCapture allow;
   cudaUserObject_t owner = nullptr;
@@ -156,8 +157,7 @@ dsv4_status lend(const LaunchTarget& target, size_t size, Block** lent) {
     return fail_cuda(error, kOp, "cudaStreamGetCaptureInfo");
   if (status == cudaStreamCaptureStatusInvalidated)
     return fail_cuda(cudaErrorStreamCaptureInvalidated, kOp, "capturing the stream");
-  // A stream that captures may not be asked for its id. Its handle will do: it is the stream's for as long as it
-  // captures.
+  // cudaStreamGetId() is not allowed while capturing. The handle identifies the stream for the length of the capture.
   unsigned long long stream = reinterpret_cast<uintptr_t>(target.stream);
   if (status == cudaStreamCaptureStatusNone)
     if (cudaError_t error = cudaStreamGetId(target.stream, &stream)) return fail_cuda(error, kOp, "cudaStreamGetId");

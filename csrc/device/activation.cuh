@@ -18,11 +18,11 @@ __device__ inline float sqrt_approx(float x) {
 }
 
 // sqrt(log(1 + e^x)), the score function of DeepSeek-V4's gate, to about 2 units in the last place for x above -174,
-// where it leaves the normal range of float32. A gate computes it for every expert, so it is a third of the
-// instructions of sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))) and has no branch. aot/router/device/activation.py
-// does the same.
+// where it leaves the normal range of float32. A third of the instructions of
+// sqrtf(fmaxf(x, 0) + log1pf(expf(-fabsf(x)))), without a branch, as a gate computes it for every expert.
+// aot/router/device/activation.py does the same.
 __device__ inline float sqrt_softplus(float x) {
-  // root = e^(-|x|/2). The exponent is taken in two parts, for its rounding error would be the result's.
+  // root = e^(-|x|/2). The exponent is split in two parts, as its rounding error would become the result's.
   constexpr float kHalfLog2e = 0.72134752f, kHalfLog2eRest = 9.6298149e-09f, kLn2 = 0.69314718f;
   constexpr float kFlat = 200.0f;  // beyond, e^(-|x|/2) is 0; keeps infinities out of the two parts
   const float size = fminf(fabsf(x), kFlat);

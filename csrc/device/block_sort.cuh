@@ -1,4 +1,4 @@
-// Sorts different numbers in shared memory by one block.
+// Sorts distinct numbers in shared memory with one block.
 #pragma once
 
 #include "device/scan.cuh"
@@ -8,7 +8,7 @@ namespace dsv4 {
 constexpr int kBins = 2048;
 constexpr int kBinBits = 11;
 
-constexpr int kSortPadding = 4;  // numbers behind the last that sort_entries() may write
+constexpr int kSortPadding = 4;  // elements past the end that sort_entries() may write
 
 template <int Threads>
 struct SortScratch {
@@ -26,7 +26,8 @@ __device__ inline void clear_bins(uint32_t* bins) {
   for (int i = threadIdx.x; i < kBins / 4; i += Threads) reinterpret_cast<uint4*>(bins)[i] = {0, 0, 0, 0};
 }
 
-// The part of the bins that is this thread's in a running sum. bins: 16-byte aligned; of any block of the cluster.
+// This thread's share of the bins in a prefix sum. bins: 16-byte aligned, in the shared memory of any block of the
+// cluster.
 template <int Threads>
 __device__ inline void add_own_bins(const uint32_t* bins, uint32_t (&counts)[kBins / Threads]) {
   static_assert(kBins / Threads % 4 == 0, "whole vectors");
@@ -40,9 +41,9 @@ __device__ inline void add_own_bins(const uint32_t* bins, uint32_t (&counts)[kBi
   }
 }
 
-// A sorting network over all numbers, whatever their distribution: some times slower than what it stands in for. Every
-// comparison puts the lesser first, so the numbers that a full network would have behind the last stay there, and need
-// not exist. Steps within 64 neighbours concern one warp alone.
+// Bitonic sort, for distributions that binning handles badly; several times slower. Every comparison puts the smaller
+// number first, so the padding of a full network would stay at the end and need not exist. Steps within 64 adjacent
+// numbers stay in one warp.
 template <int Threads>
 __device__ void bitonic_sort(uint64_t* entries, int count) {
   constexpr int kWarpNumbers = 2 * kWarpLanes;
@@ -69,10 +70,10 @@ __device__ void bitonic_sort(uint64_t* entries, int count) {
   __syncthreads();
 }
 
-// Sorts `count` numbers, no two equal, in ascending order. They are spread over bins by their distance from the least:
-// few share a bin, and those are ranked by counting. Where many do, a sorting network serves. `entries` has room for
-// kSortPadding more; a barrier has made it visible before, and does again at the end. low_bits: at least 32
-// fewer than the numbers have.
+// Sorts `count` distinct numbers in ascending order. They are distributed over bins by their distance from the minimum:
+// usually few share a bin, and those are ranked by counting; otherwise the sorting network is used. `entries` has room
+// for kSortPadding more. The caller synchronises before; the function does at its end. low_bits: at least the numbers'
+// bits minus 32.
 template <int Threads, int Most>
 __device__ void sort_entries(SortScratch<Threads>& scratch, uint64_t* entries, int count, int low_bits) {
   constexpr int kEach = Most / Threads;
@@ -145,11 +146,11 @@ __device__ void sort_entries(SortScratch<Threads>& scratch, uint64_t* entries, i
   for (int i = 0; i < kEach; ++i) {
     const int place = i * Threads + threadIdx.x;
     if (place >= count) break;
-    own[i] = entries[place];  // neighbouring threads have neighbours, who look at the same few
+    own[i] = entries[place];  // adjacent threads have adjacent numbers, which compare with the same few
     const uint32_t bin = bin_of(own[i]);
     const uint32_t first = scratch.bins[bin], end = bin + 1 < kBins ? scratch.bins[bin + 1] : count;
     ranks[i] = first;
-    // Those behind the bin's end are larger and not counted.
+    // Numbers past the end of the bin are larger and not counted.
 #pragma unroll 1
     for (uint32_t other = first; other < end; other += kAtOnce) {
 #pragma unroll

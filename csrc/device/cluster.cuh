@@ -1,12 +1,13 @@
-// Blocks of a cluster that hand values to one of them. Values travel as asynchronous stores that count themselves at
-// the receiver: a release at cluster scope would wait for every access of the thread, to global memory too.
+// Sends values from the blocks of a cluster to one of them, by st.async, which signals the receiver's mbarrier: a
+// release at cluster scope would also wait for the thread's accesses to global memory.
 #pragma once
 
 #include <cstdint>
 
 namespace dsv4 {
 
-// In shared memory of the receiving block: completes once so many bytes have been stored with store_to_block().
+// An mbarrier in the shared memory of the receiving block: completes once the expected bytes have been stored with
+// store_to_block().
 struct ByteBarrier {
   uint64_t state;
 };
@@ -15,7 +16,7 @@ __device__ inline uint32_t shared_address(const void* variable) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(variable));
 }
 
-// By one thread of the receiving block. The other blocks may store after a barrier of the cluster that follows.
+// Called by one thread of the receiving block. The other blocks may store after the next cluster barrier.
 __device__ inline void expect_bytes(ByteBarrier* barrier, uint32_t bytes) {
   const uint32_t address = shared_address(barrier);
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
@@ -23,8 +24,8 @@ __device__ inline void expect_bytes(ByteBarrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
 }
 
-// Stores to the same variable as `place` in the cluster's block number `block`, which sees it after a barrier of the
-// cluster that follows.
+// Stores to the same variable as `place` in the cluster's block number `block`, which sees it after the next cluster
+// barrier.
 __device__ inline void store_to_block(float* place, float value, uint32_t block) {
   asm volatile(
       "{\n"
@@ -49,8 +50,8 @@ __device__ inline void store_to_block(float* place, float value, ByteBarrier* ba
       : "memory");
 }
 
-// By the receiving block: returns when all expected bytes are there, once in the life of the barrier. As for bulk
-// copies the default scope, the block, is enough: what was stored lies in its own shared memory.
+// Called by the receiving block: returns when all expected bytes have arrived; once in the life of the barrier. As for
+// bulk copies, the default scope (block) is enough: the data is in its own shared memory.
 __device__ inline void wait_for_bytes(ByteBarrier* barrier) {
   asm volatile(
       "{\n"

@@ -1,4 +1,4 @@
-// Division by a number that only the host knows, without a division instruction.
+// Division by a number that is constant during a launch, without a division instruction.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct Divisor {
 
   Divisor() = default;
   explicit Divisor(uint32_t divisor) : value(divisor) {
-    if (divisor == 0) return;  // of nothing: there is nothing to divide
+    if (divisor == 0) return;  // an empty problem: nothing is divided
     while (uint64_t{1} << shift < divisor) ++shift;
     multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
   }
@@ -22,9 +22,9 @@ struct Divisor {
   __device__ uint32_t quotient(uint32_t n) const { return (__umulhi(multiplier, n) + n) >> shift; }
 };
 
-// The same for n of 0 to 2^63 - 1, and a divisor of 1 or more. multiplier falls short of 2^64 / divisor by at most 1,
-// so the high half of the product is the quotient or one less. A 64-bit division by the compiler takes a hundred
-// instructions in a row.
+// The same for n of 0 to 2^63 - 1, and a divisor of 1 or more. multiplier is less than 2^64 / divisor by at most 1,
+// so the high half of the product is the quotient or one less. The compiler's 64-bit division takes about a hundred
+// dependent instructions.
 struct LongDivisor {
   int64_t value = 1;
   uint64_t multiplier = UINT64_MAX;

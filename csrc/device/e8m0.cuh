@@ -1,6 +1,6 @@
-// E8M0, the scale of the MX formats: a byte e that stands for 2^(e - 127); 255 is NaN.
+// E8M0, the scale of the MX formats: byte e means 2^(e - 127); 255 is NaN.
 //
-// Every rule for a group's scale in use is one of two functions of its largest magnitude (amax):
+// Every scaling rule in use is one of two functions of a group's largest magnitude (amax):
 //
 //     MXFP8                ceil_e8m0(amax / 448)
 //     KV cache, FP8        ceil_e8m0(max(amax, 1e-4) / 448)
@@ -18,7 +18,7 @@
 namespace dsv4 {
 
 // The least power of two that is not below `scale`, 0 or more: 2^ceil(log2(scale)). 0 gives byte 0, infinity and NaN
-// give 255. A scale between 0 and 2^-126 gives byte 1: what lies below 2^-126 is not told apart, as in
+// give 255. A scale in (0, 2^-126] gives byte 1, as in
 // ((bits(scale) + 0x7fffff) & 0x7f800000) >> 23.
 __device__ inline uint32_t ceil_e8m0(float scale) { return min((__float_as_uint(scale) + 0x7fffffu) >> 23, 255u); }
 

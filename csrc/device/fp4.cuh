@@ -10,19 +10,19 @@ constexpr float kLargestE2m1 = 6.0f;
 
 enum class Ties {
   kToEven,      // to the even code, as the hardware does: 0.25 -> 0, 0.75 -> 1, 1.25 -> 1, 1.75 -> 2, 2.5, 5 -> 2, 4
-  kTowardZero,  // a code counts the midpoints strictly below it, as in implementations by comparison: 0.75 -> 0.5
+  kTowardZero,  // as in implementations that compare with thresholds: 0.75 -> 0.5
 };
 
 #if __CUDA_ARCH__ < 1000
 
 // The code of |value|, plus kMagnitudeBase, without the instruction that sm_100 and later have. Adding 2^22, 2^23 and
 // 2^24 rounds to multiples of 0.5, 1 and 2, ties to even, and the low bits of the sum count the multiples. The steps of
-// the format are 0.5 up to 2, 1 up to 4 and 2 up to 6; its codes are the least of the three counts (from 0, 2 and 4)
-// and 7, for the count of a finer step grows faster and that of a coarser one starts higher. NaN adds up to a large
-// integer and ends as 7.
+// the format are 0.5 up to 2, 1 up to 4 and 2 up to 6; its code is the minimum of the three counts (starting at 0, 2
+// and 4) and 7, since the count of a finer step grows faster and that of a coarser one starts higher. NaN gives a large
+// integer and so 7.
 //
-// An H100 has 11 integer instructions an element to quantise bfloat16 as fast as its memory delivers it: this takes 3,
-// and 3 additions that the other pipe executes.
+// To quantise bfloat16 at memory speed, an H100 can spend 11 integer instructions per element: this takes 3, and 3
+// additions on the floating-point pipe.
 constexpr int kMagnitudeBase = 0x4a800000;  // the bits of 2^22; those of 2^23 and 2^24 are 2^23 and 2^24 more
 
 __device__ inline int e2m1_magnitude(float value) {
@@ -35,7 +35,7 @@ __device__ inline int e2m1_magnitude(float value) {
 
 #endif
 
-// With ties toward zero: moves the midpoints that the even code lies above to below them.
+// With ties toward zero: moves the midpoints whose even code is the upper one down a bit.
 template <Ties ties>
 __device__ inline float prepare_ties(float value) {
   if (ties == Ties::kToEven) return value;

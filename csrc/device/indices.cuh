@@ -7,7 +7,7 @@
 
 namespace dsv4 {
 
-// An array of int32 or int64, told apart when it is read: for kernels that read few indices, one image for both.
+// An array of int32 or int64, distinguished at run time: for kernels that read few indices, one image serves both.
 struct Indices {
   const void* data;
   bool wide;

@@ -1,10 +1,10 @@
-// The maximum that a NaN gets through: what the scale of a block is taken from, as a block that holds a NaN has a scale
-// that is one (docs/formats.md). An instruction like fmaxf(), which passes NaN over.
+// The NaN-propagating maximum, from which block scales are computed: a block that holds a NaN has the scale NaN
+// (docs/formats.md). One instruction, as fmaxf(), which ignores NaN.
 #pragma once
 
 namespace dsv4 {
 
-// The larger one; NaN if one is.
+// max(a, b); NaN if either is.
 __device__ inline float max_or_nan(float a, float b) {
   float result;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));

@@ -13,7 +13,7 @@ __device__ inline float sum_over_group(float value, int group) {
 }
 
 // Sums each of 8 values over the warp: lane l gets the sum of values[l / 4]. In each of the first three steps a lane
-// hands half of its values to another and takes that one's other half, so it costs 9 shuffles where 8 sums cost 40.
+// exchanges half of its values with another lane, so it costs 9 shuffles instead of the 40 of eight separate sums.
 __device__ inline float sum_each_over_warp(float (&values)[8]) {
   const int lane = threadIdx.x % kWarpLanes;
 #pragma unroll

@@ -15,8 +15,7 @@ struct alignas(kFour * sizeof(T)) Four {
   T values[kFour];
 };
 
-// Whether rows can be read with vector loads: every group of four starts on a multiple of its size, and none hangs over
-// the end of a row.
+// Whether rows can be read with vector loads: every group of four is aligned, and the columns are a multiple of four.
 inline bool in_fours(const dsv4_tensor& tensor) {
   const int last = tensor.rank - 1;
   const uintptr_t bytes = kFour * static_cast<uintptr_t>(dtype_bytes(tensor.dtype));
@@ -41,14 +40,14 @@ __device__ inline Four<T> load_four(const T* row, int column, int columns, bool 
   return result;
 }
 
-// A row spread over a group of lanes, a warp or half of one: the column that a lane holds in a slot. Ascends with the
-// slot. The same whether or not the row can be read with vector loads, so that sums over the lanes have one order.
+// The layout of a row over a group of lanes (a warp or half of one): the column that a lane holds in a slot, ascending
+// with the slot. The same with and without vector loads, so that sums over the lanes have one order.
 template <int Lanes>
 __device__ inline int group_column(int lane, int slot) {
   return (slot / kFour * Lanes + lane) * kFour + slot % kFour;
 }
 
-// A lane's part of a row of up to Lanes * Slots columns; 0 beyond its end.
+// Loads a lane's share of a row of up to Lanes * Slots columns; 0 beyond its end.
 template <int Lanes, int Slots, typename T>
 __device__ inline void load_group_row(const T* row, int lane, int columns, bool fours, float (&values)[Slots]) {
   Four<T> loaded[Slots / kFour];
@@ -59,7 +58,7 @@ __device__ inline void load_group_row(const T* row, int lane, int columns, bool 
   for (int slot = 0; slot < Slots; ++slot) values[slot] = static_cast<float>(loaded[slot / kFour].values[slot % kFour]);
 }
 
-// Stores what load_group_row() loads, by column.
+// Stores values in the layout of load_group_row(), by column.
 template <int Lanes, int Slots>
 __device__ inline void store_group_row(const float (&values)[Slots], int lane, float* row) {
 #pragma unroll
@@ -74,7 +73,7 @@ auto with_row_type(int32_t dtype, Function&& function) {
   return dtype == DSV4_BFLOAT16 ? function(__nv_bfloat16{}) : function(float{});
 }
 
-// Calls function with the number of slots of a lane for rows of that many columns, as an integral constant. The models'
+// Calls function with the number of slots per lane for rows of `columns` columns, as an integral constant. The models'
 // gates have 256 and 384 experts.
 template <typename Function>
 auto with_slots(int64_t columns, Function&& function) {

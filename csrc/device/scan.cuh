@@ -1,11 +1,11 @@
-// Running sums over the lanes of a warp and the threads of a block.
+// Prefix sums over the lanes of a warp and the threads of a block.
 #pragma once
 
 #include "device/reduce.cuh"
 
 namespace dsv4 {
 
-// The sum of the values of the warp's lanes up to this one. Every lane must call it.
+// Inclusive prefix sum over the warp's lanes. Every lane must call it.
 __device__ inline uint32_t sum_up_to_lane(uint32_t value) {
   const int lane = threadIdx.x % kWarpLanes;
 #pragma unroll
@@ -16,8 +16,8 @@ __device__ inline uint32_t sum_up_to_lane(uint32_t value) {
   return value;
 }
 
-// The sum of the values of all threads before this one; *total: of all threads. Every thread of the block must call it.
-// warp_sums: shared memory, one for each warp.
+// Exclusive prefix sum over the block; *total: the sum over all threads. Every thread of the block must call it.
+// warp_sums: shared memory, one per warp.
 template <int Threads>
 __device__ uint32_t sum_before(uint32_t value, uint32_t (&warp_sums)[Threads / kWarpLanes], uint32_t* total) {
   static_assert(Threads / kWarpLanes <= kWarpLanes, "one warp adds the sums of all");

@@ -1,6 +1,6 @@
 // The 32_4_4 layout of block scales, which the block-scaled tensor core instructions of Blackwell read.
 //
-// A matrix of one-byte scales [rows, columns], a column for each group along K, is cut into tiles of 128 x 4, stored
+// A matrix of one-byte scales [rows, columns], one column per group along K, is cut into tiles of 128 x 4, stored
 // one after another along the columns. Inside its 512 bytes, a tile is 32 x 4 x 4: the row modulo 32, which of the four
 // 32-row quarters, the column. Rows are padded to 128 and columns to 4 with zeros.
 #pragma once
@@ -11,7 +11,7 @@
 
 namespace dsv4 {
 
-constexpr int kSwizzleRows = 128;  // of a tile
+constexpr int kSwizzleRows = 128;  // per tile
 constexpr int kSwizzleColumns = 4;
 constexpr int kSwizzleTile = kSwizzleRows * kSwizzleColumns;  // bytes
 constexpr int kSwizzleQuarter = 32;                           // rows
@@ -37,7 +37,7 @@ __host__ __device__ inline int64_t swizzled_offset(int64_t row, int64_t column, 
          column % kSwizzleColumns;
 }
 
-// The same for 32-bit indices, of which a kernel computes one for every few elements: a fifth of the instructions.
+// The same for 32-bit indices, in a fifth of the instructions: kernels compute one for every few elements.
 __device__ inline int64_t swizzled_offset(uint32_t row, uint32_t column, uint32_t tiles_across) {
   const int64_t tile = static_cast<int64_t>(row / kSwizzleRows) * tiles_across + column / kSwizzleColumns;
   return tile * kSwizzleTile + (row % kSwizzleQuarter * kSwizzleChunk +

@@ -1,4 +1,4 @@
-// The k best of a row that the lanes of a group, a warp or half of one, hold in registers.
+// Top-k of a row that a group of lanes (a warp or half of one) holds in registers.
 #pragma once
 
 #include "device/ordered_key.cuh"
@@ -7,13 +7,13 @@
 
 namespace dsv4 {
 
-// To find k results a row is divided into 2 k parts or more: 16, and by a whole warp also 32 and 64.
+// For k results a row is divided into at least 2 k parts: 16, or with a whole warp also 32 and 64.
 constexpr int kFewResults = 8;
 constexpr int kFewParts = 2 * kFewResults;
 constexpr int kMostParts = 2 * kWarpLanes;
 
 template <int Lanes>
-struct TopKScratch {  // shared memory of a group
+struct TopKScratch {  // shared memory per group
   static constexpr int kParts = Lanes == kWarpLanes ? kMostParts : kFewParts;
   uint64_t candidates[kParts];
   uint64_t ranked[Lanes];
@@ -38,14 +38,14 @@ __device__ inline uint32_t lowest_of_group(uint32_t value) {
   }
 }
 
-// The group's lanes for which the predicate holds, from bit 0 on.
+// Ballot within the group: the lanes for which the predicate holds, from bit 0 on.
 template <int Lanes>
 __device__ inline unsigned ballot_of_group(bool predicate) {
   const unsigned lanes = __ballot_sync(kFullWarp, predicate);
   return lanes >> (threadIdx.x & (kWarpLanes - Lanes)) & kFullWarp >> (kWarpLanes - Lanes);
 }
 
-// One round for each of the k: the best of every lane's best. Right for any k up to Lanes and any ties.
+// k rounds, each taking the best of every lane's best. Correct for any k up to Lanes and any ties.
 template <int Lanes, int Slots>
 __device__ Chosen group_top_k_by_rounds(const float (&values)[Slots], int length, int top_k, int lane,
                                         const float* payloads) {
@@ -76,19 +76,19 @@ __device__ Chosen group_top_k_by_rounds(const float (&values)[Slots], int length
   return {chosen, chosen == kNoColumn ? 0.0f : payloads[chosen]};
 }
 
-// A value that is reached by k columns at least, and seldom by many more: the k-th best of the parts' best values. -inf
-// if that many parts have none. k is at most Parts.
+// A threshold that at least k columns reach, and rarely many more: the k-th largest of the parts' maxima. -inf if fewer
+// than k parts have one. k is at most Parts.
 template <int Lanes, int Parts, int Slots>
 __device__ inline float limit_of_best(const float (&values)[Slots], int top_k, int lane, float* bests) {
-  constexpr int kLaneParts = Parts > Lanes ? Parts / Lanes : 1;  // parts of a lane
-  constexpr int kPartLanes = Parts > Lanes ? 1 : Lanes / Parts;  // lanes of a part, 1 or 2
+  constexpr int kLaneParts = Parts > Lanes ? Parts / Lanes : 1;  // parts per lane
+  constexpr int kPartLanes = Parts > Lanes ? 1 : Lanes / Parts;  // lanes per part, 1 or 2
   float own[kLaneParts];
 #pragma unroll
   for (float& best : own) best = -INFINITY;
 #pragma unroll
   for (int slot = 0; slot < Slots; ++slot) {
     float& best = own[slot * kLaneParts / Slots];
-    best = fmaxf(best, values[slot]);  // fmaxf passes NaN over
+    best = fmaxf(best, values[slot]);  // fmaxf ignores NaN
   }
   if constexpr (kPartLanes == 2) own[0] = fmaxf(own[0], __shfl_xor_sync(kFullWarp, own[0], 1));
 #pragma unroll
@@ -103,7 +103,7 @@ __device__ inline float limit_of_best(const float (&values)[Slots], int top_k, i
 #pragma unroll
       for (int part = 0; part < kLaneParts; ++part) better[part] += other > own[part];
   }
-  // The least of those that fewer than k are better than.
+  // The smallest of those that fewer than k exceed.
   float limit = better[0] < top_k ? own[0] : INFINITY;
 #pragma unroll
   for (int part = 1; part < kLaneParts; ++part)
@@ -118,19 +118,19 @@ __device__ inline float limit_of_best(const float (&values)[Slots], int top_k, i
   return limit;
 }
 
-// As group_top_k(), for up to Parts results: the few columns that reach limit_of_best() are ranked by counting. False,
-// for the whole warp, if they are too many, since many values are equal, or too few, since few are numbers.
+// As group_top_k(), for up to Parts results: the few columns that reach limit_of_best() are ranked by counting. Returns
+// false, for the whole warp, if they are too many (many equal values) or too few (many NaN).
 template <int Lanes, int Parts, int Slots>
 __device__ bool group_top_k_by_parts(const float (&values)[Slots], int length, int top_k, int lane, const float* row,
                                      const float* payloads, TopKScratch<Lanes>& scratch, Chosen* chosen) {
-  constexpr int kEach = Parts > kFewParts ? 2 : 1;         // candidates that a lane ranks
-  constexpr int kMostOfLane = Parts > kFewParts ? 15 : 7;  // of a lane's columns, seldom more
+  constexpr int kEach = Parts > kFewParts ? 2 : 1;         // candidates ranked per lane
+  constexpr int kMostOfLane = Parts > kFewParts ? 15 : 7;  // columns per lane, rarely more
   const float limit = limit_of_best<Lanes, Parts>(values, top_k, lane, scratch.bests);
-  uint32_t reached = 0;  // a bit for each slot
+  uint32_t reached = 0;  // one bit per slot
 #pragma unroll
   for (int slot = 0; slot < Slots; ++slot)
     if (values[slot] >= limit) reached |= 1u << slot;
-  // Place of this lane's first candidate, and how many there are of all.
+  // Index of this lane's first candidate, and the total number of candidates.
   const int count = __popc(reached);
   int place = 0, total = 0;
 #pragma unroll
@@ -176,11 +176,11 @@ __device__ bool group_top_k_by_parts(const float (&values)[Slots], int length, i
 }
 
 // Lane j gets the column of rank j, and its payload; kNoColumn if there are no more than j columns or from top_k on.
-// Best is the largest value, of equal ones the lowest column; NaN is behind every number. Every lane of the warp must
+// Order: descending by value, equal values by the lower column, NaN after every number. Every lane of the warp must
 // call it.
 //
 // values: of the columns group_column(lane, slot); NaN from `length` on. row: the same in shared memory, by column.
-// payloads: likewise, what is wanted of the chosen columns; may be `row`.
+// payloads: in shared memory, by column: what is returned of the chosen columns; may be `row`.
 template <int Lanes, int Slots>
 __device__ Chosen group_top_k(const float (&values)[Slots], int length, int top_k, int lane, const float* row,
                               const float* payloads, TopKScratch<Lanes>& scratch) {

@@ -12,7 +12,7 @@
 
 namespace dsv4 {
 
-constexpr int kThreads = 128;  // so that a few tokens still find the multiprocessor's four schedulers
+constexpr int kThreads = 128;  // so that small batches use all four schedulers of a multiprocessor
 
 struct Gate {
   const float* bias;
@@ -34,15 +34,16 @@ struct Gate {
   float epsilon;
 };
 
-constexpr float kLeastScore = 1.17549435e-38f;  // the least normal number: below, a score is 0, as sqrt_softplus()'s is
+// The smallest normal number: sqrt_softplus() returns 0 for smaller scores.
+constexpr float kLeastScore = 1.17549435e-38f;
 
-// A logit that is infinite counts as the limit; one that is not a number is left out and keeps its NaN.
+// Softmax over the logits that are not NaN; infinite logits as the limit. NaN stays NaN.
 template <int Lanes, int Slots>
 __device__ void softmax(float (&values)[Slots], int lane, int experts) {
   float highest = -INFINITY;
 #pragma unroll
   for (int slot = 0; slot < Slots; ++slot)
-    if (group_column<Lanes>(lane, slot) < experts) highest = fmaxf(highest, values[slot]);  // fmaxf passes NaN over
+    if (group_column<Lanes>(lane, slot) < experts) highest = fmaxf(highest, values[slot]);  // fmaxf ignores NaN
   for (int distance = Lanes / 2; distance > 0; distance /= 2)
     highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, distance));
   float sum = 0.0f;
@@ -75,9 +76,10 @@ __device__ void activate(float (&values)[Slots], int lane, int experts, int scor
   }
 }
 
-// A group of lanes a token: the row is in registers from the load to the last comparison. Shared memory keeps it for
-// what is wanted of few columns. Whole: the row fills the slots, and is read with vector loads. Half a warp does the
-// same for twice as many tokens with the instructions that do not depend on the columns; eight blocks of that fit.
+// One group of lanes per token: the row stays in registers from the load to the last comparison; a copy in shared
+// memory serves lookups by column. Whole: the row fills all slots and is read with vector loads. With half a warp per
+// token, the instructions that do not depend on the number of columns serve twice as many tokens; eight such blocks fit
+// on a multiprocessor.
 template <typename Logit, int Lanes, int Slots, bool Whole>
 __global__ void __launch_bounds__(kThreads, Lanes == kWarpLanes ? 1 : 8)
     activation_topk_kernel(const Logit* __restrict__ logits, Gate gate) {
@@ -89,14 +91,14 @@ __global__ void __launch_bounds__(kThreads, Lanes == kWarpLanes ? 1 : 8)
   const int lane = threadIdx.x % Lanes, group = threadIdx.x / Lanes;
   const int experts = Whole ? Lanes * Slots : gate.experts;
   const int64_t own_token = static_cast<int64_t>(blockIdx.x) * kTokens + group;
-  const int64_t token = min(own_token, gate.tokens - 1);  // every lane of a warp takes part
+  const int64_t token = min(own_token, gate.tokens - 1);  // all lanes of a warp take part in the shuffles
 
   float values[Slots];
   load_group_row<Lanes>(logits + token * gate.logits_stride, lane, experts, Whole || gate.logits_in_fours, values);
   const bool padding = gate.padding_mask && gate.padding_mask[token];
   const bool marked = gate.bias_alt_mask && gate.bias_alt_mask[token];
   const float* const bias = marked ? gate.bias_alt : gate.bias;
-  // Loaded beside the row, the bias costs no time; after it, no registers, and other warps hide the time.
+  // Loaded with the row, the bias costs no latency; loaded after it, no registers, and other warps hide the latency.
   constexpr bool kLateBias = Lanes < kWarpLanes;
   float biases[Slots] = {};
   if (!kLateBias && bias) load_group_row<Lanes>(bias, lane, experts, Whole || gate.bias_in_fours, biases);
@@ -133,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, Lanes == kWarpLanes ? 1 : 8)
     static_cast<int32_t*>(gate.ids)[out] = static_cast<int32_t>(id);
 }
 
-// Up to this many tokens latency is what counts, and a warp a token has less of it; beyond, instructions.
+// Up to this many tokens latency dominates, which is lower with one warp per token; beyond, instruction issue.
 constexpr int64_t kFewTokens = 2048;
 
 template <typename Logit, int Lanes, int Slots, bool Whole>
@@ -142,11 +144,11 @@ static dsv4_status route(const LaunchTarget& target, const Logit* logits, const 
       target, {blocks_for(gate.tokens, kThreads / Lanes), kThreads}, logits, gate);
 }
 
-// The kernel for so many experts; one of the models' own where they are.
+// The kernel for this number of experts; specialised for the models' 256 and 384.
 template <typename Logit>
 static dsv4_status route(const LaunchTarget& target, const Logit* logits, const Gate& gate) {
   const bool whole = gate.logits_in_fours && gate.bias_in_fours;
-  // Softmax adds up a row in the order of the lanes, which must not change with the batch.
+  // The softmax sum depends on the number of lanes, which must not change with the batch.
   const bool many = gate.tokens > kFewTokens && gate.top_k <= kFewResults && gate.score_function != DSV4_SOFTMAX;
   if (whole && gate.experts == 256)
     return many ? route<Logit, 16, 16, true>(target, logits, gate) : route<Logit, 32, 8, true>(target, logits, gate);

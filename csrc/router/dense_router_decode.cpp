@@ -36,14 +36,14 @@ constexpr Specialisation kSpecialisations[] = {
     {512, 64, aot::dense_router_decode_experts512_tokens64},
 };
 
-// The smallest that takes experts and tokens.
+// The smallest specialisation that takes these experts and tokens.
 const Specialisation& specialisation_for(int64_t experts, int64_t tokens) {
   return *std::find_if(std::begin(kSpecialisations), std::end(kSpecialisations),
                        [&](const Specialisation& s) { return experts <= s.experts && tokens <= s.tokens; });
 }
 
-// Into how many parts hidden_size is split: as many as leave no more than one block to a multiprocessor. Depends on
-// shapes and the device alone, for the sums' order must not change between calls.
+// Number of splits of hidden_size: the largest with at most one block per multiprocessor. Depends on shapes and the
+// device alone, so that the order of the sums does not change between calls.
 uint32_t hidden_splits(const Device& device, int64_t hidden_size, int64_t expert_tiles) {
   const int64_t most = std::min(kMaxHiddenSplits, hidden_size / kHiddenMultiple);
   return static_cast<uint32_t>(std::clamp<int64_t>(device.multiprocessors / expert_tiles, 1, most));

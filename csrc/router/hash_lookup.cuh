@@ -1,4 +1,4 @@
-// What the hash routing ops share: the rule for which table row a token takes, and the checks of the arguments for it.
+// Shared by the hash routing ops: which table row a token takes, and the checks of these arguments.
 #pragma once
 
 #include <dsv4/router.h>
@@ -7,7 +7,7 @@
 
 namespace dsv4 {
 
-constexpr int32_t kNoExpert = -1;  // the id of a slot that routes nowhere
+constexpr int32_t kNoExpert = -1;  // the id of a slot without an expert
 
 // The table row of a token, or -1 for padding and for ids outside the table. TokenIds: a pointer or Indices.
 template <typename TokenIds>
@@ -17,7 +17,7 @@ __device__ inline int64_t lookup_row(TokenIds token_ids, const bool* padding_mas
   return padding || id < 0 || id >= vocab ? -1 : id;
 }
 
-// The lanes that serve one token, one slot each: the smallest power of two.
+// Lanes per token, one slot each: the smallest power of two that is at least top_k.
 inline int group_for(int top_k) {
   int group = 1;
   while (group < top_k) group *= 2;

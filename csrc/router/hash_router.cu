@@ -6,8 +6,8 @@ namespace dsv4 {
 
 constexpr int kThreads = 256;
 
-// One thread a slot (token, j): neighbours read and write neighbouring addresses, and a token's k threads share the
-// load of its id. A block takes whole tokens, so that the division stays in 32 bits whatever the batch.
+// One thread per slot (token, j), so accesses are coalesced, and a token's k threads share the load of its id. A block
+// takes whole tokens, so that the division stays in 32 bits for any batch size.
 template <typename TokenId, typename Entry>
 __global__ void hash_router_kernel(const TokenId* __restrict__ token_ids, const Entry* __restrict__ table,
                                    const bool* __restrict__ padding_mask, float* __restrict__ weights,

@@ -9,12 +9,12 @@
 
 namespace dsv4 {
 
-// A token is the work of 512 threads, in 1 to 8 blocks; see blocks_per_token(). Which thread adds which products, and
-// the order of the sums, do not depend on the number of blocks: a token gets the same bits in every batch.
+// A token is computed by 512 threads in 1 to 8 blocks; see blocks_per_token(). The assignment of products to threads
+// and the order of the sums do not depend on the number of blocks: results are batch-invariant.
 constexpr int kTokenThreads = 512;
 constexpr int kTokenWarps = kTokenThreads / kWarpLanes;
-constexpr int kSlots = 6;  // rows that are read at once; the models choose 6 experts, more take more passes
-constexpr int kChunk = 8;  // bfloat16 values of a 16-byte load
+constexpr int kSlots = 6;                 // rows read at once; the models choose 6 experts, more take more passes
+constexpr int kChunk = 8;                 // bfloat16 values per 16-byte load
 constexpr int kStep = 2 * kTokenThreads;  // chunks of a row in flight: 8192 values, the whole of the models' rows
 
 __device__ inline float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
@@ -33,13 +33,13 @@ __device__ inline void add_products(float (&sums)[8], uint4 a, const uint4 (&row
   }
 }
 
-// What counts is latency: id of the token, row of the table, rows of the weight are a chain of three reads, and then
-// one multiprocessor takes up to a microsecond to bring in k rows. So hidden is on its way before the chain begins, all
-// rows are in flight at once, and the blocks of a cluster share a token. Each warp leaves its sums with the cluster's
-// first block, where one warp adds them and finishes.
+// Bound by latency: token id, table row and weight rows are three dependent loads, and one multiprocessor then takes up
+// to a microsecond to load k rows. So the hidden state is loaded before that chain begins, all rows are in flight at
+// once, and the blocks of a cluster share a token. Each warp stores its sums to the cluster's first block, where one
+// warp adds them and finishes.
 //
-// Strides are in bytes. A thread takes the chunks thread, thread + 512, ... of its token's rows. Asking for no more
-// than one block a multiprocessor has the compiler spend registers on loads in flight instead of saving them.
+// Strides are in bytes. A thread takes the chunks thread, thread + 512, ... of its token's rows. Launch bounds of one
+// block per multiprocessor let the compiler spend registers on loads in flight.
 template <int Blocks>
 __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kTokenThreads / Blocks, 1)
     hash_router_fused_kernel(Indices token_ids, Indices table, const bool* __restrict__ padding_mask,
@@ -67,10 +67,10 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kTokenThreads /
     __cluster_barrier_arrive_relaxed();
   }
 
-  // Lane j of every warp knows the expert of slot j. Where there is none, row 0 is read, and nobody uses the product.
+  // Lane j of every warp has the expert of slot j. Without an expert, row 0 is read and the product is not used.
   const int64_t entry = row >= 0 && lane < top_k ? table[row * top_k + lane] : kNoExpert;
   if constexpr (Blocks > 1)
-    __cluster_barrier_wait();  // the first block can receive; this costs nothing while the entry is on its way
+    __cluster_barrier_wait();  // the first block can receive; hidden behind the load of the entry
   const bool routed = entry >= 0 && entry < experts;
   const uint32_t expert = routed ? static_cast<uint32_t>(entry) : 0;
 
@@ -124,7 +124,7 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kTokenThreads /
   weights[token * top_k + lane] = routing_weight;
 }
 
-// Into how many blocks the work of a token is split, so that a small batch uses the whole chip.
+// Blocks per token: several in small batches, to use all multiprocessors.
 static int blocks_per_token(const Device& device, int64_t tokens) {
   for (int blocks : {8, 4, 2})
     if (tokens * blocks <= device.multiprocessors) return blocks;

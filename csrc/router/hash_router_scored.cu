@@ -20,7 +20,7 @@ __global__ void hash_router_scored_kernel(const TokenId* __restrict__ token_ids,
   await_previous_grid();
   const int slot = threadIdx.x & (group - 1);
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t token = thread >> (__ffs(group) - 1);  // a 64-bit division would take a hundred instructions
+  const int64_t token = thread >> (__ffs(group) - 1);  // a 64-bit division takes about a hundred instructions
   int32_t id = kNoExpert;
   float logit = NAN, score = 0.0f;
   if (token < tokens && slot < top_k) {

@@ -32,7 +32,7 @@ typedef struct dsv4_csa_compress_tail_args {
   dsv4_tensor out_entry;       /* [requests, head_dim] bfloat16, head_dim <= width */
   dsv4_tensor out_indexer_key; /* [requests, width - head_dim] bfloat16 */
   dsv4_tensor out_valid_mask;  /* [requests] bool */
-  int32_t m;                   /* tokens a block, 1 or more */
+  int32_t m;                   /* tokens per block, 1 or more */
 } dsv4_csa_compress_tail_args;
 
 DSV4_API dsv4_status dsv4_csa_compress_tail(const dsv4_csa_compress_tail_args* args, dsv4_stream stream);
@@ -49,19 +49,22 @@ typedef struct dsv4_hca_compress_tail_args {
   dsv4_tensor request_slots;  /* [requests] int32 */
   dsv4_tensor out_entry;      /* [requests, width] bfloat16 */
   dsv4_tensor out_valid_mask; /* [requests] bool */
-  int32_t m;                  /* tokens a block, 1 or more */
+  int32_t m;                  /* tokens per block, 1 or more */
 } dsv4_hca_compress_tail_args;
 
 DSV4_API dsv4_status dsv4_hca_compress_tail(const dsv4_hca_compress_tail_args* args, dsv4_stream stream);
 
 /* Puts rows of new tokens into the tail buffers. Request r brings tokens [token_offsets[r], token_offsets[r + 1]) of
  * kv, at positions[r] and on; token p of a request belongs to block p / m and row p mod m. One call takes the tokens of
- * one block of each request: block positions[r] / m + round. A call for n tokens a request at most, followed by a
- * flush, is repeated for round 0 to (n + m - 2) / m. Where a request has tokens in the round, tail_len[slot] = rows
- * that its block then holds      slot_positions[slot] = position after the last of them A token row is [kv |
- * indexer_kv], with scores [z + ape | indexer_z + indexer_ape]. With two projections each of these has the b columns
- * first, then the a columns; the b rows go to next_kb and next_zb. Tokens of padding, beyond the last offset, and at
- * negative positions are skipped. */
+ * one block of each request: block positions[r] / m + round. For up to n tokens per request, append and flush are
+ * repeated for round 0 to (n + m - 2) / m. A request that has tokens in the round gets
+ *
+ *     tail_len[slot] = rows that its block then holds
+ *     slot_positions[slot] = position after the last of them
+ *
+ * A token row is [kv | indexer_kv], with scores [z + ape | indexer_z + indexer_ape]. With two projections each of these
+ * has the b columns first, then the a columns; the b rows go to next_kb and next_zb. Padding tokens, tokens beyond the
+ * last offset, and tokens at negative positions are skipped. */
 typedef struct dsv4_append_args {
   size_t struct_size;         /* sizeof(dsv4_append_args) */
   dsv4_tensor kv;             /* [tokens, streams * head_dim] float32; rows may be strided, 16-byte aligned */
@@ -74,12 +77,12 @@ typedef struct dsv4_append_args {
   dsv4_tensor slot_positions; /* [slots] int64, changed */
   dsv4_tensor next_kb;        /* like tail_ka, changed; absent with one projection (streams = 1) */
   dsv4_tensor next_zb;        /* like next_kb */
-  dsv4_tensor token_offsets;  /* [requests + 1] int32, ascending; absent: one token a request */
+  dsv4_tensor token_offsets;  /* [requests + 1] int32, ascending; absent: one token per request */
   dsv4_tensor indexer_kv;     /* [tokens, streams * (width - head_dim)] float32; absent if width is head_dim */
   dsv4_tensor indexer_z;      /* like indexer_kv */
   dsv4_tensor ape;            /* [m, streams * head_dim] float32; may be absent */
   dsv4_tensor indexer_ape;    /* [m, streams * (width - head_dim)] float32; may be absent */
-  int32_t m;                  /* tokens a block, 1 or more */
+  int32_t m;                  /* tokens per block, 1 or more */
   int32_t round;              /* 0 or more */
 } dsv4_append_args;
 
@@ -107,7 +110,7 @@ typedef struct dsv4_flush_write_csa_args {
   dsv4_tensor indexer_keys_fp4; /* [blocks, entries_per_block, indexer_head_dim / 2] uint8 or float4_e2m1fn_x2, changed;
                                    the even element in the low nibble */
   dsv4_tensor indexer_scale;    /* [blocks, entries_per_block, indexer_head_dim / 16] float8_e4m3fn or uint8, changed */
-  int32_t m;                    /* tokens a block, 1 or more */
+  int32_t m;                    /* tokens per block, 1 or more */
 } dsv4_flush_write_csa_args;
 
 DSV4_API dsv4_status dsv4_flush_write_csa(const dsv4_flush_write_csa_args* args, dsv4_stream stream);
@@ -123,7 +126,7 @@ typedef struct dsv4_flush_write_hca_args {
   dsv4_tensor entries_fp8;    /* [blocks, entries_per_block, head_dim - rope_dim] float8_e4m3fn or uint8, changed */
   dsv4_tensor entries_rope;   /* [blocks, entries_per_block, rope_dim] bfloat16, changed; rope_dim a multiple of 4 */
   dsv4_tensor inv_scale;      /* [blocks, entries_per_block] float32, changed */
-  int32_t m;                  /* tokens a block, 1 or more */
+  int32_t m;                  /* tokens per block, 1 or more */
 } dsv4_flush_write_hca_args;
 
 DSV4_API dsv4_status dsv4_flush_write_hca(const dsv4_flush_write_hca_args* args, dsv4_stream stream);
@@ -168,13 +171,13 @@ DSV4_API dsv4_status dsv4_hca_reset_state(const dsv4_hca_reset_state_args* args,
 typedef enum dsv4_page_layout {
   DSV4_PAGE_BF16 = 0,          /* 512 bfloat16 */
   DSV4_PAGE_INDEXER_BF16 = 1,  /* 128 bfloat16 */
-  DSV4_PAGE_FP8_DS_MLA = 2,    /* 448 E4M3 and 64 bfloat16; an E8M0 scale for 64, and a byte of padding */
+  DSV4_PAGE_FP8_DS_MLA = 2,    /* 448 E4M3 and 64 bfloat16; an E8M0 scale per 64, and a byte of padding */
   DSV4_PAGE_INDEXER_FP8 = 3,   /* 128 E4M3; a float32 scale */
-  DSV4_PAGE_INDEXER_MXFP4 = 4, /* 128 E2M1; an E8M0 scale for 32 */
-  DSV4_PAGE_V41_FP8 = 5,       /* 512 E4M3; an E8M0 scale for 32 */
-  DSV4_PAGE_V41_FP4 = 6,       /* 512 E2M1; an E4M3 scale for 16 */
+  DSV4_PAGE_INDEXER_MXFP4 = 4, /* 128 E2M1; an E8M0 scale per 32 */
+  DSV4_PAGE_V41_FP8 = 5,       /* 512 E4M3; an E8M0 scale per 32 */
+  DSV4_PAGE_V41_FP4 = 6,       /* 512 E2M1; an E4M3 scale per 16 */
   DSV4_PAGE_SPLIT = 7,         /* separate: 448 E4M3; a float32 scale; 64 bfloat16 */
-  DSV4_PAGE_SPLIT_INDEXER = 8  /* separate: 128 E2M1; an E4M3 scale for 16 */
+  DSV4_PAGE_SPLIT_INDEXER = 8  /* separate: 128 E2M1; an E4M3 scale per 16 */
 } dsv4_page_layout;
 
 typedef struct dsv4_page_layout_info {
@@ -189,16 +192,16 @@ typedef struct dsv4_page_layout_info {
   int32_t scale_bytes;    /* of an entry, with padding */
   int32_t page_alignment; /* a page's bytes are rounded up to a multiple of this */
   int32_t separate;       /* 0 or 1: whether scales and bfloat16 values are tensors of their own */
-  float amax_floor;       /* what the layout's own code takes for a group's largest magnitude at least */
-  int32_t exact_scale;    /* 0 or 1: whether it leaves float32 scales as they are; see dsv4_compress_flush_args */
+  float amax_floor;       /* lower bound of a group's amax in the engine's own code for this layout */
+  int32_t exact_scale;    /* 0 or 1: whether that code leaves float32 scales unrounded; see dsv4_compress_flush_args */
 } dsv4_page_layout_info;
 
 DSV4_API dsv4_status dsv4_page_layout_at(int32_t layout, dsv4_page_layout_info* info);
 
-/* Bytes of a page of so many entries; 0 for a layout that there is not. */
+/* Bytes of a page of `entries` entries; 0 if the layout or the number is invalid. */
 DSV4_API size_t dsv4_page_bytes(int32_t layout, int64_t entries);
 
-/* The whole way from token rows to quantised entries in pages, in one launch, for decode, prefill and both in one call.
+/* From token rows to quantised entries in pages in one launch, for decode, prefill, and both in one call.
  *
  * Request r brings the tokens query_starts[r] to query_starts[r + 1], at the positions from start_positions[r] on. A
  * token's row is its kv and its score, to which ape[position % ratio] is added. Block i of a request are the positions
@@ -206,13 +209,13 @@ DSV4_API size_t dsv4_page_bytes(int32_t layout, int64_t entries);
  *     entry[c] = sum over rows of softmax(score)[c] * kv[c]
  * over the block's rows or, with overlap, over columns [0, d) of the rows of the block before and columns [d, 2d) of
  * its own, of width 2d. A score of -inf has weight 0; a channel whose scores are all -inf is 0. Then: RMS norm,
- * rotation of neighbouring pairs of the last 64 channels by cos_sin[i * ratio], Hadamard rotation if asked for,
- * quantisation.
+ * rotation of neighbouring pairs of the last 64 channels by cos_sin[i * ratio], Hadamard rotation if
+ * `hadamard` is 1, quantisation.
  *
- * The state holds rows by position, so that a position may come again (a rejected draft) and earlier blocks may have
- * been brought by anyone: the row of position p is row p % rows of page state_table[r, p / rows % columns]. With one
- * column that is a ring for each request. A request's rows x columns must be at least a block's rows (two blocks' with
- * overlap) plus the tokens that may be taken back.
+ * The state holds rows by position, so that a position may be written again (a rejected draft) and earlier calls may
+ * have brought any part of a block: the row of position p is row p % rows of page state_table[r, p / rows % columns].
+ * With one column that is a ring buffer per request. Rows times columns must be at least the rows of a block (of two
+ * with overlap) plus the number of tokens that may be rejected.
  *
  * Nothing is written for: a token outside every request; a request whose start is negative or whose positions exceed
  * INT32_MAX; a row whose state page is out of range. No entry is written when its slot is negative or out of range,
@@ -246,7 +249,7 @@ typedef struct dsv4_compress_flush_args {
   float epsilon;                /* of the norm */
   float amax_floor;             /* a group's scale is max(max(amax, amax_floor) / largest code, scale_floor), */
   float scale_floor;            /* rounded up to a power of two, or to the nearest E4M3 for v41_fp4 */
-  int32_t fp4_ties_toward_zero; /* 0: to the even code, as hardware; 1: toward zero, as engines that compare */
+  int32_t fp4_ties_toward_zero; /* 0: to the even code, as hardware; 1: toward zero, as engines that use thresholds */
   int32_t exact_scale;          /* 1: a float32 scale (indexer_fp8, split) is not rounded up to a power of two */
 } dsv4_compress_flush_args;
 

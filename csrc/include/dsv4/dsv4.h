@@ -6,9 +6,9 @@
  *
  * declared in the header of its family. An op checks its arguments, enqueues its kernels on `stream` and returns. It
  * allocates nothing, never synchronises and never blocks, so it can be captured in a CUDA graph and called from several
- * threads. Outputs and workspace are the caller's; dsv4_workspace() lends a workspace to one that has none. Data on the
- * device that is out of range (a token id, an expert id) never makes a kernel read or write out of bounds; each op's
- * comment says what its row then holds.
+ * threads. The caller allocates outputs and workspace; dsv4_workspace() lends a workspace. Data on the device that is
+ * out of range (a token id, an expert id) never makes a kernel read or write out of bounds; each op's comment says what
+ * the row then holds.
  *
  * Needs no CUDA header. The library loads on machines without a driver; ops then return DSV4_ERROR_NO_DRIVER.
  */
@@ -33,7 +33,7 @@ typedef enum dsv4_status {
   DSV4_ERROR_HOST_TENSOR = 2,      /* arguments are valid but live in host memory: the op runs on CUDA tensors */
   DSV4_ERROR_NO_DRIVER = 3,        /* no CUDA driver, none new enough, or no device */
   DSV4_ERROR_NO_IMAGE = 4,         /* the library holds no compiled image for this device */
-  DSV4_ERROR_CUDA = 5              /* a CUDA call failed; dsv4_last_error() carries CUDA's own words */
+  DSV4_ERROR_CUDA = 5              /* a CUDA call failed; dsv4_last_error() has CUDA's error text */
 } dsv4_status;
 
 typedef enum dsv4_dtype {
@@ -49,12 +49,12 @@ typedef enum dsv4_dtype {
   DSV4_FLOAT64 = 9,
   DSV4_FLOAT8_E4M3FN = 10,
   DSV4_FLOAT8_E8M0FNU = 11,
-  DSV4_FLOAT4_E2M1FN_X2 = 12, /* two codes a byte, low nibble first; shapes count bytes */
+  DSV4_FLOAT4_E2M1FN_X2 = 12, /* two codes per byte, low nibble first; shapes count bytes */
   DSV4_UNSUPPORTED = 13       /* a dtype of the caller's framework that no op takes */
 } dsv4_dtype;
 
 #define DSV4_MAX_RANK 4
-#define DSV4_MAX_TOP_K 32 /* experts of a token */
+#define DSV4_MAX_TOP_K 32 /* experts per token */
 #define DSV4_HOST (-1)    /* dsv4_tensor.device of host memory */
 
 /* A view of memory that the caller owns. Shapes and strides count elements. */
@@ -71,8 +71,8 @@ typedef struct dsv4_tensor {
 /* "major.minor.patch" of the library. */
 DSV4_API const char* dsv4_version(void);
 
-/* What the last failing call on this thread had to say: "op: argument: expected ..., got ...". Never NULL; valid until
- * the next failing call on the same thread. */
+/* The text of the last error on this thread: "op: argument: expected ..., got ...". Never NULL; valid until the next
+ * failing call on the same thread. */
 DSV4_API const char* dsv4_last_error(void);
 
 /* "int32", "bfloat16", ... as used in error texts. */

@@ -101,16 +101,18 @@ DSV4_API int64_t dsv4_moe_sort_max_tiles(int64_t slots, int64_t local_experts, i
  * Not written: rows whose slot is negative or whose source is beyond x, and tiles whose expert is out of range.
  *
  * x and weight: bfloat16 with FP4 weights of either kind; NVFP4 with NVFP4; MXFP8 with MXFP4 (no tiles of 64 rows).
- * MXFP4: E2M1 codes, an E8M0 scale for 32; NVFP4: an E4M3 scale for 16, and per-tensor scales go into alpha, each once;
- * MXFP8: E4M3 with an E8M0 scale for 32. The dtype of weight_scale tells which. Rows start on multiples of 16 bytes.
+ *     MXFP4: E2M1 codes with an E8M0 scale per 32
+ *     NVFP4: E2M1 codes with an E4M3 scale per 16; per-tensor scales go into alpha, each once
+ *     MXFP8: E4M3 codes with an E8M0 scale per 32
+ * The dtype of weight_scale selects the format of the weights. Rows start on multiples of 16 bytes.
  *
  * Weights of rank 4 are interleaved (bfloat16 x only), about twice as fast. K is that of x, a multiple of the scales'
  * group; the last block of 128 inner positions may be padding in part, which is not multiplied. Word
  * 4 w + 2 g + h of row n in block b holds the codes of inner positions 128 b + 64 h + 32 g + 8 p + 2 w + c, p = 0 to 3,
- * c = 0, 1. Sign, exponent's high and low bit and mantissa of code (p, c) are at bits
+ * c = 0, 1. The bits of the sign, the exponent (high, low) and the mantissa of code (p, c) are, for c = 0 and c = 1,
  *     p = 0: 15 8 7 6, 31 24 23 22      p = 1: 18 11 10 9, 2 27 26 25
  *     p = 2: 21 14 13 12, 5 30 29 28    p = 3: 1 0 4 3, 17 16 20 19
- * Scales are bfloat16, times 2^118, two in a word: low half for h = 0, high half for h = 1. MXFP4 has a word for each
+ * Scales are bfloat16, times 2^118, two per word: low half for h = 0, high half for h = 1. MXFP4 has a word for each
  * g; NVFP4 two, for p below 2 and from 2 on. With swiglu, 8 gate rows are followed by the same 8 up rows. */
 typedef struct dsv4_moe_grouped_gemm_args {
   size_t struct_size;         /* sizeof(dsv4_moe_grouped_gemm_args) */
@@ -208,10 +210,12 @@ DSV4_API dsv4_status dsv4_blackwell_unswizzle_32_4_4(const dsv4_blackwell_unswiz
                                                      dsv4_stream stream);
 
 /* Scales of activations that are sorted by expert, swizzled so that each expert has a padded section of its own:
- * row padded_offsets[e] + i of the swizzled matrix is row expert_offsets[e] + i of scales, for i < expert_offsets[e +
- * 1]
- * - expert_offsets[e]; every other scale of out is zero. Offsets ascend and are read on the device; whatever they are,
- * nothing is read or written out of bounds. padded_offsets are multiples of 128 where a grouped product reads out. */
+ *
+ *     out's row padded_offsets[e] + i = row expert_offsets[e] + i of scales
+ *     for i < expert_offsets[e + 1] - expert_offsets[e]
+ *
+ * Every other scale of out is zero. Offsets ascend and are read on the device; whatever they are, nothing is read or
+ * written out of bounds. padded_offsets are multiples of 128 where a grouped product reads out. */
 typedef struct dsv4_assemble_scales_2d_side_args {
   size_t struct_size;         /* sizeof(dsv4_assemble_scales_2d_side_args) */
   dsv4_tensor scales;         /* [rows, columns] uint8, float8_e4m3fn or float8_e8m0fnu; rows may be strided */
@@ -232,8 +236,8 @@ typedef enum dsv4_quantize_source {
                                    followed by as many of ups */
 } dsv4_quantize_source;
 
-/* NVFP4: E2M1 codes, an E4M3 scale for 16 of them, a float32 scale for many. In float32, rounded to nearest at each
- * step, with decode = global_scale and encode = 1 / global_scale (reciprocal_global_scale: the other way round):
+/* NVFP4: E2M1 codes, an E4M3 scale per 16 of them, one float32 scale above these. In float32, rounded to nearest at
+ * each step, with decode = global_scale and encode = 1 / global_scale (reciprocal_global_scale: the other way round):
  *
  *     scale = e4m3(max(encode * (amax * (1/6)), scale_floor))
  *     code = e2m1(value * (1 / (scale * decode))), 0 if scale is 0
@@ -269,7 +273,7 @@ typedef enum dsv4_element_format {
   DSV4_ELEMENT_E2M1 = 1  /* FP4, largest 6 */
 } dsv4_element_format;
 
-/* MXFP8 and MXFP4: E4M3 or E2M1 codes, an E8M0 scale (a power of two) for 32 of them. In float32, rounded to nearest:
+/* MXFP8 and MXFP4: E4M3 or E2M1 codes, an E8M0 scale (a power of two) per 32 of them. In float32, rounded to nearest:
  *
  *     round_scale_up: scale = the least power of two >= max(amax, amax_floor) / largest; 0 gives byte 0, and a quotient
  *                     in (0, 2^-126] byte 1. Codes never saturate.
@@ -303,9 +307,9 @@ DSV4_API dsv4_status dsv4_quantize_mx(const dsv4_quantize_mx_args* args, dsv4_st
  *
  * of the whole tensor, of each row (per_token), or of the rows of each expert (expert_ids). The codes and scales are
  * then to the bit those of dsv4_quantize_nvfp4 with that global_scale. A block of 16 values that holds a NaN counts for
- * no global_scale: its own scale is NaN, and no other block notices. The workspace must be zeroed once before its
- * first use; every call leaves it ready for the next one on the same stream. Calls that may run at the same time need a
- * workspace each. */
+ * no global_scale: its own scale is NaN, and no other block is affected. The workspace must be zeroed once before its
+ * first use; every call leaves it ready for the next one on the same stream. Calls that may run at the same time need
+ * separate workspaces. */
 typedef struct dsv4_quantize_nvfp4_gpu_fused_args {
   size_t struct_size;     /* sizeof(dsv4_quantize_nvfp4_gpu_fused_args) */
   dsv4_tensor x;          /* [rows, columns or 2 * columns] bfloat16, float16 or float32; rows may be strided */
@@ -328,15 +332,14 @@ typedef struct dsv4_quantize_nvfp4_gpu_fused_args {
   dsv4_tensor out_global_scale; /* [1], [rows] or [experts] float32 */
 } dsv4_quantize_nvfp4_gpu_fused_args;
 
-/* Bytes of workspace for so many experts; 0 without expert_ids. */
+/* Bytes of workspace for `experts` experts; 0 without expert_ids. */
 DSV4_API size_t dsv4_quantize_nvfp4_gpu_fused_workspace_size(int64_t experts);
 
 DSV4_API dsv4_status dsv4_quantize_nvfp4_gpu_fused(const dsv4_quantize_nvfp4_gpu_fused_args* args, dsv4_stream stream);
 
-/* FP8 E4M3 with a scale a row: scale = max(amax / 448, scale_floor), code = e4m3(value * (1 / scale)), or with divide
- * e4m3(value / scale), in float32, each step rounded to nearest; a scale of 0 gives codes 0. A row that
- * holds a NaN has scale and codes NaN; one with an infinity has scale infinity and codes 0, and NaN where it is
- * infinite. */
+/* FP8 E4M3 with one scale per row: scale = max(amax / 448, scale_floor), code = e4m3(value * (1 / scale)), or with
+ * divide e4m3(value / scale), in float32, each step rounded to nearest; a scale of 0 gives codes 0. A row that holds a
+ * NaN has scale and codes NaN; one with an infinity has scale infinity and codes 0, and NaN where it is infinite. */
 typedef struct dsv4_quantize_fp8_per_token_args {
   size_t struct_size; /* sizeof(dsv4_quantize_fp8_per_token_args) */
   dsv4_tensor x;      /* [rows, columns] bfloat16, float16 or float32, columns a multiple of 16; rows may be strided */

@@ -46,8 +46,8 @@ typedef struct dsv4_hash_router_scored_args {
 
 DSV4_API dsv4_status dsv4_hash_router_scored(const dsv4_hash_router_scored_args* args, dsv4_stream stream);
 
-/* hash_router_scored from what the logits are made of, in one launch: only the k logits of each token that its weights
- * need are computed, so a small batch reads k rows of the gate for a token rather than all of it.
+/* hash_router_scored from hidden states and gate, in one launch: only the k logits of each token that its weights need
+ * are computed, so a small batch reads k rows of the gate per token rather than all of it.
  *     logit = hidden[token] . weight[id] in float32, summed in an order that is the same in every batch
  * Everything else, also what is out of range, as hash_router_scored with `experts` the rows of weight. */
 typedef struct dsv4_hash_router_fused_args {
@@ -72,7 +72,7 @@ DSV4_API dsv4_status dsv4_hash_router_fused(const dsv4_hash_router_fused_args* a
  *     weight = scale * s[id] / (sum of the chosen s + epsilon)
  * The division only if renormalize. Extreme logits: see above. The workspace must be zeroed once before its first use;
  * every call leaves it ready for the next one on the same stream. Calls that may run at the same
- * time need a workspace each. */
+ * time need separate workspaces. */
 typedef struct dsv4_dense_router_decode_args {
   size_t struct_size;      /* sizeof(dsv4_dense_router_decode_args) */
   dsv4_tensor hidden;      /* [tokens <= 64, hidden_size] bfloat16, hidden_size a multiple of 64; rows may be strided */

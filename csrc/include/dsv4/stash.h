@@ -1,4 +1,4 @@
-/* Paged stash of activations: rows whose number only the device knows, in pages that the device allocates.
+/* Paged stash of activations: a number of rows that only the device knows, in pages that the device allocates.
  *
  * A pool is [pages, page_size, hidden]; the free ones among its pages are a circular list of int64 ids on the device,
  * beside its head and tail, which only grow:
@@ -12,16 +12,16 @@
  * stashed lies in page page_record[t div page_size], at its row t mod page_size. Both ops work on bytes, so any dtype
  * will do.
  *
- * Pages and data that are 16-byte aligned, with rows or pages of a multiple of 16 bytes, move fast; all else moves byte
- * by byte.
+ * Pages and data that are 16-byte aligned, with rows or pages of a multiple of 16 bytes, are copied by 16-byte
+ * accesses, everything else byte by byte.
  *
  * Data on the device that contradicts itself never makes an op read or write out of bounds:
- * - num_tokens outside [0, rows] acts as the nearest end;
- * - paged_stash_copy takes no page from a list whose capacity is outside [1, pages], whose head is negative or above
- * its tail, or that holds more than its capacity;
- * - paged_stash_pop does nothing, and leaves the tails, if the capacity is outside [1, pages] or below the number of
- * pages to give back, if the tail is negative, or if spilled_to_host is set and there is no host pool;
- * - a page id outside the pool is recorded and given back as it is, but the rows of that page are not moved. */
+ *   - num_tokens outside [0, rows] acts as the nearest end;
+ *   - paged_stash_copy takes no page from a list whose capacity is outside [1, pages], whose head is negative or above
+ *     its tail, or that holds more than its capacity;
+ *   - paged_stash_pop does nothing, and leaves the tails, if the capacity is outside [1, pages] or below the number of
+ *     pages to give back, if the tail is negative, or if spilled_to_host is set and there is no host pool;
+ *   - a page id outside the pool is recorded and given back as it is, but the rows of that page are not moved. */
 #ifndef DSV4_STASH_H
 #define DSV4_STASH_H
 
@@ -60,7 +60,7 @@ typedef struct dsv4_paged_stash_copy_args {
 
 DSV4_API dsv4_status dsv4_paged_stash_copy(const dsv4_paged_stash_copy_args* args, dsv4_stream stream);
 
-/* The way back: copies the first num_tokens rows out of the pages of page_record, from the host pool if spilled_to_host
+/* The inverse: copies the first num_tokens rows out of the pages of page_record, from the host pool if spilled_to_host
  * is set, and gives the pages back. overflow set: nothing is touched, new tails are the old ones; the step must be run
  * again. Rows of dst beyond num_tokens are left alone, or zeroed if zero_rest. */
 typedef struct dsv4_paged_stash_pop_args {
