@@ -21,8 +21,8 @@ from dsv4_kernels import _native
 from dsv4_kernels.images import read_images
 from dsv4_kernels.op import Op
 
-from tests.emulator import Memory, Module, emulate, parse
 from tests.launches import OBSERVER, LaunchRecord, load_library
+from tests.ptx_emulator import Limits, Memory, Module, emulate, parse
 
 # What is emulated, one of each generation, and the multiprocessors of a typical device.
 ARCHITECTURES = {"sm_90a": 132, "sm_100a": 148, "sm_120a": 188}
@@ -68,7 +68,9 @@ def cluster_of(module: Module, symbol: str, launched: tuple[int, ...]) -> tuple[
     return x, y, z
 
 
-def launch_in_emulator(r: LaunchRecord, architecture: str, memory: Memory, seed: int = 0) -> str:
+def launch_in_emulator(
+    r: LaunchRecord, architecture: str, memory: Memory, seed: int = 0, limits: Limits | None = None
+) -> str:
     """Runs an observed launch on memory that is registered; returns the kernel's symbol."""
     symbol: str = r.symbol.decode()
     module = module_of(symbol, architecture)
@@ -83,6 +85,7 @@ def launch_in_emulator(r: LaunchRecord, architecture: str, memory: Memory, seed:
         memory=memory,
         seed=seed,
         arch=architecture,
+        limits=limits,
     )
     return symbol
 
@@ -109,10 +112,12 @@ class Call:
 
 
 @contextmanager
-def emulated(architecture: str, seed: int = 0, multiprocessors: int | None = None) -> Iterator[list[str]]:
+def emulated(
+    architecture: str, seed: int = 0, multiprocessors: int | None = None, limits: Limits | None = None
+) -> Iterator[list[str]]:
     """Inside, ops given host tensors launch their kernels in the emulator. Yields the symbols that were launched.
 
-    multiprocessors: fewer than a device has let a small call choose what a large one does.
+    multiprocessors: fewer than a device has let a small call choose what a large one does. limits: see the emulator's.
     """
     library = load_library()
     symbols: list[str] = []
@@ -122,7 +127,7 @@ def emulated(architecture: str, seed: int = 0, multiprocessors: int | None = Non
     @OBSERVER
     def observer(record: ctypes._Pointer[LaunchRecord], _: object) -> int:
         try:
-            symbols.append(launch_in_emulator(record.contents, architecture, current[-1], seed))
+            symbols.append(launch_in_emulator(record.contents, architecture, current[-1], seed, limits))
         except BaseException as fault:  # no exception can pass through C
             faults.append(fault)
         return 0

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.emulated import ARCHITECTURES, launch_in_emulator, ptx_folder
-from tests.emulator import Memory
 from tests.launches import OBSERVER, LaunchRecord, load_library
+from tests.ptx_emulator import Memory
 
 CPP = Path(__file__).with_name("cpp")
 STEPS = 2

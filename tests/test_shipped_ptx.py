@@ -9,7 +9,7 @@ import pytest
 from dsv4_kernels.images import read_images
 
 from tests.emulated import SAME_PTX, has_own_ptx, module_at, module_of, ptx_folder
-from tests.emulator import missing_instructions
+from tests.ptx_emulator import missing_instructions
 
 BUILT = sorted({image["architecture"] for image in read_images()})
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from dsv4_kernels.cases.router.functions import gate_inputs
 from dsv4_kernels.router import dense_router_decode, dense_router_decode_workspace_size
 
 from tests.emulated import DISTINCT, emulated, ptx_folder
-from tests.emulator import launch
+from tests.ptx_emulator import Limits
 from tests.router import oracle
 
 
@@ -149,21 +150,20 @@ def test_workspace_is_left_ready() -> None:
 
 @pytest.mark.parametrize("architecture", DISTINCT)
 @pytest.mark.parametrize(("blocks_a_wave", "waves"), [(1, 1), (3, 1), (2, 2)])
-def test_few_blocks_at_once(architecture: str, blocks_a_wave: int, waves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_blocks_at_once(architecture: str, blocks_a_wave: int, waves: int) -> None:
     """With room for few of its blocks the launch ends all the same, with the same bits, and leaves the workspace ready.
 
     More tokens than blocks, so that some select for two; and fewer, so that the last to start may have none.
     """
     ptx_folder()
-    monkeypatch.setattr(launch, "WAVE_LANES", 256 * blocks_a_wave)
+    every_block = Limits(wave_lanes=256 * blocks_a_wave)
     for tokens, hidden_size, seed in ((11, 320, 0), (2, 192, 1), (11, 192, 2)):
         generator = torch.Generator().manual_seed(tokens)
         hidden, weight, bias = gate_inputs(generator, tokens, hidden_size, 40)
         workspace = torch.zeros(dense_router_decode_workspace_size(tokens, 40), dtype=torch.uint8)
         results = []
-        for limit in (waves, launch.RESIDENT_WAVES):
-            with monkeypatch.context() as patch, emulated(architecture, seed):
-                patch.setattr(launch, "RESIDENT_WAVES", limit)
+        for limits in (replace(every_block, waves=waves), every_block):
+            with emulated(architecture, seed, limits=limits):
                 results.append(dense_router_decode(hidden, weight, bias, 6, workspace=workspace))
             assert not workspace.any()
         assert torch.equal(results[0][0], results[1][0])

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from . import Memory, emulate, parse
-from .launch import Launch
-from .values import DTYPES
+from .. import Launch, Limits, Memory, emulate, parse
+from ..values import DTYPES
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -53,6 +52,7 @@ def run(
     poison: Sequence[int] = (),
     arch: str = "sm_90a",
     strict: Sequence[str] = (),
+    limits: Limits | None = None,
 ) -> Launch:
     """Run kernel 'k'. Arrays are registered and passed by address, int as .u32, float as .f32, bytes as they are."""
     memory = Memory()
@@ -79,6 +79,7 @@ def run(
         seed,
         arch,
         strict,
+        limits,
     )
 
 

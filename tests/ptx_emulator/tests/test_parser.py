@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from . import PtxSyntaxError, UnknownInstruction, parse
+from .. import PtxSyntaxError, UnknownInstruction, parse
+from ..ptx_module import Address, Immediate, Pair, Register, Symbol, Vector
 from .harness import kernel, run
-from .ptx_module import Address, Immediate, Pair, Register, Symbol, Vector
 
 
 def body(text: str) -> list[object]:

@@ -16,7 +16,7 @@ from dsv4_kernels.images import read_images
 
 import tests.emulated
 from tests.emulated import emulated, ptx_folder
-from tests.emulator import EmulatorFault, Module, parse
+from tests.ptx_emulator import EmulatorFault, Module, parse
 from tests.stash.pools import Pools
 
 ARCHITECTURE = "sm_90a"

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from . import EmulatorFault
+from .. import EmulatorFault
 from .harness import Array, kernel, run
 
 RANDOM = np.random.default_rng(10)

@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from . import EmulatorFault
+from .. import EmulatorFault
+from ..tensor_map import TensorMap
 from .harness import Array, kernel, run
-from .tensor_map import TensorMap
 
 RANDOM = np.random.default_rng(9)
 

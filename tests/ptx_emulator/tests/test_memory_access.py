@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 
-from . import Memory, emulate, parse
+from .. import Memory, emulate, parse
 from .harness import kernel, run
 
 INDEX = "mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x; mad.lo.u32 %r0, %r1, %r2, %r0;"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,18 @@ from .ptx_module import Module
 from .registry import FINAL_CHECKS
 from .wave import Wave
 
-WAVE_LANES = 1 << 15  # lanes executed together: large enough to hide Python, small enough for the cache
-WAVE_BYTES = 1 << 28  # shared and tensor memory of a wave, with the records of who touched it
 TENSOR_MEMORY_BYTES = 1 << 20  # of a block, with its records
-RESIDENT_WAVES = 1 << 30  # that are in progress at once; others start when one of these has ended
 
 Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much runs at once. Smaller ones let a small launch do what a large one does on a small device."""
+
+    wave_lanes: int = 1 << 15  # threads executed together: enough to hide Python, few enough for the cache
+    wave_bytes: int = 1 << 28  # shared and tensor memory of those, with the records of who touched it
+    waves: int = 1 << 30  # in progress at once; the other blocks start when one of them has ended
 
 
 class Launch:
@@ -39,6 +46,7 @@ class Launch:
         seed: int,
         arch: str,
         strict: Collection[str],
+        limits: Limits,
     ) -> None:
         self.program = program
         self.module = module
@@ -46,6 +54,7 @@ class Launch:
         self.memory = memory
         self.arch = arch
         self.strict = frozenset(strict)
+        self.limits = limits
         self.random = np.random.default_rng(seed)
         self.block_size = block[0] * block[1] * block[2]
         self.cluster_size = cluster[0] * cluster[1] * cluster[2]
@@ -140,13 +149,13 @@ class Launch:
         records = (24 + 5 * warps) // self.program.granule  # bytes that a byte of shared memory is watched with
         weight = max(self.shared_size, 1024) * (1 + records)
         weight += TENSOR_MEMORY_BYTES if self.program.uses_tensor_memory else 0
-        size = max(min(WAVE_LANES // padded, WAVE_BYTES // weight), 1)
+        size = max(min(self.limits.wave_lanes // padded, self.limits.wave_bytes // weight), 1)
         size = max(size // self.cluster_size, 1) * self.cluster_size
         self.pending = [blocks[i : i + size] for i in range(0, len(blocks), size)]
 
     def _room(self) -> bool:
         """Whether blocks are left to start, and may start now."""
-        return bool(self.pending) and len(self.waves) < RESIDENT_WAVES
+        return bool(self.pending) and len(self.waves) < self.limits.waves
 
     def others_wait(self, wave: Wave) -> bool:
         """Whether a wave that makes no progress should let other blocks run."""
@@ -208,18 +217,31 @@ def emulate(
     seed: int = 0,
     arch: str = "sm_90a",
     strict: Collection[str] = (),
+    limits: Limits | None = None,
 ) -> Launch:
     """Run a kernel. Raises `EmulatorFault` for what the kernel does wrong.
 
     parameters: the bytes of each parameter, in the kernel's order. seed: order of blocks and of atomics that meet.
     strict: what to report beyond the default. 'tcgen05.ld': use of its registers before tcgen05.wait::ld. The PTX ISA
     asks for that wait, but Triton and the CuTe DSL leave it out, as the assembler keeps such uses behind the load.
+    limits: how much runs at once.
     """
     if kernel_symbol not in module.kernels:
         raise EmulatorFault("invalid launch", f"the module has {sorted(module.kernels)}", kernel=kernel_symbol)
     program = compile_program(module, kernel_symbol)
     launch = Launch(
-        program, module, grid, block, cluster, dynamic_shared, parameters, memory or Memory(), seed, arch, strict
+        program,
+        module,
+        grid,
+        block,
+        cluster,
+        dynamic_shared,
+        parameters,
+        memory or Memory(),
+        seed,
+        arch,
+        strict,
+        limits or Limits(),
     )
     try:
         launch.run()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from . import EmulatorFault, launch
+from .. import EmulatorFault, Limits
 from .harness import kernel, run
 
 START = "ld.param.u64 %d0, [x]; mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ntid.x; mad.lo.u32 %r3, %r1, %r2, %r0; mul.wide.u32 %d1, %r3, 4; add.u64 %d1, %d0, %d1;"
@@ -44,16 +44,15 @@ def test_a_thread_spins_until_another_of_its_block_sets_a_flag() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_block_waits_for_another(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_waits_for_another(seed: int) -> None:
     """Each block hands a value on to the next; with one block at a time in a wave, in any order."""
-    monkeypatch.setattr(launch, "WAVE_LANES", 32)
     text = kernel(START + """
         setp.ne.u32 %p0, %r0, 0; @%p0 exit; mul.wide.u32 %d2, %r1, 4; add.u64 %d2, %d0, %d2;
         WAIT: ld.acquire.gpu.global.u32 %r5, [%d2]; setp.eq.u32 %p1, %r5, 0; @%p1 bra WAIT;
         add.u32 %r5, %r5, 10; st.release.gpu.global.u32 [%d2+4], %r5;""", [".u64 x"])  # fmt: skip
     x = np.zeros(9, np.uint32)
     x[0] = 1
-    run(text, x, grid=8, seed=seed)
+    run(text, x, grid=8, seed=seed, limits=Limits(wave_lanes=32))
     assert x.tolist() == [1 + 10 * i for i in range(9)]
 
 
@@ -64,22 +63,20 @@ GRID_BARRIER = kernel(START + """
         AFTER: bar.sync 0; ld.global.u32 %r8, [%d0]; st.global.u32 [%d1+4], %r8;""", [".u64 x"])  # fmt: skip
 
 
-def test_grid_barrier_over_several_waves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "WAVE_LANES", 64)
+def test_grid_barrier_over_several_waves() -> None:
     x = np.zeros(32 * 10 + 1, np.uint32)
-    run(GRID_BARRIER, x, grid=10)
+    run(GRID_BARRIER, x, grid=10, limits=Limits(wave_lanes=64))
     assert (x == 10).all()
 
 
-def test_waiting_for_blocks_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_blocks_that_cannot_start() -> None:
     """With room for 6 of 10 blocks a grid barrier waits for ever; blocks that wait for nobody all get their turn."""
-    monkeypatch.setattr(launch, "WAVE_LANES", 64)
-    monkeypatch.setattr(launch, "RESIDENT_WAVES", 3)
+    limits = Limits(wave_lanes=64, waves=3)
     x = np.zeros(32 * 10 + 1, np.uint32)
     with pytest.raises(EmulatorFault, match="deadlock"):
-        run(GRID_BARRIER, x, grid=10)
+        run(GRID_BARRIER, x, grid=10, limits=limits)
     x = np.zeros(32 * 10, np.uint32)
-    run(kernel(START + "st.global.u32 [%d1], 7;", [".u64 x"]), x, grid=10)
+    run(kernel(START + "st.global.u32 [%d1], 7;", [".u64 x"]), x, grid=10, limits=limits)
     assert (x == 7).all()
 
 

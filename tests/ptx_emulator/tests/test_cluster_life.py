@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from . import EmulatorFault
+from .. import EmulatorFault
 from .harness import kernel, run
 
 START = """

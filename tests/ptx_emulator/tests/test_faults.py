@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from . import EmulatorFault, Memory, UnknownInstruction, emulate, parse
+from .. import EmulatorFault, Memory, UnknownInstruction, emulate, parse
 from .harness import kernel, run
 
 ADDRESS = "ld.param.u64 %d0, [x]; mov.u32 %r0, %tid.x; mov.u32 %r9, %ctaid.x; mul.wide.u32 %d1, %r0, 4; add.u64 %d2, %d0, %d1;"

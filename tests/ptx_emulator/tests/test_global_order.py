@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from . import EmulatorFault, global_order
+from .. import EmulatorFault, global_order
 from .harness import kernel, run
 
 # %d1: the word of this thread among those of all blocks; %d5: that of thread 0; %d6 = x + 4 * block

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import missing_instructions, parse
+from .. import missing_instructions, parse
 from .harness import kernel
 
 
