@@ -10,8 +10,8 @@
 
 namespace dsv4 {
 
-constexpr int kItems = 6;               // slots of a thread in a round
-constexpr int kClusterBlocks = 8;       // of one cluster: as many as any device grants
+constexpr int kItems = 6;               // slots per thread and round
+constexpr int kClusterBlocks = 8;       // as many as every device grants
 constexpr int kSlotsOfOneBlock = 1024;  // up to here a block is done sooner than a cluster
 
 struct Route {
@@ -34,7 +34,7 @@ constexpr int32_t kNone = -1;
 template <typename Id>
 __device__ int32_t local_expert(const Id* ids, int32_t slot, int32_t end, const Route& route) {
   if (slot >= end) return kNone;
-  // Unsigned: what lies below the first expert becomes large, whatever it is.
+  // Unsigned: an id below the first expert wraps round to a large one.
   const uint64_t expert = static_cast<uint64_t>(static_cast<int64_t>(ids[slot])) - route.first_expert;
   return expert < route.experts ? static_cast<int32_t>(expert) : kNone;
 }
@@ -49,85 +49,96 @@ __device__ int32_t expert_of(int32_t tile, const int32_t (&first_tile)[Experts])
   return expert;
 }
 
-// One block, or the blocks of one cluster with a part of the slots each: they count their slots by expert, learn from
-// each other's counts where the rows of their part begin, and rank their slots in rounds, a warp a run of them. So rows
-// follow the slots' order whatever order blocks and warps run in.
-template <int Warps, int ExpertsOfThread, bool OneRound, typename Id>
-__global__ void __launch_bounds__(Warps* kWarpLanes, 1) moe_sort_kernel(const Id* __restrict__ ids, Route route) {
-  await_previous_grid();
-  constexpr int kThreads = Warps * kWarpLanes;
-  constexpr int kExperts = kThreads * ExpertsOfThread;
-  static_assert(kThreads * kItems < 65536, "ranks inside a round are 16 bits wide");
-  __shared__ uint16_t rank_of_warp[Warps][kExperts];  // first the warp's count, then the ranks before the warp's first
-  __shared__ int32_t count[kExperts];                 // slots of this block
-  __shared__ int32_t total[kExperts];                 // slots of all blocks
-  __shared__ int32_t first_tile[kExperts];
-  __shared__ int32_t next_row[kExperts];  // of this block's slots in this round
-  __shared__ int32_t rows_of_tile[kThreads];
-  __shared__ uint32_t sum_of_warp[Warps];
-  const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
-  const uint32_t own_experts = threadIdx.x * ExpertsOfThread;  // the first of those whose counts this thread adds up
-  const int32_t part_first = blockIdx.x * route.part, part_end = min(part_first + route.part, route.slots);
+// The slots that a block sorts: all of them, or its part of them in a cluster. It takes them in rounds of at most
+// kThreads * kItems. In a round each warp ranks a run of consecutive slots, so rows follow the order of the slots.
+template <int Warps>
+struct Part {
+  static constexpr int kThreads = Warps * kWarpLanes;
+  int32_t begin, end;
 
-  auto clear_ranks = [&] {
-#pragma unroll
-    for (int i = 0; i < ExpertsOfThread; ++i)
-#pragma unroll
-      for (int w = 0; w < Warps; ++w) rank_of_warp[w][own_experts + i] = 0;
-  };
-  // Ranks a round's slots within this block; count_of_own are the round's slots of this thread's experts.
-  int32_t expert[kItems], rank[kItems], count_of_own[ExpertsOfThread];
-  auto items_of = [&](int32_t round) { return min(kItems, (part_end - round + kThreads - 1) / kThreads); };
-  auto first_of = [&](int32_t round) { return round + warp * items_of(round) * kWarpLanes + lane; };
-  auto rank_slots = [&](int32_t round) {
-    const int32_t items = items_of(round), first = first_of(round);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i)
-      expert[i] = i < items ? local_expert(ids, first + i * kWarpLanes, part_end, route) : kNone;
-    clear_ranks();
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if (i >= items) break;
-      const unsigned peers = __match_any_sync(kFullWarp, expert[i]);
-      const int32_t earlier = expert[i] >= 0 ? rank_of_warp[warp][expert[i]] : 0;
-      rank[i] = earlier + __popc(peers & ((1u << lane) - 1));
-      __syncwarp();
-      if (expert[i] >= 0 && lane == __ffs(peers) - 1)
-        rank_of_warp[warp][expert[i]] = static_cast<uint16_t>(earlier + __popc(peers));
-      __syncwarp();
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < ExpertsOfThread; ++i) {
-      uint16_t of_warp[Warps];
-#pragma unroll
-      for (int w = 0; w < Warps; ++w) of_warp[w] = rank_of_warp[w][own_experts + i];
-      count_of_own[i] = 0;
-#pragma unroll
-      for (int w = 0; w < Warps; ++w) {
-        rank_of_warp[w][own_experts + i] = static_cast<uint16_t>(count_of_own[i]);
-        count_of_own[i] += of_warp[w];
-      }
-    }
-  };
+  __device__ __forceinline__ explicit Part(const Route& route)
+      : begin(blockIdx.x * route.part), end(min(begin + route.part, route.slots)) {}
 
-  if constexpr (OneRound) {  // ranking counts the slots too
-    rank_slots(part_first);
-#pragma unroll
-    for (int i = 0; i < ExpertsOfThread; ++i) count[own_experts + i] = count_of_own[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < ExpertsOfThread; ++i) count[own_experts + i] = 0;
-    __syncthreads();
-    for (int32_t slot = part_first + threadIdx.x; slot < part_end; slot += kThreads) {
-      const int32_t e = local_expert(ids, slot, part_end, route);
-      if (e >= 0) atomicAdd(&count[e], 1);
-    }
-    __syncthreads();
+  // Slots per thread of the round that starts at slot `round`.
+  __device__ __forceinline__ int32_t items(int32_t round) const {
+    return min(kItems, (end - round + kThreads - 1) / kThreads);
   }
+  // This thread's first slot of it; the others follow at a distance of kWarpLanes.
+  __device__ __forceinline__ int32_t first(int32_t round) const {
+    return round + static_cast<int>(threadIdx.x / kWarpLanes) * items(round) * kWarpLanes +
+           static_cast<int>(threadIdx.x % kWarpLanes);
+  }
+};
 
-  int32_t before[ExpertsOfThread] = {}, all[ExpertsOfThread] = {};
+// A thread's slots of a round.
+struct RoundSlots {
+  int32_t expert[kItems];  // kNone: not a local one, or no slot
+  int32_t rank[kItems];    // among the warp's slots of this expert
+};
+
+// Ranks a round's slots. ranks: first each warp's slots per expert so far, in the end how many the earlier warps have.
+// counts: the round's slots of this thread's own experts.
+template <int Warps, int ExpertsOfThread, typename Id, int Experts>
+__device__ __forceinline__ void rank_slots(const Id* ids, const Route& route, const Part<Warps>& part, int32_t round,
+                                           uint16_t (&ranks)[Warps][Experts], RoundSlots& slots,
+                                           int32_t (&counts)[ExpertsOfThread]) {
+  const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
+  const uint32_t own_experts = threadIdx.x * ExpertsOfThread;
+  const int32_t items = part.items(round), first = part.first(round);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i)
+    slots.expert[i] = i < items ? local_expert(ids, first + i * kWarpLanes, part.end, route) : kNone;
+#pragma unroll
+  for (int i = 0; i < ExpertsOfThread; ++i)
+#pragma unroll
+    for (int w = 0; w < Warps; ++w) ranks[w][own_experts + i] = 0;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    if (i >= items) break;
+    const int32_t expert = slots.expert[i];
+    const unsigned peers = __match_any_sync(kFullWarp, expert);
+    const int32_t earlier = expert >= 0 ? ranks[warp][expert] : 0;
+    slots.rank[i] = earlier + __popc(peers & ((1u << lane) - 1));
+    __syncwarp();
+    if (expert >= 0 && lane == __ffs(peers) - 1) ranks[warp][expert] = static_cast<uint16_t>(earlier + __popc(peers));
+    __syncwarp();
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < ExpertsOfThread; ++i) {
+    uint16_t of_warp[Warps];
+#pragma unroll
+    for (int w = 0; w < Warps; ++w) of_warp[w] = ranks[w][own_experts + i];
+    counts[i] = 0;
+#pragma unroll
+    for (int w = 0; w < Warps; ++w) {
+      ranks[w][own_experts + i] = static_cast<uint16_t>(counts[i]);
+      counts[i] += of_warp[w];
+    }
+  }
+}
+
+// Counts the part's slots by expert.
+template <int Warps, int ExpertsOfThread, typename Id, int Experts>
+__device__ __forceinline__ void count_slots(const Id* ids, const Route& route, const Part<Warps>& part,
+                                            int32_t (&count)[Experts]) {
+#pragma unroll
+  for (int i = 0; i < ExpertsOfThread; ++i) count[threadIdx.x * ExpertsOfThread + i] = 0;
+  __syncthreads();
+  for (int32_t slot = part.begin + threadIdx.x; slot < part.end; slot += Warps * kWarpLanes) {
+    const int32_t e = local_expert(ids, slot, part.end, route);
+    if (e >= 0) atomicAdd(&count[e], 1);
+  }
+  __syncthreads();
+}
+
+// Adds up the blocks' counts of this thread's experts: of all blocks, and of those before this one. In a cluster, a
+// __cluster_barrier_wait() must follow before the block ends: until then others read its counts.
+template <int ExpertsOfThread, int Experts>
+__device__ __forceinline__ void exchange_counts(int32_t (&count)[Experts], int32_t (&before)[ExpertsOfThread],
+                                                int32_t (&all)[ExpertsOfThread]) {
+  const uint32_t own_experts = threadIdx.x * ExpertsOfThread;
   if (gridDim.x == 1) {
 #pragma unroll
     for (int i = 0; i < ExpertsOfThread; ++i) all[i] = count[own_experts + i];
@@ -146,6 +157,87 @@ __global__ void __launch_bounds__(Warps* kWarpLanes, 1) moe_sort_kernel(const Id
     }
     __cluster_barrier_arrive();  // this thread reads no other block's memory any more
   }
+}
+
+// Stores the rows of a round's slots, and the slots of these rows.
+template <int Warps, int Experts>
+__device__ __forceinline__ void store_rows(const Route& route, const Part<Warps>& part, int32_t round,
+                                           const RoundSlots& slots, const int32_t (&next_row)[Experts],
+                                           const uint16_t (&ranks)[Warps][Experts]) {
+  const int warp = threadIdx.x / kWarpLanes;
+  const int32_t items = part.items(round), first = part.first(round);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int32_t slot = first + i * kWarpLanes;
+    if (i >= items || slot >= part.end) break;
+    int32_t row = kNone;
+    if (slots.expert[i] >= 0) {
+      row = next_row[slots.expert[i]] + ranks[warp][slots.expert[i]] + slots.rank[i];
+      route.row_to_slot[row] = slot;
+    }
+    route.slot_to_row[slot] = row;
+  }
+}
+
+// Stores the blocks' shares of the tile tables, one thread per tile, and marks the padding rows behind each expert's
+// last one, one thread per row.
+template <int Threads, int Experts>
+__device__ __forceinline__ void store_tile_tables(const Route& route, int32_t all_tiles,
+                                                  const int32_t (&total)[Experts], const int32_t (&first_tile)[Experts],
+                                                  int32_t (&rows_of_tile)[Threads]) {
+  const int32_t tiles_of_block = (route.tiles + gridDim.x - 1) / gridDim.x;
+  const int32_t tiles_end = min(static_cast<int32_t>(blockIdx.x + 1) * tiles_of_block, route.tiles);
+  for (int32_t from = blockIdx.x * tiles_of_block; from < tiles_end; from += Threads) {
+    const int32_t tiles = min(Threads, tiles_end - from), own_tile = from + threadIdx.x;
+    if (threadIdx.x < tiles) {
+      const bool used = own_tile < all_tiles;
+      const int32_t expert = used ? expert_of<Experts>(own_tile, first_tile) : kNone;
+      int32_t rows = 0;
+      if (used) rows = min(route.tile_size, total[expert] - (own_tile - first_tile[expert]) * route.tile_size);
+      route.tile_to_expert[own_tile] = expert;
+      route.tile_rows[own_tile] = rows;
+      rows_of_tile[threadIdx.x] = used ? rows : route.tile_size;  // rows of unused tiles are not written
+    }
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < tiles << route.tile_shift; i += Threads)
+      if ((i & (route.tile_size - 1)) >= rows_of_tile[i >> route.tile_shift])
+        route.row_to_slot[(static_cast<int64_t>(from) << route.tile_shift) + i] = kNone;
+    __syncthreads();
+  }
+}
+
+// One block, or one cluster whose blocks take a part of the slots each. A thread adds up the counts of
+// ExpertsOfThread experts, its own.
+template <int Warps, int ExpertsOfThread, bool OneRound, typename Id>
+__global__ void __launch_bounds__(Warps* kWarpLanes, 1) moe_sort_kernel(const Id* __restrict__ ids, Route route) {
+  await_previous_grid();
+  constexpr int kThreads = Warps * kWarpLanes;
+  constexpr int kExperts = kThreads * ExpertsOfThread;
+  static_assert(kThreads * kItems < 65536, "ranks inside a round are 16 bits wide");
+  __shared__ uint16_t ranks[Warps][kExperts];  // of a round, see rank_slots()
+  __shared__ int32_t count[kExperts];          // slots of this block
+  __shared__ int32_t total[kExperts];          // slots of all blocks
+  __shared__ int32_t first_tile[kExperts];
+  __shared__ int32_t next_row[kExperts];  // of this block's slots in this round
+  __shared__ int32_t rows_of_tile[kThreads];
+  __shared__ uint32_t sum_of_warp[Warps];
+  const uint32_t own_experts = threadIdx.x * ExpertsOfThread;
+  const Part<Warps> part(route);
+  RoundSlots slots;
+  int32_t round_counts[ExpertsOfThread];
+
+  // Count. A single round is ranked at once, which counts too.
+  if constexpr (OneRound) {
+    rank_slots(ids, route, part, part.begin, ranks, slots, round_counts);
+#pragma unroll
+    for (int i = 0; i < ExpertsOfThread; ++i) count[own_experts + i] = round_counts[i];
+  } else {
+    count_slots<Warps, ExpertsOfThread>(ids, route, part, count);
+  }
+
+  // Exchange counts, and find each expert's first tile and this block's first row of it.
+  int32_t before[ExpertsOfThread] = {}, all[ExpertsOfThread] = {};
+  exchange_counts(count, before, all);
   uint32_t own_tiles = 0, own_slots = 0;
 #pragma unroll
   for (int i = 0; i < ExpertsOfThread; ++i) {
@@ -165,48 +257,20 @@ __global__ void __launch_bounds__(Warps* kWarpLanes, 1) moe_sort_kernel(const Id
     tile += (all[i] + route.tile_size - 1) >> route.tile_shift;
   }
 
-  for (int32_t round = part_first; round < part_end; round += kThreads * kItems) {
-    if constexpr (!OneRound) rank_slots(round);
+  // Rank.
+  for (int32_t round = part.begin; round < part.end; round += kThreads * kItems) {
+    if constexpr (!OneRound) rank_slots(ids, route, part, round, ranks, slots, round_counts);
     __syncthreads();
-    const int32_t items = items_of(round), first = first_of(round);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int32_t slot = first + i * kWarpLanes;
-      if (i >= items || slot >= part_end) break;
-      int32_t row = kNone;
-      if (expert[i] >= 0) {
-        row = next_row[expert[i]] + rank_of_warp[warp][expert[i]] + rank[i];
-        route.row_to_slot[row] = slot;
-      }
-      route.slot_to_row[slot] = row;
-    }
-    if (OneRound || round + kThreads * kItems >= part_end) break;
+    store_rows(route, part, round, slots, next_row, ranks);
+    if (OneRound || round + kThreads * kItems >= part.end) break;
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < ExpertsOfThread; ++i) next_row[own_experts + i] += count_of_own[i];
+    for (int i = 0; i < ExpertsOfThread; ++i) next_row[own_experts + i] += round_counts[i];
   }
-  __syncthreads();  // totals and first tiles are there, in a block without slots too
+  __syncthreads();  // totals and first tiles are stored, in a block without slots too
 
-  // The tables of the tiles, a thread a tile; then the padding behind the experts' last rows, a thread a row.
-  const int32_t tiles_of_block = (route.tiles + gridDim.x - 1) / gridDim.x;
-  const int32_t tiles_end = min(static_cast<int32_t>(blockIdx.x + 1) * tiles_of_block, route.tiles);
-  for (int32_t from = blockIdx.x * tiles_of_block; from < tiles_end; from += kThreads) {
-    const int32_t tiles = min(kThreads, tiles_end - from), own_tile = from + threadIdx.x;
-    if (threadIdx.x < tiles) {
-      const bool used = own_tile < all_tiles;
-      const int32_t expert = used ? expert_of<kExperts>(own_tile, first_tile) : kNone;
-      int32_t rows = 0;
-      if (used) rows = min(route.tile_size, total[expert] - (own_tile - first_tile[expert]) * route.tile_size);
-      route.tile_to_expert[own_tile] = expert;
-      route.tile_rows[own_tile] = rows;
-      rows_of_tile[threadIdx.x] = used ? rows : route.tile_size;  // rows of unused tiles are not written
-    }
-    __syncthreads();
-    for (int32_t i = threadIdx.x; i < tiles << route.tile_shift; i += kThreads)
-      if ((i & (route.tile_size - 1)) >= rows_of_tile[i >> route.tile_shift])
-        route.row_to_slot[(static_cast<int64_t>(from) << route.tile_shift) + i] = kNone;
-    __syncthreads();
-  }
+  // Tables.
+  store_tile_tables(route, all_tiles, total, first_tile, rows_of_tile);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     route.counts[0] = all_tiles;
     route.counts[1] = all_slots;
@@ -217,8 +281,8 @@ __global__ void __launch_bounds__(Warps* kWarpLanes, 1) moe_sort_kernel(const Id
 constexpr int kFewSlots = kWarpLanes;
 constexpr int kFewWarps = 4;
 
-// Up to kFewSlots slots: a lane a slot, and what takes tables of all experts above is asked of the other lanes. Every
-// warp finds out everything; the first one stores it, and all share the padding.
+// Up to kFewSlots slots: one lane per slot, and shuffles instead of tables over all experts. Every warp computes
+// everything; the first one stores it, and all share the padding rows.
 template <typename Id>
 __global__ void __launch_bounds__(kFewWarps* kWarpLanes) moe_sort_few_kernel(const Id* __restrict__ ids, Route route) {
   await_previous_grid();
@@ -228,7 +292,7 @@ __global__ void __launch_bounds__(kFewWarps* kWarpLanes) moe_sort_few_kernel(con
   const int32_t expert = local_expert(ids, lane, route.slots, route);
   const unsigned peers = __match_any_sync(kFullWarp, expert);
   const int32_t rank = __popc(peers & ((1u << lane) - 1));
-  // The first slot of each expert stands for it. Slots are few enough that an expert has one tile or two.
+  // The first slot of each expert represents it. With so few slots an expert has one tile or two.
   const bool stands = expert >= 0 && rank == 0;
   const int32_t own_tiles = stands ? (__popc(peers) + route.tile_size - 1) >> route.tile_shift : 0;
   const uint32_t key = stands ? static_cast<uint32_t>(expert) << 2 | own_tiles : ~0u << 2;

@@ -16,7 +16,7 @@ constexpr int64_t kMaxColumns = int64_t{1} << 20;
 constexpr int kMaxCluster = 8;                         // what every architecture grants
 constexpr int64_t kMaxRows = INT32_MAX / kMaxCluster;  // a grid has at most 2^31 - 1 blocks
 
-// What both kernels take beside the scores.
+// The kernels' arguments besides the scores.
 struct Selection {
   const int32_t* lengths;
   float* values;  // may be null
@@ -33,7 +33,7 @@ __device__ inline int row_length(const Selection& selection, int64_t row) {
   return selection.lengths ? min(max(selection.lengths[row], 0), selection.columns) : selection.columns;
 }
 
-// Writes column and value of the result's place in its row.
+// Writes a result: its column and value.
 template <typename Score>
 __device__ inline void write_result(const Selection& selection, const Score* row_scores, int64_t row, int place,
                                     uint32_t key, uint32_t column) {
@@ -49,7 +49,7 @@ __device__ inline void write_filling(const Selection& selection, int64_t row, in
   if (selection.values) selection.values[out] = -INFINITY;
 }
 
-// ---- Short rows, few results: a warp a row, which stays in registers.
+// ---- Short rows, few results: one warp per row, which stays in registers.
 
 constexpr int kRowsPerBlock = 4;
 
@@ -94,13 +94,15 @@ __global__ void __launch_bounds__(kRowsPerBlock* kWarpLanes)
 
 // ---- Long rows or many results: the blocks of a cluster share a row. Each reads its part once, into registers.
 //
-// A histogram over bins of keys, added up over the cluster, tells in which bin the last selected entry lies. Everything
-// up to the end of that bin goes to the cluster's first block, which sorts it and keeps the first k. If that is too
-// much, the bin is divided again, and so on until it fits. An entry is a key and its column in one number, so entries
-// with one same key are divided by column: the result has no choice.
+// An entry is a key and its column in one number, so no two entries are equal and the result is unique. Phases:
+//   load       keys of the block's part of the row
+//   histogram  over bins of keys, summed over the cluster: in which bin does the last selected entry lie?
+//   refine     while that bin and what lies before it are too many entries to sort: a histogram within the bin
+//   gather     the entries up to the end of the bin, in the cluster's first block
+//   sort       them there, and write the first k
 
 constexpr int kThreads = 512;
-constexpr uint32_t kFew = 1024;  // entries of the last bin that are sorted rather than divided again
+constexpr uint32_t kFew = 1024;  // a last bin of at most so many entries is sorted, a larger one divided again
 constexpr int kGathered = kMaxSelected + kFew;
 
 using Bins = uint32_t[kBins];
@@ -161,7 +163,7 @@ __device__ inline uint32_t* bins_of_turn(LongShared& shared, int turn) {
   return turn % 2 ? shared.more_bins : shared.scratch.bins;
 }
 
-// In which bin the entry of rank `rank` (from 0) lies, of all that the cluster has counted in bins_of_turn(turn).
+// The bin with the entry of rank `rank` (from 0) among all that the cluster's blocks counted in bins_of_turn(turn).
 __device__ Bin find_bin(LongShared& shared, int turn, uint32_t rank) {
   uint32_t* const bins = bins_of_turn(shared, turn);
   __cluster_barrier_arrive();
@@ -186,6 +188,43 @@ __device__ Bin find_bin(LongShared& shared, int turn, uint32_t rank) {
   return shared.bin;
 }
 
+// Where the last selected entry of a row lies: among the entries first to last, the one of rank `selected - ahead - 1`.
+template <typename Score>
+struct Search {
+  uint32_t length, selected;
+  uint64_t first, last;
+  uint32_t ahead;  // entries before `first`
+  uint32_t count;  // entries from `first` to `last`
+  int turn = 1;    // of the next histogram
+
+  __device__ __forceinline__ Search(int length, int top_k, int column_bits)
+      : length(length), selected(min(length, top_k)) {
+    first = 0, last = uint64_t{kLastKey<Score>} << column_bits | all_columns(column_bits);
+    ahead = 0, count = length;
+  }
+  __device__ __forceinline__ static uint64_t all_columns(int column_bits) { return (uint64_t{1} << column_bits) - 1; }
+
+  // Whether the first histogram is needed, and what its bin says.
+  __device__ __forceinline__ bool is_wide() const { return count > kFew && count > selected; }
+  __device__ __forceinline__ void take_first(const Bin& bin, int column_bits) {
+    first = uint64_t{first_key_of(bin.number) >> kKeyShift<Score>} << column_bits;
+    last = uint64_t{last_key_of(bin.number) >> kKeyShift<Score>} << column_bits | all_columns(column_bits);
+    ahead = bin.ahead;
+    count = min(bin.count, length - ahead);  // the last bin may have counted columns behind the row's end
+  }
+
+  // Whether another histogram, of the entries first to last, is needed, and what its bin of 2^shift entries says.
+  __device__ __forceinline__ bool is_open() const { return count > kFew && ahead + count > selected; }
+  __device__ __forceinline__ void take(const Bin& bin, int shift) {
+    first += uint64_t{bin.number} << shift;
+    last = min(last, first + ((uint64_t{1} << shift) - 1));
+    ahead += bin.ahead;
+    count = bin.count;
+    ++turn;
+  }
+  __device__ __forceinline__ uint32_t gathered() const { return ahead + count; }
+};
+
 // By the cluster's first block: sorts the entries that it has gathered, and writes the row's results.
 template <typename Score>
 __device__ __forceinline__ void sort_and_write(LongShared& shared, const Selection& selection, const Score* row_scores,
@@ -209,80 +248,49 @@ __device__ __forceinline__ void sort_and_write(LongShared& shared, const Selecti
   for (int i = selected + threadIdx.x; i < selection.top_k; i += kThreads) write_filling(selection, row, i);
 }
 
-// How far a slot's column lies behind that of the thread's first slot: a constant, so that comparing and adding it
-// costs no register.
+// Columns from the thread's first slot to this one: a constant, so it takes no register.
 __device__ constexpr int column_offset(int slot) { return slot / kFour * (kThreads * kFour) + slot % kFour; }
 
+// Loads the keys of a block's part of the row, and counts them in `bins`, which are cleared. left: columns from
+// first_column to the row's end; may be negative.
 template <typename Score, int Slots>
-__global__ void __launch_bounds__(kThreads, 1)
-    topk_select_long_kernel(const Score* __restrict__ scores, Selection selection, int column_bits) {
-  await_previous_grid();
-  __shared__ alignas(16) LongShared shared;
-  const unsigned blocks = __clusterSizeInBlocks(), block = __clusterRelativeBlockRank();
-  const int64_t row = blockIdx.x / blocks;
-  if (threadIdx.x == 0) shared.gathered = 0;
-  __cluster_barrier_arrive_relaxed();
-  const Score* const row_scores = scores + row * selection.scores_stride;
-  const int length = row_length(selection, row);
-  const int first_column = static_cast<int>(block * (kThreads * Slots) + threadIdx.x * kFour);
-  const int left = length - first_column;  // columns from there to the end; may be negative
-
+__device__ __forceinline__ void load_keys(const Score* row_scores, int first_column, int left, bool fours, Bins& bins,
+                                          uint32_t (&keys)[Slots]) {
   Four<Score> loaded[Slots / kFour];
 #pragma unroll
   for (int i = 0; i < Slots / kFour; ++i)
-    loaded[i] = load_four(row_scores + first_column, column_offset(i * kFour), left, selection.in_fours);
-  clear_bins<kThreads>(shared.scratch.bins);
+    loaded[i] = load_four(row_scores + first_column, column_offset(i * kFour), left, fours);
+  clear_bins<kThreads>(bins);
   __syncthreads();
-  uint32_t keys[Slots];
 #pragma unroll
   for (int slot = 0; slot < Slots; ++slot) {
     const float value = static_cast<float>(loaded[slot / kFour].values[slot % kFour]);
     const uint32_t key = column_offset(slot) < left ? descending_key(value) : kNoKey;
     keys[slot] = key == kNoKey ? kNoKey : key >> kKeyShift<Score>;
-    atomicAdd(&shared.scratch.bins[bin_of_key(key)], 1u);
+    atomicAdd(&bins[bin_of_key(key)], 1u);
   }
-  __cluster_barrier_wait();  // all blocks run, so their shared memory can be reached
+}
 
-  // Of the entries first to last, the one of rank `selected - ahead - 1` is the last that is selected.
-  const uint32_t selected = min(length, selection.top_k);
-  const uint64_t all_columns = (uint64_t{1} << column_bits) - 1;
-  uint64_t first = 0, last = uint64_t{kLastKey<Score>} << column_bits | all_columns;
-  uint32_t ahead = 0, count = length;
-  int turn = 1;
-  if (count > kFew && count > selected) {
-    const Bin bin = find_bin(shared, 0, selected - 1);
-    first = uint64_t{first_key_of(bin.number) >> kKeyShift<Score>} << column_bits;
-    last = uint64_t{last_key_of(bin.number) >> kKeyShift<Score>} << column_bits | all_columns;
-    ahead = bin.ahead;
-    count = min(bin.count, length - ahead);
-  } else {
-    __cluster_barrier_arrive();
-    __cluster_barrier_wait();  // the first block's counter is 0
-  }
-  for (; count > kFew && ahead + count > selected; ++turn) {
-    clear_bins<kThreads>(bins_of_turn(shared, turn));  // the others have read them before the last barrier
-    __syncthreads();
-    const int shift = shift_for(last - first);
-    const uint64_t from_first = first_column - first;
-    asm volatile(""
-                 : "+r"(column_bits));  // or shifted keys are kept from turn to turn, for which no registers are left
-    uint32_t* const bins = bins_of_turn(shared, turn);
+// Counts the entries from search.first to search.last in bins of 2^shift.
+template <typename Score, int Slots>
+__device__ __forceinline__ void count_keys(const uint32_t (&keys)[Slots], int first_column, int column_bits,
+                                           const Search<Score>& search, int shift, uint32_t* bins) {
+  const uint64_t from_first = first_column - search.first;
 #pragma unroll
-    for (int slot = 0; slot < Slots; ++slot) {
-      uint32_t key = keys[slot];
-      asm volatile("" : "+r"(key)::"memory");  // slot by slot: there are no registers for more
-      const uint64_t distance = (uint64_t{key} << column_bits) + (from_first + column_offset(slot));
-      if (distance <= last - first) atomicAdd(&bins[distance >> shift], 1u);
-    }
-    const Bin bin = find_bin(shared, turn, selected - ahead - 1);
-    first += uint64_t{bin.number} << shift;
-    last = min(last, first + ((uint64_t{1} << shift) - 1));
-    ahead += bin.ahead;
-    count = bin.count;
+  for (int slot = 0; slot < Slots; ++slot) {
+    uint32_t key = keys[slot];
+    asm volatile("" : "+r"(key)::"memory");  // slot by slot: there are no registers for more
+    const uint64_t distance = (uint64_t{key} << column_bits) + (from_first + column_offset(slot));
+    if (distance <= search.last - search.first) atomicAdd(&bins[distance >> shift], 1u);
   }
+}
 
+// Appends the block's entries up to `last` to those in the cluster's first block, in any order.
+template <typename Score, int Slots>
+__device__ __forceinline__ void gather_keys(LongShared& shared, const Score* row_scores, const uint32_t (&keys)[Slots],
+                                            int first_column, int column_bits, uint64_t last, int turn) {
   const uint32_t last_key = static_cast<uint32_t>(last >> column_bits);
-  const int last_offset = static_cast<int>(last & all_columns) - first_column;
+  const int last_offset = static_cast<int>(last & Search<Score>::all_columns(column_bits)) - first_column;
   const auto is_gathered = [&](int slot) {
     return keys[slot] < last_key || (keys[slot] == last_key && column_offset(slot) <= last_offset);
   };
@@ -293,9 +301,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (is_gathered(slot)) chosen |= Slot{1} << slot;
   if (turn > 1) {
     __cluster_barrier_arrive();
-    __cluster_barrier_wait();  // nobody reads bins any more where entries are going to be
+    __cluster_barrier_wait();  // no block reads bins any more, whose memory the entries take
   }
-  // Entries come in any order: sorting them takes it away.
   const int lane = threadIdx.x % kWarpLanes;
   const uint32_t own = Slots > 32 ? __popcll(chosen) : __popc(static_cast<uint32_t>(chosen));
   const uint32_t up_to = sum_up_to_lane(own);
@@ -310,15 +317,51 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t key = descending_key(static_cast<float>(row_scores[column])) >> kKeyShift<Score>;
     entries[place++] = uint64_t{key} << column_bits | static_cast<uint32_t>(column);
   }
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
-  if (block != 0) return;
-
-  sort_and_write(shared, selection, row_scores, row, ahead + count, selected, column_bits);
 }
 
-// ---- Rows that the registers of a cluster do not hold: the same, but each turn reads the row again, from the L2
-// cache.
+template <typename Score, int Slots>
+__global__ void __launch_bounds__(kThreads, 1)
+    topk_select_long_kernel(const Score* __restrict__ scores, Selection selection, int column_bits) {
+  await_previous_grid();
+  __shared__ alignas(16) LongShared shared;
+  const unsigned blocks = __clusterSizeInBlocks(), block = __clusterRelativeBlockRank();
+  const int64_t row = blockIdx.x / blocks;
+  if (threadIdx.x == 0) shared.gathered = 0;
+  __cluster_barrier_arrive_relaxed();
+  const Score* const row_scores = scores + row * selection.scores_stride;
+  const int length = row_length(selection, row);
+  const int first_column = static_cast<int>(block * (kThreads * Slots) + threadIdx.x * kFour);
+
+  uint32_t keys[Slots];
+  load_keys(row_scores, first_column, length - first_column, selection.in_fours, shared.scratch.bins, keys);
+  __cluster_barrier_wait();  // all blocks run, so their shared memory can be reached
+
+  Search<Score> search(length, selection.top_k, column_bits);
+  if (search.is_wide()) {
+    search.take_first(find_bin(shared, 0, search.selected - 1), column_bits);
+  } else {
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();  // the first block's counter is 0
+  }
+  while (search.is_open()) {
+    uint32_t* const bins = bins_of_turn(shared, search.turn);
+    clear_bins<kThreads>(bins);  // the others have read them before the last barrier
+    __syncthreads();
+    const int shift = shift_for(search.last - search.first);
+    // Or the compiler keeps shifted keys from turn to turn, for which no registers are left.
+    asm volatile("" : "+r"(column_bits));
+    count_keys(keys, first_column, column_bits, search, shift, bins);
+    search.take(find_bin(shared, search.turn, search.selected - search.ahead - 1), shift);
+  }
+
+  gather_keys(shared, row_scores, keys, first_column, column_bits, search.last, search.turn);
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  if (block == 0) sort_and_write(shared, selection, row_scores, row, search.gathered(), search.selected, column_bits);
+}
+
+// ---- Rows too long for the registers of a cluster: the same phases, but each histogram reads the row again, from the
+// L2 cache.
 
 // Calls function(key, column) for the columns [begin, end) of a row, shared out to the block's threads. begin: a
 // multiple of kFour. The key is descending_key()'s, with all its bits.
@@ -359,43 +402,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) shared.gathered = 0;
   clear_bins<kThreads>(shared.scratch.bins);
   __syncthreads();
-  const uint32_t selected = min(length, selection.top_k);
-  const uint64_t all_columns = (uint64_t{1} << column_bits) - 1;
-  // Of the entries first to last, the one of rank `selected - ahead - 1` is the last that is selected.
-  uint64_t first = 0, last = uint64_t{kLastKey<Score>} << column_bits | all_columns;
-  uint32_t ahead = 0, count = length;
-  int turn = 1;
-  if (count > kFew && count > selected) {
+  Search<Score> search(length, selection.top_k, column_bits);
+  if (search.is_wide()) {
     for_each_key(row_scores, begin, end, selection.in_fours,
                  [&](uint32_t key, int) { atomicAdd(&shared.scratch.bins[bin_of_key(key)], 1u); });
-    const Bin bin = find_bin(shared, 0, selected - 1);
-    first = uint64_t{first_key_of(bin.number) >> kKeyShift<Score>} << column_bits;
-    last = uint64_t{last_key_of(bin.number) >> kKeyShift<Score>} << column_bits | all_columns;
-    ahead = bin.ahead;
-    count = bin.count;
+    search.take_first(find_bin(shared, 0, search.selected - 1), column_bits);
   }
-  for (; count > kFew && ahead + count > selected; ++turn) {
-    uint32_t* const bins = bins_of_turn(shared, turn);
+  while (search.is_open()) {
+    uint32_t* const bins = bins_of_turn(shared, search.turn);
     clear_bins<kThreads>(bins);  // the others have read them before the last barrier
     __syncthreads();
-    const int shift = shift_for(last - first);
+    const int shift = shift_for(search.last - search.first);
     for_each_key(row_scores, begin, end, selection.in_fours, [&](uint32_t key, int column) {
-      const uint64_t distance = entry_of(key, column) - first;
-      if (distance <= last - first) atomicAdd(&bins[distance >> shift], 1u);
+      const uint64_t distance = entry_of(key, column) - search.first;
+      if (distance <= search.last - search.first) atomicAdd(&bins[distance >> shift], 1u);
     });
-    const Bin bin = find_bin(shared, turn, selected - ahead - 1);
-    first += uint64_t{bin.number} << shift;
-    last = min(last, first + ((uint64_t{1} << shift) - 1));
-    ahead += bin.ahead;
-    count = bin.count;
+    search.take(find_bin(shared, search.turn, search.selected - search.ahead - 1), shift);
   }
 
-  // Each block gathers its own entries, in any order, then all leave them with the first block.
+  // Each block gathers its own entries, in any order, and then appends them to the first block's.
   __cluster_barrier_arrive();
-  __cluster_barrier_wait();  // nobody reads bins any more where entries are going to be
+  __cluster_barrier_wait();  // no block reads bins any more, whose memory the entries take
   for_each_key(row_scores, begin, end, selection.in_fours, [&](uint32_t key, int column) {
     const uint64_t entry = entry_of(key, column);
-    if (entry <= last) shared.entries[atomicAdd(&shared.gathered, 1u)] = entry;
+    if (entry <= search.last) shared.entries[atomicAdd(&shared.gathered, 1u)] = entry;
   });
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
@@ -409,7 +439,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
-  if (block == 0) sort_and_write(shared, selection, row_scores, row, ahead + count, selected, column_bits);
+  if (block == 0) sort_and_write(shared, selection, row_scores, row, search.gathered(), search.selected, column_bits);
 }
 
 constexpr int64_t kMostColumns = kThreads * 64;  // of a block that keeps them in registers
