@@ -18,6 +18,9 @@ from dsv4_kernels import number_formats
 from dsv4_kernels.cache import PAGE_LAYOUTS
 from dsv4_kernels.op_table import OPS
 
+from docs.drawings import layer, page_layouts, weight_order
+from docs.drawings.__main__ import DRAWINGS
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
     path
@@ -198,6 +201,25 @@ def test_formulas_are_mathml(pages: Path) -> None:
         assert formulas
         assert page.count("<math ") >= len(formulas)
         assert re.findall(r"\\(?:mathrm|frac|lfloor|cdot|sum)\b", page) == []
+
+
+def test_drawings_are_those_of_their_sources() -> None:
+    folder = ROOT / "docs" / "drawings"
+    assert {path.stem for path in folder.glob("*.svg")} == set(DRAWINGS)
+    assert [name for name, of in DRAWINGS.items() if (folder / f"{name}.svg").read_text() != str(of.draw())] == [], (
+        "run python -m docs.drawings"
+    )
+
+
+def test_drawings_show_what_there_is() -> None:
+    """Ops by their names; interleaved positions by the formula of csrc/include/dsv4/moe.h."""
+    assert {*layer.COMPRESSION, *layer.ROUTING, *layer.EXPERTS, *layer.STASH} <= set(OPS)
+    for word, bits in enumerate(weight_order.positions_of_bits()):
+        w, g, h = word // 4, word // 2 % 2, word % 2
+        wanted = {64 * h + 32 * g + 8 * p + 2 * w + c for p in range(4) for c in (0, 1)}
+        assert sorted(bits) == sorted(4 * [*wanted])
+    for layout in PAGE_LAYOUTS.values():
+        assert sum(size for _, size, _ in page_layouts.parts(layout)) == layout.entry_bytes
 
 
 def test_every_op_has_a_page(pages: Path) -> None:
