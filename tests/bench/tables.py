@@ -1,6 +1,6 @@
-"""The tables of times in README.md and docs/benchmarks.md, made from recorded results.
+"""The tables in README.md, docs/benchmarks.md and docs/verified.md that are made from recorded results.
 
-    python -m tests.bench.tables          writes both
+    python -m tests.bench.tables          writes all of them
 
 test_tables.py fails while a document differs from the results.
 """
@@ -14,8 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "bench" / "results"
 DEVICE = "h200"  # of the README's figures; docs/benchmarks.md shows every folder of results, this one first
-README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->"
+README, BENCHMARKS, VERIFIED = (ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/verified.md"))
 
 TIMES = {
     "floor_us": "floor",
@@ -96,10 +95,38 @@ def figures(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"On {conditions(report)}. {versions}.", ""]) + "\n"
 
 
-def readme_with(text: str, table: str) -> str:
-    """The README with the table between its markers replaced."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + table + END + rest.split(END)[1]
+def replaced(text: str, mark: str, table: str) -> str:
+    """A document with the table between `<!-- mark -->` and `<!-- end of mark -->` replaced."""
+    begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
+    before, rest = text.split(begin)
+    return before + begin + table + end + rest.split(end)[1]
+
+
+def readme() -> str:
+    """The README with today's figures."""
+    return replaced(README.read_text(), "figures", figures(read(DEVICE, "peers.json")))
+
+
+def ran() -> str:
+    """The table of docs/verified.md: what was run on which device, at which commit."""
+    lines = ["| device | what | commit | torch, driver | outcome |", "|---" * 5 + "|"]
+    for path in sorted(RESULTS.glob("*/*.json"), reverse=True):
+        report = json.loads(path.read_text())
+        machine = report["machine"]
+        if "results" in report:
+            right = sum(result["passed"] for result in report["results"])
+            outcome = f"{right} of {len(report['results'])} cases right"
+        else:
+            failed = sum("error" in row for row in report["rows"])
+            outcome = f"{len(report['rows'])} rows" + (f", {failed} failed" if failed else "")
+        software = f"{machine['torch']}, {machine['driver']}"
+        lines.append(f"| {machine['device']} | {path.stem} | {machine['commit'][:7]} | {software} | {outcome} |")
+    return "\n".join(lines) + "\n"
+
+
+def verified() -> str:
+    """docs/verified.md with today's table of runs."""
+    return replaced(VERIFIED.read_text(), "ran", ran())
 
 
 def all_rows(device: str) -> list[str]:
@@ -189,8 +216,9 @@ def benchmarks() -> str:
 
 
 def main() -> None:
-    README.write_text(readme_with(README.read_text(), figures(read(DEVICE, "peers.json"))))
+    README.write_text(readme())
     BENCHMARKS.write_text(benchmarks())
+    VERIFIED.write_text(verified())
 
 
 if __name__ == "__main__":

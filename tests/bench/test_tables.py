@@ -3,10 +3,14 @@ from __future__ import annotations
 from tests.bench import tables
 
 
-def test_readme_shows_the_recorded_results() -> None:
-    text = tables.README.read_text()
-    table = tables.figures(tables.read(tables.DEVICE, "peers.json"))
-    assert tables.readme_with(text, table) == text, "run python -m tests.bench.tables"
+def test_documents_show_the_recorded_results() -> None:
+    assert tables.README.read_text() == tables.readme(), "run python -m tests.bench.tables"
+    assert tables.VERIFIED.read_text() == tables.verified(), "run python -m tests.bench.tables"
+
+
+def test_a_table_is_replaced_between_its_marks() -> None:
+    text = "a\n<!-- t -->\nold\n<!-- end of t -->\nb"
+    assert tables.replaced(text, "t", "new\n") == "a\n<!-- t -->\nnew\n<!-- end of t -->\nb"
 
 
 def test_benchmarks_page_shows_the_recorded_results() -> None:
