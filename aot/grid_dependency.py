@@ -1,4 +1,4 @@
-"""The kernel's half of a launch, for Triton kernels; csrc/core/launch.h says what it is for."""
+"""Programmatic dependent launch in Triton kernels: what await_previous_grid() of csrc/core/launch.h is in CUDA C++."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def library_fingerprint(root: Path = ROOT) -> str:
 
 
 def build_requirements() -> list[Requirement]:
-    """What pyproject.toml asks for to build, compilers among them."""
+    """What pyproject.toml requires to build, compilers among them."""
     return [*map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"])]
 
 

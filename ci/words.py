@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 
 # What is counted, and per what. "tokens a block" is refused only where the phrase ends behind it: "the columns a block
-# handles" is English.
+# handles" is English. What is a verb too ("loads a row") is refused only behind a number.
 _UNITS = (
-    "accesses|arguments|bits|blocks|bytes|calls|channels|codes|columns|cycles|elements|entries|experts|files|functions|"
-    "groups|images|instructions|kernels|lanes|launches|layers|lines|loads|operations|pages|passes|positions|products|"
-    "ranks|registers|requests|results|rounds|rows|scales|slots|stages|steps|stores|sums|threads|tiles|times|tokens|units|"
-    "values|warps|waves|weights|words"
+    "arguments|bits|blocks|bytes|columns|cycles|elements|entries|experts|files|instructions|kernels|lanes|lines|operations|"
+    "positions|products|registers|rows|slots|threads|tiles|tokens|units|warps|weights|words"
+)
+_VERBS = (
+    "accesses|calls|channels|codes|functions|groups|images|launches|layers|loads|pages|passes|ranks|requests|results|"
+    "rounds|scales|stages|steps|stores|sums|times|values|waves"
 )
 _ONE = (
     "access|block|byte|call|channel|code|column|element|entry|expert|function|group|image|instruction|kernel|lane|launch|"
@@ -35,11 +37,12 @@ _COUNT = r"(?:an?|one|two|three|four|five|six|eight|half|\d+)"
 
 WORDS = [
     (rf"\b(?:{_UNITS}) an? (?:{_PER})\b{_ENDS}", "per"),
+    (rf"\b(?:{_COUNT}|many|few|more|fewer) (?:{_VERBS}) an? (?:{_PER})\b{_ENDS}", "per"),
     (rf"\b{_COUNT} (?:{_ONE}) an? (?:{_PER})\b{_ENDS}", "per"),
-    (rf"(?<![a-z])(?:{_UNITS})_an?_(?:{_PER}|task)s?(?![a-z])", "per"),
+    (rf"(?<![a-z])(?:{_UNITS}|{_VERBS})_an?_(?:{_PER}|task)s?(?![a-z])", "per"),
     (r"s(?:A|An)(?:Block|Lane|Row|Thread|Tile|Token|Warp)\b", "per"),
-    (r"(?<![A-Za-z])[Rr]ivals?(?![a-z])|RIVALS?", "baseline, peer"),
-    (r"(?<![A-Za-z])[Yy]ardsticks?(?![a-z])|YARDSTICKS?", "reference, baseline, measure"),
+    (r"(?<![A-Za-z])(?:[Rr]ivals?|RIVALS?)(?![A-Za-z])", "baseline, peer"),
+    (r"(?<![A-Za-z])(?:[Yy]ardsticks?|YARDSTICKS?)(?![a-z])", "reference, baseline, measure"),
     (r"\b[Aa]sk(?:s|ing)? for\b|\bask_for", "load, prefetch, request, require, need"),
     (r"(?<![A-Za-z])[Ww]iden(?:s|ed)?(?![a-z])", "dequantise, upcast, convert"),
     (r"programmatic stream serialization", "programmatic dependent launch (PDL)"),
@@ -61,15 +64,7 @@ _REFUSED = [(re.compile(pattern.replace(" ", " +")), instead) for pattern, inste
 _BREAK = re.compile(r"\n[ \t]*(?://+|#+|\*(?!/)|;;)?[ \t]*(?=\S)")
 
 # Folders whose texts have not been read again yet. To end empty.
-PENDING: tuple[str, ...] = (
-    "aot/",
-    "csrc/moe/",
-    "csrc/python/",
-    "csrc/router/topk_select.cu",
-    "csrc/stash/",
-    "python/",
-    "tests/",
-)
+PENDING: tuple[str, ...] = ("aot/moe/", "csrc/moe/", "python/", "tests/moe/", "tests/cache/test_schema_and_state.py")
 # Texts about the wordings.
 ABOUT = ("ci/words.py", "tests/package/test_words.py")
 

@@ -75,7 +75,7 @@ def dense_router_decode(
     max_experts: cutlass.Constexpr,
     max_tokens: cutlass.Constexpr,
 ) -> None:
-    # The kernel's half of a launch (csrc/core/launch.h): first of all it waits for the one before it.
+    # Programmatic dependent launch (csrc/core/launch.h): wait for the previous grid before anything else.
     cute.arch.griddepcontrol_wait()
     cute.arch.griddepcontrol_launch_dependents()
 
@@ -104,7 +104,7 @@ def dense_router_decode(
         max_experts,
         max_tokens,
     )
-    # Asked for here, so that they arrive while sums are exchanged.
+    # Loaded here, so that the latency is hidden by the exchange of sums.
     seen = Uint32(0)
     if thread == 0 and block < selecting:
         seen = load_presence(presence, Int32(0))

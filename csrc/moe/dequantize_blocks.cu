@@ -1,4 +1,4 @@
-// From codes with scales for blocks of them back to values: NVFP4, MXFP4, MXFP8, and FP8 with a scale a row.
+// From codes with scales for blocks of them back to values: NVFP4, MXFP4, MXFP8, and FP8 with one scale per row.
 #include "device/e8m0.cuh"
 #include "device/fp4.cuh"
 #include "device/fp8.cuh"

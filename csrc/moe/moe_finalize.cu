@@ -8,7 +8,7 @@ namespace dsv4 {
 
 constexpr int kThreads = 256;
 constexpr int kVector = 8;  // columns of a thread: 16 bytes
-constexpr int kAtOnce = 6;  // rows that a thread asks for before it adds the first: as many as the models have
+constexpr int kAtOnce = 6;  // rows in flight per thread before it adds the first: as many as the models have
 
 struct alignas(16) Eight {
   __nv_bfloat16 values[kVector];
@@ -41,7 +41,7 @@ __device__ Eight load_eight(const __nv_bfloat16* row, int64_t column, int64_t co
   }
 }
 
-// A thread sums 8 columns of a token over its slots, in the slots' order: one rounding a product and sum, one at the
+// A thread sums 8 columns of a token over its slots, in the slots' order: one rounding per product and sum, one at the
 // end.
 template <bool Aligned>
 __global__ void __launch_bounds__(kThreads, 3) moe_finalize_kernel(Combination c) {

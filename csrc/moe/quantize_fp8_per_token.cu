@@ -1,4 +1,4 @@
-// FP8 E4M3 with a float32 scale for each row: a block a row.
+// FP8 E4M3 with a float32 scale for each row: one block per row.
 #include "device/fp8.cuh"
 #include "moe/row_amax.cuh"
 

@@ -1,6 +1,6 @@
 // NVFP4 with the global scale taken from the values, on the device. Of a whole tensor or of experts: one kernel finds
 // the largest magnitudes, a second one reads them, and its last block leaves the workspace zeroed. Of tokens: one
-// kernel, a block a row. Maxima do not depend on the order in which they are taken, so the bits are always the same. A
+// kernel, one block per row. Maxima do not depend on the order in which they are taken, so the bits are always the same. A
 // block of values with a NaN counts for no global scale: it alone is lost.
 #include "moe/nvfp4_block.cuh"
 #include "moe/row_amax.cuh"

@@ -3,8 +3,8 @@
     python -m tests.bench.moe_layers FILE
 
 Bytes are those of the checkpoint's weights that a call touches; what the rows need beside them is not counted, nor is
-it in the targets. Rivals do the same in torch, in the same run, on weights that were widened to bfloat16 beforehand and
-are four times as many bytes. Needs a GPU.
+it in the targets. Baselines do the same in torch, in the same run, on weights that were dequantised to bfloat16
+beforehand and are four times as many bytes. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dsv4_kernels.moe import Nvfp4MoE
 from dsv4_kernels.presets import PRESETS, Preset
 from torch import Tensor
 
-from tests.bench.moe_rivals import Bfloat16Experts
+from tests.bench.moe_baselines import Bfloat16Experts
 
 DECODE, ALL = (1, 2, 4, 16, 128), (1, 2, 4, 16, 128, 1024, 8192)
 
@@ -40,8 +40,8 @@ LAYERS = (
 )
 
 
-# Of the rivals' bfloat16 weights: beside ours and a copy of them, what a device of 80 GB has room for.
-MOST_RIVAL_BYTES = 30e9
+# Of the baselines' bfloat16 weights: beside ours and a copy of them, what a device of 80 GB has room for.
+MOST_BASELINE_BYTES = 30e9
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class Weights:
         return layer
 
     def in_bfloat16(self) -> Bfloat16Experts:
-        def widened(codes: Tensor, scales: Tensor) -> Tensor:
+        def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
             out = torch.empty((*codes.shape[:2], 2 * codes.shape[2]), dtype=torch.bfloat16, device=codes.device)
             for expert, place in enumerate(out):
                 factor = 1.0 if self.factor is None else self.factor[expert]
                 place.copy_(bfloat16_values(codes[expert], scales[expert]) * factor)
             return out
 
-        return Bfloat16Experts(widened(*self.l1), widened(*self.l2), limit=10.0)
+        return Bfloat16Experts(dequantized(*self.l1), dequantized(*self.l2), limit=10.0)
 
 
 def random_weights(sizes: Preset, nvfp4: bool, device: str = "cuda") -> Weights:
@@ -95,7 +95,9 @@ def routes(tokens: int, sizes: Preset, calls: int) -> list[Tensor]:
     return list(scores.topk(sizes.top_k).indices.to(torch.int32))
 
 
-def measure(layer: Nvfp4MoE, rivals: Bfloat16Experts | None, sizes: Preset, nvfp4: bool, tokens: int) -> dict[str, Any]:
+def measure(
+    layer: Nvfp4MoE, baselines: Bfloat16Experts | None, sizes: Preset, nvfp4: bool, tokens: int
+) -> dict[str, Any]:
     hidden = torch.randn(tokens, sizes.hidden_size, device="cuda").to(torch.bfloat16)
     weights = torch.rand(tokens, sizes.top_k, device="cuda")
     ids = routes(tokens, sizes, 16 if tokens < 16 else 2)
@@ -115,11 +117,11 @@ def measure(layer: Nvfp4MoE, rivals: Bfloat16Experts | None, sizes: Preset, nvfp
         "tbs": touched * an_expert / seconds / 1e12,
         "tflops": operations / seconds / 1e12,
     }
-    if rivals:
-        row["torch_loop_us"] = seconds_without_graph(lambda: rivals.loop(hidden, weights, ids[0])) * 1e6
-    if rivals and hasattr(torch, "_grouped_mm"):
-        row["torch_grouped_mm_us"] = seconds_of(rivals.grouped_mm) * 1e6
-        row["torch_compile_grouped_mm_us"] = seconds_of(torch.compile(rivals.grouped_mm)) * 1e6
+    if baselines:
+        row["torch_loop_us"] = seconds_without_graph(lambda: baselines.loop(hidden, weights, ids[0])) * 1e6
+    if baselines and hasattr(torch, "_grouped_mm"):
+        row["torch_grouped_mm_us"] = seconds_of(baselines.grouped_mm) * 1e6
+        row["torch_compile_grouped_mm_us"] = seconds_of(torch.compile(baselines.grouped_mm)) * 1e6
     return row
 
 
@@ -147,14 +149,14 @@ def main() -> None:
         sizes = PRESETS[name]
         given = random_weights(sizes, nvfp4)
         layer = given.layer(activations, sizes.top_k)
-        in_bfloat16 = 2 * (given.l1[0].numel() + given.l2[0].numel()) * 2 <= MOST_RIVAL_BYTES
-        rivals = given.in_bfloat16() if activations == "bfloat16" and in_bfloat16 else None
+        in_bfloat16 = 2 * (given.l1[0].numel() + given.l2[0].numel()) * 2 <= MOST_BASELINE_BYTES
+        baselines = given.in_bfloat16() if activations == "bfloat16" and in_bfloat16 else None
         for tokens in batches:
             row = {"preset": name, "weights": "NVFP4" if nvfp4 else "MXFP4", "activations": activations}
-            row |= measure(layer, rivals, sizes, nvfp4, tokens)
+            row |= measure(layer, baselines, sizes, nvfp4, tokens)
             rows.append({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
             print(rows[-1], flush=True)
-        del given, layer, rivals
+        del given, layer, baselines
         torch.cuda.empty_cache()
     report = {"machine": describe("cuda"), "copy_bandwidth": ceilings("cuda").copy_bandwidth, "rows": rows}
     options.json.write_text(json.dumps(report, indent=1) + "\n")

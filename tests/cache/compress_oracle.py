@@ -122,7 +122,7 @@ def encode(
     fp4_ties_toward_zero: bool = False,
     exact_scale: bool | None = None,
 ) -> tuple[Array, Array]:
-    """Bytes of values and of scales, a row an entry, from bfloat16 numbers [entries, head_dim]."""
+    """Bytes of values and of scales, one row per entry, from bfloat16 numbers [entries, head_dim]."""
     form = FORMATS[layout]
     rest = np.ascontiguousarray(values[:, form.quantized :].astype(BF16)).view(np.uint8)
     if not form.quantized:

@@ -120,7 +120,7 @@ def test_several_tokens(streams: int, indexer: int, ape: bool, round: int, devic
 @pytest.mark.parametrize("m", [1, 3, 4, 7])
 @pytest.mark.parametrize("position", [0, 1_000_003, 2**31 - 1, 2**31, 2**40 + 6, 2**62 - 1])
 def test_one_token_at_long_positions(position: int, m: int, device: str) -> None:
-    """Without offsets: one token a request; more token rows than requests are skipped."""
+    """Without offsets: one token per request; more token rows than requests are skipped."""
     problem = Problem([position, position + 1], [1, 1], [1, 3], m=m, extra=2)
     got = problem.run(device, offsets=False)
     assert same(got, problem.expected())

@@ -51,8 +51,8 @@ def test_prefill_and_decode_mixed(ratio: int, overlap: bool, wide: bool, device:
 
 @pytest.mark.parametrize("architecture", DISTINCT)
 @pytest.mark.parametrize("layout", ["bf16", "indexer_bf16"])
-def test_several_tokens_a_block(layout: str, architecture: str) -> None:
-    """What thousands of tokens do on a whole device, tens do on one multiprocessor: a block takes a few in turn."""
+def test_several_tokens_per_block(layout: str, architecture: str) -> None:
+    """On one multiprocessor tens of tokens suffice for several per block, as thousands do on a whole device."""
     ptx_folder()
     with emulated(architecture, multiprocessors=1) as symbols:
         one = engine(4, True, "cpu", layout)

@@ -60,7 +60,7 @@ class Pool:
             flush_write_csa(self.entry, self.key, *where, *rows, self.keys, self.key_scale, m)
 
     def rows(self) -> list[torch.Tensor]:
-        """Every part, a row an entry, on the host."""
+        """Every part, one row per entry, on the host."""
         fp8, key_scale = self.fp8.view(torch.uint8), self.key_scale.view(torch.uint8)
         parts = (fp8, self.rope, self.scale[..., None], self.keys, key_scale)
         return [part.flatten(0, 1).cpu() for part in parts]

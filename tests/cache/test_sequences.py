@@ -93,7 +93,7 @@ class Engine:
 
 
 def simulate(schema: LayerCacheSchema, device: str, steps: int, seed: int, graph: bool = False) -> None:
-    """Requests arrive, grow by 0 to 5 tokens a step, are left out of batches, leave, and are put out when the pool is
+    """Requests arrive, grow by 0 to 5 tokens per step, are left out of batches, leave, and are put out when the pool is
     short; each is checked as it goes.
     """
     choice, generator = random.Random(seed), torch.Generator().manual_seed(seed)

@@ -252,7 +252,7 @@ void test_failures() {
   expect(std::memcmp(&before, &after, sizeof(before)) == 0, "a failure leaves something behind");
   expect(mode == cudaStreamCaptureModeGlobal, "the thread's capture mode is not what it was");
   expect(dsv4_workspace(0, handle(a), 100, nullptr) == DSV4_ERROR_INVALID_ARGUMENT, "NULL");
-  expect(dsv4_workspace(0, handle(a), SIZE_MAX, &out) == DSV4_ERROR_INVALID_ARGUMENT, "a size that there is not");
+  expect(dsv4_workspace(0, handle(a), SIZE_MAX, &out) == DSV4_ERROR_INVALID_ARGUMENT, "a size that does not exist");
   expect(dsv4_workspace(DSV4_HOST, nullptr, 100, &out) == DSV4_ERROR_HOST_TENSOR, "the host");
   dsv4_workspace_report broken = {};
   expect(dsv4_workspace_usage(0, &broken) == DSV4_ERROR_INVALID_ARGUMENT, "a report of no size");

@@ -12,7 +12,7 @@ import pytest
 NOWHERE = "/nonexistent"
 
 EVERY_OP = """
-from dsv4_kernels.cases import all_cases  # with the benchmark's rivals, for which torch looks for Triton
+from dsv4_kernels.cases import all_cases  # with the benchmark's baselines, for which torch looks for Triton
 from dsv4_kernels.images import read_images
 from dsv4_kernels.op_table import OPS
 from tests.launches import observed

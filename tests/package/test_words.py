@@ -25,8 +25,9 @@ BAD = {
     "// the tables of the tiles, a thread a tile; then the padding": "a thread a tile",
     "E4M3 with a float32 scale for each row: a block a row.": "a block a row",
     '"row_to_slot: expected 16, 64 or 128 rows a tile"': "rows a tile",
-    "// one launch,\n// four values a\n// thread.": "values a thread",
+    "// one launch,\n// four values a\n// thread.": "four values a thread",
     "`libdsv4_kernels.so`: a C interface, one function an op, with": "one function an op",
+    "| 4 launches a step |": "4 launches a step",
     "int tokens_a_request = 1;": "tokens_a_request",
     "constexpr int kFoursALane = 8;": "sALane",
     "torch.compile, the rival, needs it": "rival",
@@ -59,6 +60,8 @@ GOOD = [
     "cudaLaunchAttributeProgrammaticStreamSerialization",
     "tokens per block, rows per tile; one thread per row",
     "the images that there are",
+    "a thread that calls an op on another device, loads a row, stores a tile in shared memory, launches a kernel",
+    "between the ARRIVALS of two blocks",
 ]
 
 
@@ -84,4 +87,4 @@ def test_a_bad_file_fails_the_check(words: ModuleType, tmp_path: Path, capsys: p
     (tmp_path / "good.md").write_text("four values per thread\n")
     assert words.main([str(tmp_path / "good.md")]) == 0
     assert words.main([str(tmp_path / "good.md"), str(tmp_path / "bad.md")]) == 1
-    assert capsys.readouterr().out == f"{tmp_path}/bad.md:2: 'values a thread': write per\n"
+    assert capsys.readouterr().out == f"{tmp_path}/bad.md:2: 'four values a thread': write per\n"

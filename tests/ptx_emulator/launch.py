@@ -223,7 +223,7 @@ def emulate(
 
     parameters: the bytes of each parameter, in the kernel's order. seed: order of blocks and of atomics that meet.
     strict: what to report beyond the default. 'tcgen05.ld': use of its registers before tcgen05.wait::ld. The PTX ISA
-    asks for that wait, but Triton and the CuTe DSL leave it out, as the assembler keeps such uses behind the load.
+    requires that wait, but Triton and the CuTe DSL leave it out, as the assembler keeps such uses behind the load.
     limits: how much runs at once.
     """
     if kernel_symbol not in module.kernels:

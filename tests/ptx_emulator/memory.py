@@ -133,7 +133,7 @@ class Memory:
     def load(
         self, addresses: Array, dtype: np.dtype[Any], count: int, lanes: Array, observer: Observer | None = None
     ) -> Array:
-        """Rows of `count` elements at the addresses, one row a lane."""
+        """Rows of `count` elements at the addresses, one row per lane."""
         width = dtype.itemsize * count
         allocation = self._covering(addresses, width)
         if allocation is not None:
@@ -149,7 +149,7 @@ class Memory:
         return result
 
     def store(self, addresses: Array, values: Array, lanes: Array, observer: Observer | None = None) -> None:
-        """Store rows of elements, one row a lane. Two lanes with different data at one address race."""
+        """Store rows of elements, one row per lane. Two lanes with different data at one address race."""
         count = values.shape[1]
         width = values.dtype.itemsize * count
         allocation = self._covering(addresses, width)

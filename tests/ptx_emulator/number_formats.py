@@ -109,7 +109,7 @@ def canonical(value: Array) -> Array:
 
 
 def minimum(a: Array, b: Array, propagate_nan: bool) -> Array:
-    """min of PTX: a NaN loses against a number unless .NaN asks for it; -0 is less than +0."""
+    """min of PTX: a NaN loses against a number unless .NaN is given; -0 is less than +0."""
     result = np.minimum(a, b) if propagate_nan else np.fmin(a, b)
     both = (a == 0) & (b == 0)
     return np.where(both, np.where(np.signbit(a) | np.signbit(b), a.dtype.type(-0.0), a.dtype.type(0.0)), result)

@@ -1,4 +1,4 @@
-"""Tensor memory: 128 lanes by 512 columns of 32 bits a block, its allocation, and which operations are in flight.
+"""Tensor memory: 128 lanes by 512 columns of 32 bits per block, its allocation, and which operations are in flight.
 
 A product is formed when it is issued, but its cells count as in flight until an mbarrier that tcgen05.commit named is
 polled. Stores are in flight until their warp waits for them.

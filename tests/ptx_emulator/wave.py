@@ -67,7 +67,7 @@ class InFlight:
 class Active:
     """The lanes that execute an instruction.
 
-    Values have one row (the same for all lanes) or a row a lane; 'compact' layout has rows for active lanes only, the
+    Values have one row (the same for all lanes) or one per lane; 'compact' layout has rows for active lanes only, the
     other layout ('wide') for all lanes of the wave.
     """
 

@@ -63,7 +63,7 @@ def chunk_offset(row: Int32, chunk: Int32) -> Int32:
 
 
 def copy_chunk(source: Int64, target: Int32, bytes_to_read: Int32, condition: Boolean | None) -> None:
-    """Asks for 16 bytes in shared memory: as many from global memory as given, the others zero."""
+    """Starts a copy of 16 bytes to shared memory (cp.async): bytes_to_read from global memory, the rest zero."""
     cute.arch.inline_ptx(
         "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};",
         read_only_args=[target, source, bytes_to_read],
@@ -109,7 +109,7 @@ def chunks_of_thread(
 
 
 def load_unit(chunks: list[tuple[Int64, Int32, Int32, Boolean | None]], unit: Int32, stage_offset: Int32) -> None:
-    """Asks for this thread's chunks of a unit."""
+    """Prefetches this thread's chunks of a unit."""
     for source, size, target, condition in chunks:
         copy_chunk(source + Int64(unit) * UNIT_BYTES, target + stage_offset, size, condition)
 

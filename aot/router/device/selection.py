@@ -222,7 +222,7 @@ def select_experts(
         if (total == INFINITY) | ((total < LEAST_SUM) & (epsilon == 0.0)):
             weight = limit_share(kept)
         else:
-            # A division of 0 takes the slow way that denormals take, and lanes without a choice would take it.
+            # A division of 0 takes the slow path, as denormals do; lanes without a choice skip it.
             if lane < top_k:
                 weight = weight / (total + epsilon)
     if lane < top_k:

@@ -1,4 +1,4 @@
-"""cp.async: copies of 4, 8 or 16 bytes a thread. They complete as late as allowed, when their thread waits for them.
+"""cp.async: copies of 4, 8 or 16 bytes per thread. They complete as late as allowed, when their thread waits for them.
 
 Until then the destination counts as in flight: who touches it has missed a wait. The source is read at completion.
 """

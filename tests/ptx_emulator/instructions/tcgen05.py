@@ -534,7 +534,7 @@ def _rows_of_product(m: int) -> Array:
 
 
 def _from_tensor_memory(memory: Any, place: int, block: int, lane: int, fields: _Fields) -> Array:
-    """A as float64: a row a lane, K along the columns."""
+    """A as float64: one row per lane, K along the columns."""
     bits, decode = decoder(fields.a)
     if fields.a in ("e2m1", "e2m3", "e3m2"):
         raise LaneFault("invalid operand", "A in tensor memory with elements below 8 bits is not implemented", lane)

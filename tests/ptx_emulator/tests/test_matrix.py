@@ -119,7 +119,7 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 
 @pytest.mark.parametrize(("thread_a", "thread_b"), [(0, 0), (1, 3)])
 def test_block_scaled_products(thread_a: int, thread_b: int) -> None:
-    """NVFP4: four scales a row. The pair of lanes that thread_a names has rows lane/4 and lane/4 + 8."""
+    """NVFP4: four scales per row. The pair of lanes that thread_a names has rows lane/4 and lane/4 + 8."""
     a, b = RANDOM.integers(0, 16, (16, 64)), RANDOM.integers(0, 16, (64, 8))
     scale_a, scale_b = (RANDOM.uniform(0.1, 5, shape).astype(ml_dtypes.float8_e4m3fn) for shape in ((16, 4), (8, 4)))
     words_a, words_b = (s.view(np.uint8).copy().view(np.uint32)[:, 0] for s in (scale_a, scale_b))
@@ -140,7 +140,7 @@ def test_block_scaled_products(thread_a: int, thread_b: int) -> None:
 
 @pytest.mark.parametrize("selector", [0, 2])
 def test_power_of_two_scales(selector: int) -> None:
-    """MXFP4: two scales a row, in the lower or upper half of the word."""
+    """MXFP4: two scales per row, in the lower or upper half of the word."""
     a, b = RANDOM.integers(0, 16, (16, 64)), RANDOM.integers(0, 16, (64, 8))
     scale_a, scale_b = RANDOM.integers(120, 134, (16, 2)), RANDOM.integers(120, 134, (8, 2))
     held_a, held_b = np.zeros(32, np.uint32), np.zeros(32, np.uint32)

@@ -1,4 +1,4 @@
-"""What an engine without this package runs as a layer's experts: torch, with weights widened to bfloat16 beforehand."""
+"""What an engine without this package runs as a layer's experts: torch, on weights dequantised beforehand."""
 
 from __future__ import annotations
 
