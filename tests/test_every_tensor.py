@@ -75,6 +75,12 @@ STRIDED_ROWS = {
     "quantize_nvfp4_gpu_fused": {"x"},
     "quantize_mx": {"x"},
     "quantize_fp8_per_token": {"x"},
+    "hyper_connection_pre": {"streams"},
+    "hyper_connection_post": {"x", "streams", "out_streams"},
+    "hyper_connection_post_pre": {"x", "streams", "out_streams"},
+    "hyper_connection_coefficients": {"streams"},
+    "hyper_connection_collapse": {"streams"},
+    "hyper_connection_head": {"streams"},
 }
 
 

@@ -43,6 +43,7 @@ void bind_router(py::module_& module);
 void bind_cache(py::module_& module);
 void bind_moe(py::module_& module);
 void bind_stash(py::module_& module);
+void bind_mhc(py::module_& module);
 
 void bind_mark_written(py::module_& module);
 void bind_call_cost(py::module_& module);

@@ -3,8 +3,8 @@
     from dsv4_kernels import router
     weights, ids = router.hash_router(token_ids, hash_lut)
 
-Families: `router`, `cache`, `moe`, `stash`. Importing this package imports neither torch nor a compiler and needs no
-driver; the first use of a family imports torch and registers `torch.ops.dsv4.*`.
+Families: `router`, `cache`, `moe`, `stash`, `mhc`. Importing this package imports neither torch nor a compiler and
+needs no driver; the first use of a family imports torch and registers `torch.ops.dsv4.*`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 __version__: str = _native.version()
 
-FAMILIES = ("router", "cache", "moe", "stash")
+FAMILIES = ("router", "cache", "moe", "stash", "mhc")
 
 
 def __getattr__(name: str) -> Any:

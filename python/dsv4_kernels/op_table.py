@@ -445,3 +445,79 @@ _add(
         workspace_size=lambda *_: _native.paged_stash_workspace_size(),
     )
 )
+
+
+def _hyper_connection_coefficients(tokens: int) -> tuple[OutputSpec, ...]:
+    f32 = torch.float32
+    return ((tokens, 4), f32), ((tokens, 4), f32), ((tokens, 4, 4), f32)
+
+
+def _stream_row(streams: torch.Tensor) -> OutputSpec:
+    return (streams.shape[0], streams.shape[2]), torch.bfloat16
+
+
+_SEAM = (
+    "Tensor fn, Tensor base, Tensor scale, Tensor? pre_in=None, Tensor? norm_weight=None, float epsilon=1e-06, "
+    "float hc_epsilon=1e-06, float post_factor=2.0, int sinkhorn_iterations=20, bool norm_unrounded=False"
+)
+_COEFFICIENTS = ("out_pre", "out_post", "out_comb")
+_add(
+    Op(
+        "mhc",
+        "hyper_connection_pre",
+        f"Tensor streams, {_SEAM}",
+        ("out_layer_input", *_COEFFICIENTS),
+        lambda streams, *_: (_stream_row(streams), *_hyper_connection_coefficients(streams.shape[0])),
+    )
+)
+_add(
+    Op(
+        "mhc",
+        "hyper_connection_post",
+        "Tensor x, Tensor streams, Tensor post, Tensor comb",
+        ("out_streams",),
+        lambda x, streams, *_: ((tuple(streams.shape), torch.bfloat16),),
+    )
+)
+_add(
+    Op(
+        "mhc",
+        "hyper_connection_post_pre",
+        f"Tensor x, Tensor streams, Tensor post, Tensor comb, {_SEAM}",
+        ("out_streams", "out_layer_input", *_COEFFICIENTS),
+        lambda x, streams, *_: (
+            (tuple(streams.shape), torch.bfloat16),
+            _stream_row(streams),
+            *_hyper_connection_coefficients(streams.shape[0]),
+        ),
+    )
+)
+_add(
+    Op(
+        "mhc",
+        "hyper_connection_coefficients",
+        "Tensor streams, Tensor fn, Tensor base, Tensor scale, float epsilon=1e-06, float hc_epsilon=1e-06, "
+        "float post_factor=2.0, int sinkhorn_iterations=20",
+        _COEFFICIENTS,
+        lambda streams, *_: _hyper_connection_coefficients(streams.shape[0]),
+    )
+)
+_add(
+    Op(
+        "mhc",
+        "hyper_connection_collapse",
+        "Tensor streams, Tensor? pre=None, Tensor? norm_weight=None, float epsilon=1e-06, bool norm_unrounded=False",
+        ("out_hidden",),
+        lambda streams, *_: (_stream_row(streams),),
+    )
+)
+_add(
+    Op(
+        "mhc",
+        "hyper_connection_head",
+        "Tensor streams, Tensor fn, Tensor base, Tensor scale, Tensor? norm_weight=None, float epsilon=1e-06, "
+        "float hc_epsilon=1e-06, bool norm_unrounded=False",
+        ("out_hidden",),
+        lambda streams, *_: (_stream_row(streams),),
+    )
+)

@@ -63,12 +63,14 @@ def tensors_of(name: str) -> tuple[list[Any], list[torch.Tensor], dict[str, tupl
     return arguments, outputs, places, [*op.results, *(op.schema[i].name for i in op.mutated)]
 
 
-# What may be the same tensor: where the op advances an end of the lists, and a result that takes its value's place.
+# What may be the same tensor: where the op advances an end of the lists, and results that take a value's place.
 IN_PLACE = {
     ("paged_stash_copy", "new_free_list_head", "free_list_head"),
     ("paged_stash_pop", "new_free_list_tail", "free_list_tail"),
     ("padded_squared_relu", "out", "x"),
     ("moe_finalize", "out", "shared"),
+    ("hyper_connection_post", "out_streams", "streams"),
+    ("hyper_connection_post_pre", "out_streams", "streams"),
 }
 
 

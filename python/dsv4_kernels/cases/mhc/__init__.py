@@ -1,0 +1,1 @@
+"""Cases, baselines and definitions of hyper-connections."""
