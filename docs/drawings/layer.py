@@ -9,18 +9,19 @@ COMPRESSION = ("compress_flush",)
 ROUTING = ("dense_router_decode", "hash_router_fused")
 EXPERTS = ("moe_sort", "moe_grouped_gemm", "moe_grouped_gemm", "moe_finalize")
 STASH = ("paged_stash_copy", "paged_stash_pop")
+SEAM = ("hyper_connection_post_pre",)
 
 
 def draw() -> Drawing:
     """The drawing."""
     drawing = Drawing(940, 470, "A token's way through a layer")
-    drawing.box(20, 30, 150, 50, OTHERS, "hidden states\n[tokens, hidden]")
+    drawing.box(20, 30, 170, 50, OURS, f"{SEAM[0]}\nstreams to hidden states", 11)
     drawing.box(250, 30, 170, 50, OTHERS, "projections\nkv, score, query")
     drawing.box(500, 30, 190, 50, OTHERS, "sparse attention\nof pages and window")
-    drawing.box(770, 30, 150, 50, OTHERS, "+ residual")
-    drawing.arrow((170, 55), (250, 55))
+    drawing.box(755, 30, 170, 50, OURS, f"{SEAM[0]}\nupdate, collapse, norm", 11)
+    drawing.arrow((190, 55), (250, 55))
     drawing.arrow((420, 55), (500, 55))
-    drawing.arrow((690, 55), (770, 55))
+    drawing.arrow((690, 55), (755, 55))
     drawing.box(250, 130, 170, 66, OURS, f"{COMPRESSION[0]}\ncompress, norm, rotate,\nquantise: one launch", 11)
     drawing.box(500, 138, 190, 50, OURS, "pages of the cache\nfp8_ds_mla, v41_fp4, ...")
     drawing.arrow((335, 80), (335, 130))

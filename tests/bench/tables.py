@@ -8,6 +8,7 @@ test_tables.py fails while a document differs from the results.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "bench" / "results"
 DEVICE = "h200"  # of the README's figures; docs/benchmarks.md shows every folder of results, this one first
 README, BENCHMARKS, VERIFIED = (ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/verified.md"))
+OPS = ROOT / "docs" / "ops.md"
 
 TIMES = {
     "floor_us": "floor",
@@ -121,7 +123,14 @@ def ran() -> str:
             outcome = f"{len(report['rows'])} rows" + (f", {failed} failed" if failed else "")
         software = f"{machine['torch']}, {machine['driver']}"
         lines.append(f"| {machine['device']} | {path.stem} | {machine['commit'][:7]} | {software} | {outcome} |")
-    return "\n".join(lines) + "\n"
+    never = [f"`{op}`" for op in re.findall(r"^\| `\w+\.(\w+)`", OPS.read_text(), re.MULTILINE) if op not in tested()]
+    return "\n".join([*lines, "", f"Ops in none of these selftests: {', '.join(never) or 'none'}.", ""])
+
+
+def tested() -> set[str]:
+    """The ops that a recorded selftest has run."""
+    reports = [json.loads(path.read_text()) for path in RESULTS.glob("*/selftest.json")]
+    return {result["op"] for report in reports for result in report["results"]}
 
 
 def verified() -> str:

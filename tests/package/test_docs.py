@@ -213,7 +213,7 @@ def test_drawings_are_those_of_their_sources() -> None:
 
 def test_drawings_show_what_there_is() -> None:
     """Ops by their names; interleaved positions by the formula of csrc/include/dsv4/moe.h."""
-    assert {*layer.COMPRESSION, *layer.ROUTING, *layer.EXPERTS, *layer.STASH} <= set(OPS)
+    assert {*layer.COMPRESSION, *layer.ROUTING, *layer.EXPERTS, *layer.STASH, *layer.SEAM} <= set(OPS)
     for word, bits in enumerate(weight_order.positions_of_bits()):
         w, g, h = word // 4, word // 2 % 2, word % 2
         wanted = {64 * h + 32 * g + 8 * p + 2 * w + c for p in range(4) for c in (0, 1)}
