@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from dsv4_kernels import op_table, torch_ops
+from dsv4_kernels import ops, torch_ops
 
 project = "dsv4-kernels"
 author = "the dsv4-kernels developers"
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "extensions"))
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "op_pages"]
 myst_enable_extensions = ["dollarmath", "substitution"]
 torch_ops.register()
-schemas = [str(getattr(torch.ops.dsv4, op).default._schema) for op in op_table.OPS]
+schemas = [str(getattr(torch.ops.dsv4, op).default._schema) for op in ops.OPS]
 myst_substitutions = {"torch_ops": "\n".join(["```text", *schemas, "```"])}
 myst_heading_anchors = 3
 html_theme = "furo"

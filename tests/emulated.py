@@ -95,7 +95,7 @@ class Call:
 
     def __init__(self, op: Op, values: Sequence[Any]) -> None:
         self.memory = Memory()
-        inputs, outputs = values[: len(op.schema)], values[len(values) - len(op.results) :]
+        inputs, outputs = values[: len(op.parameters)], values[len(values) - len(op.results) :]
         written = {tensor.data_ptr() for tensor in outputs if isinstance(tensor, torch.Tensor)}
         read = {tensor.data_ptr() for tensor in inputs if isinstance(tensor, torch.Tensor)}
         for number, tensor in enumerate(values):

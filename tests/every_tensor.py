@@ -10,7 +10,7 @@ import torch
 from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cases import Case, all_cases, poison
 from dsv4_kernels.op import Op
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 from tests.launches import observed
 
@@ -43,9 +43,9 @@ class Call:
     def run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Runs the op with these in place of its own. Returns what it may have written, by name."""
         given = self.given | tensors
-        arguments = tuple(given[parameter.name] for parameter in self.op.schema)
+        arguments = tuple(given[parameter.name] for parameter in self.op.parameters)
         self.op.run(arguments, tuple(given[name] for name in self.op.results), given.get("workspace"))
-        written = [self.op.schema[i].name for i in self.op.mutated]
+        written = [self.op.parameters[i].name for i in self.op.mutated]
         return {name: given[name] for name in (*written, *self.op.results) if given[name] is not None}
 
     def refusal(self, tensors: dict[str, torch.Tensor]) -> str | None:
@@ -60,7 +60,7 @@ class Call:
 
 def tensor_names(op: Op) -> list[str]:
     """Every tensor that an op knows."""
-    inputs = [parameter.name for parameter in op.schema if "Tensor" in str(parameter.type)]
+    inputs = [parameter.name for parameter in op.parameters if "Tensor" in str(parameter.type)]
     return [*inputs, *(["workspace"] if op.workspace_size else []), *op.results]
 
 
@@ -68,10 +68,10 @@ def given_to(case: Case) -> dict[str, Any]:
     """What a case hands to its op, by name, outputs and workspace included."""
     op = OPS[case.op]
     arguments = case.arguments("cpu")
-    given = {parameter.name: value for parameter, value in zip(op.schema, arguments, strict=True)}
+    given = {parameter.name: value for parameter, value in zip(op.parameters, arguments, strict=True)}
     if op.workspace_size:
-        given["workspace"] = torch.zeros(op.workspace_size(*arguments), dtype=torch.uint8)
-    return given | dict(zip(op.results, op.allocate(arguments, "cpu"), strict=True))
+        given["workspace"] = torch.zeros(op.workspace_bytes(arguments), dtype=torch.uint8)
+    return given | dict(zip(op.results, op.allocate(arguments), strict=True))
 
 
 @cache

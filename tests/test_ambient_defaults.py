@@ -12,7 +12,7 @@ import pytest
 import torch
 from dsv4_kernels import moe, router, stash
 from dsv4_kernels.cases import all_cases, same_bits
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 from torch import Tensor
 
 PACKAGE = Path(dsv4_kernels.__file__).parent

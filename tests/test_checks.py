@@ -14,7 +14,7 @@ import pytest
 import torch
 from dsv4_kernels.cases import all_cases, is_poison, same_bits
 from dsv4_kernels.cli.selftest import check
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 PACKAGE = Path(dsv4_kernels.__file__).parent
 CASES = sorted((PACKAGE / "cases").rglob("*.py"))
@@ -90,7 +90,7 @@ def wrong(name: str) -> Callable[..., None]:
                 as_bytes = flat.view(torch.uint8) if flat.element_size() == 1 else flat
                 new = spoiled(flat)
                 as_bytes[changed] = (new.view(torch.uint8) if flat.element_size() == 1 else new)[changed]
-        for out in values[len(op.schema) :]:
+        for out in values[len(op.parameters) :]:
             out.copy_(spoiled(out))
 
     return implementation

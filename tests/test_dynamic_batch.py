@@ -8,7 +8,7 @@ import pytest
 import torch
 from dsv4_kernels import moe, router, torch_ops
 from dsv4_kernels.cases import Case, all_cases
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -62,14 +62,14 @@ def test_every_op_is_listed() -> None:
 
 
 def tokens_of(op: str, arguments: tuple[Any, ...]) -> int:
-    return int(arguments[[a.name for a in OPS[op].schema].index(TOKENS[op][0])].shape[0])
+    return int(arguments[[a.name for a in OPS[op].parameters].index(TOKENS[op][0])].shape[0])
 
 
 def sizable(case: Case) -> bool:
     """Whether the case has tokens enough, in all of the arguments that are listed."""
     arguments = case.arguments("cpu")
     tokens = tokens_of(case.op, arguments)
-    given = dict(zip([a.name for a in OPS[case.op].schema], arguments, strict=True))
+    given = dict(zip([a.name for a in OPS[case.op].parameters], arguments, strict=True))
     listed = [given[name] for name in TOKENS[case.op] if given[name] is not None]
     enough = tokens >= (1 if case.op in REPEATED else max(SIZES))
     return enough and given.get("token_offsets") is None and all(a.shape[0] % tokens == 0 for a in listed)
@@ -78,7 +78,7 @@ def sizable(case: Case) -> bool:
 def of_size(op: str, arguments: tuple[Any, ...], size: int) -> tuple[Any, ...]:
     """The first tokens of a case, marked as a dynamic number of them."""
     tokens, made = tokens_of(op, arguments), list[Any]()
-    for parameter, value in zip(OPS[op].schema, arguments, strict=True):
+    for parameter, value in zip(OPS[op].parameters, arguments, strict=True):
         if parameter.name in TOKENS[op] and value is not None:
             times = -(-size // tokens)
             value = torch.cat([value] * times)[: value.shape[0] // tokens * size].clone()
@@ -120,7 +120,7 @@ def test_export_with_a_dynamic_number_of_tokens(op: str) -> None:
     given = of_size(op, arguments, size)
     dynamic = tuple(
         {0: torch.export.Dim.DYNAMIC} if parameter.name in TOKENS[op] and value is not None else None
-        for parameter, value in zip(OPS[op].schema, given, strict=True)
+        for parameter, value in zip(OPS[op].parameters, given, strict=True)
     )
     program = torch.export.export(Call(), given, dynamic_shapes=(dynamic,))
     for other in SIZES:

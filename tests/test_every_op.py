@@ -8,7 +8,7 @@ import pytest
 import torch
 from dsv4_kernels import images, torch_ops
 from dsv4_kernels.cases import Case, all_cases, fresh, is_poison, poison, same_bits
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 from tests.launches import observed
 
@@ -82,7 +82,7 @@ def test_opcheck(op: str, real_device: str, monkeypatch: pytest.MonkeyPatch) -> 
     torch.library.opcheck(overloads.default, fresh(arguments))
     if not OPS[op].results:
         return
-    out = OPS[op].allocate(arguments, real_device)
+    out = OPS[op].allocate(arguments)
     for tensor in out:
         tensor.zero_()
     torch.library.opcheck(overloads.out, (*arguments, *out))
@@ -113,7 +113,7 @@ def test_public_function_has_every_argument(op: str) -> None:
 
     function = getattr(importlib.import_module(f"dsv4_kernels.{OPS[op].family}"), op)
     parameters = inspect.signature(function).parameters
-    declared = [argument.name for argument in OPS[op].schema]
+    declared = [argument.name for argument in OPS[op].parameters]
     assert [name for name in parameters if name in declared] == declared
     assert set(OPS[op].results) <= set(parameters)
     assert function.__doc__
@@ -127,7 +127,7 @@ def test_launches_known_images(case: Case, architecture: str) -> None:
     """Without a GPU: checks, dispatch and parameters of the C entry point, up to the launch."""
     arguments = case.arguments("cpu")
     op = OPS[case.op]
-    out = op.allocate(arguments, "cpu")
+    out = op.allocate(arguments)
     with observed(architecture) as launches:
         op(arguments, out)
     assert len(launches) == case.launches
@@ -149,7 +149,7 @@ def test_graph_replay_follows_new_inputs(case: Case) -> None:
     """Captured once on one set of inputs, replayed on others written to the same memory."""
     arguments = case.arguments("cuda")
     op = OPS[case.op]
-    out = op.allocate(arguments, "cuda")
+    out = op.allocate(arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         op(arguments, out)

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 from dsv4_kernels.cases import POISON_BYTE, is_poison, same_bits
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 from tests.emulated import emulated
 from tests.every_tensor import ARCHITECTURE, Call, calls_of, tensor_names

@@ -16,7 +16,7 @@ import torch
 from dsv4_kernels import InvalidArgumentError, _native, moe, router, torch_ops
 from dsv4_kernels.cases import Case, all_cases, fresh, same_bits
 from dsv4_kernels.op import Op
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -49,7 +49,7 @@ def case_of(op: str) -> tuple[Case, tuple[Any, ...], tuple[Tensor, ...]]:
     """The smallest case, its inputs and outputs to write to."""
     case = FEWEST_BYTES[op]
     arguments = case.arguments("cpu")
-    return case, arguments, OPS[op].allocate(arguments, "cpu")
+    return case, arguments, OPS[op].allocate(arguments)
 
 
 def call_public(op: Op, arguments: tuple[Any, ...], out: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -108,7 +108,7 @@ def differentiable(values: tuple[Any, ...]) -> list[int]:
 
 
 def names(op: Op) -> list[str]:
-    return [argument.name for argument in op.schema] + list(op.results)
+    return [argument.name for argument in op.parameters] + list(op.results)
 
 
 @pytest.mark.parametrize("call", CALLS)

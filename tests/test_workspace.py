@@ -15,7 +15,7 @@ from dsv4_kernels import InvalidArgumentError, Workspace, _native, torch_ops
 from dsv4_kernels.cases import Case, all_cases, fresh, same_bits
 from dsv4_kernels.moe import quantize_nvfp4_gpu_fused
 from dsv4_kernels.op import Op
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 from dsv4_kernels.router import Router, dense_router_decode, dense_router_decode_workspace_size
 from dsv4_kernels.stash import PagedStash, PoolSize
 from torch import Tensor
@@ -61,7 +61,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
 
         def call(*values: Any) -> bool:
             if op.workspace_size is not None:
-                workspace = values[len(op.schema)]
+                workspace = values[len(op.parameters)]
                 addresses.append(None if workspace is None else workspace.data_ptr())
             on_device: bool = binding(*values)
             return on_device
@@ -110,7 +110,7 @@ def test_out_overload_takes_it_last(op: str, given: list[int | None], monkeypatc
     if not OPS[op].results:
         return
     arguments = arguments_of(op)
-    out = OPS[op].allocate(arguments, "cpu")
+    out = OPS[op].allocate(arguments)
     overload = getattr(torch.ops.dsv4, op).out
     expected = OPS[op](arguments, (None,) * len(out))
     overload(*arguments, *out)
@@ -127,7 +127,7 @@ def test_opcheck_with_a_workspace(op: str, real_device: str) -> None:
     overloads = getattr(torch.ops.dsv4, op)
     torch.library.opcheck(overloads.default, (*fresh(arguments), workspace))
     if OPS[op].results:
-        out = OPS[op].allocate(arguments, real_device)
+        out = OPS[op].allocate(arguments)
         for tensor in out:
             tensor.zero_()
         torch.library.opcheck(overloads.out, (*arguments, *out, workspace))

@@ -6,12 +6,14 @@ Through the C interface in eager mode, the torch op while something traces, the 
 from __future__ import annotations
 
 import importlib
-import pkgutil
+import inspect
+import string
+from collections import namedtuple
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, update_wrapper
 from operator import itemgetter
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -25,29 +27,122 @@ from dsv4_kernels.workspace import Workspace
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _mark_written = _native.mark_written
 
-# Shape and dtype of an output.
-OutputSpec: TypeAlias = tuple[Sequence[int], torch.dtype]
+# Every op of the families that were imported, by name. dsv4_kernels.ops has all of them.
+OPS: dict[str, Op] = {}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+InOut: TypeAlias = torch.Tensor  # the annotation of an input that the op changes in place
+
+
+def op(
+    binding: Callable[..., bool], *, workspace_size: Callable[..., int] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declares an op by its typed function: everything else in Python follows from the signature.
+
+        @op(_native.hash_router)
+        def hash_router(
+            token_ids: Tensor, hash_lut: Tensor, *, padding_mask: Tensor | None = None,
+            out_weights: Tensor | None = None, out_ids: Tensor | None = None,
+        ) -> tuple[Tensor, Tensor]:
+            # The documentation, then:
+            shape = token_ids.shape[0], hash_lut.shape[1]
+            return (
+                output(out_weights, token_ids, shape, torch.float32), output(out_ids, token_ids, shape, torch.int32)
+            )
+
+    The function that callers get runs the op. The one written here gives its outputs, not yet computed: each the tensor
+    that was given, or a new one (see output()). It runs where outputs are allocated, and for fake tensors. An op that
+    only changes its inputs has no body but its documentation.
+
+    Parameters: Tensor, Tensor | None, int, bool, float, and InOut or InOut | None for what the op changes in place, in
+    the order of the binding. `workspace` and the results, `out` and `out_*`, are keyword arguments of their own.
+
+    Where callers see other types than the op has (names for numbers, None for a default, FP8 for bytes), the op is a
+    function with an underscore, and the public one converts its arguments and calls it.
+
+    Args:
+        binding: the op's function of _native; its name is the op's.
+        workspace_size: from some of the inputs, by name, to the bytes of zeroed workspace that a call needs.
+    """
+
+    def declare(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        declared = _parse(binding.__name__, function, signature, workspace_size)
+        if OPS.setdefault(declared.name, declared).module != declared.module:
+            raise TypeError(f"{declared.name} is declared in {OPS[declared.name].module} and in {declared.module}")
+        OPS[declared.name] = declared
+        return _generate(declared, function, signature)
+
+    return declare
+
+
+def output(given: torch.Tensor | None, like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor that was given to write to, or a new one on the device of `like`."""
+    return like.new_empty(shape, dtype=dtype) if given is None else given
+
+
+class Parameter(NamedTuple):
+    """An input of an op. type: in torch's terms, Tensor, Optional[Tensor], int, bool or float. mutated: whether the op
+    changes it in place. default_value: None where there is no default as well; see optional.
+    """
+
+    name: str
+    type: str
+    mutated: bool
+    optional: bool
+    default_value: Any
 
 
 @dataclass(frozen=True)
 class Op:
-    """One op. All else follows from its name: dsv4_<name> in C, _native.<name>, <name> in dsv4_kernels.cpu.<family>,
-    torch.ops.dsv4.<name>.
+    """One op, as @op declares it. All else follows from its name: dsv4_<name> in C, _native.<name>, <name> in the
+    module of dsv4_kernels.cpu that has the name of the declaring one, torch.ops.dsv4.<name>.
 
-    arguments: the inputs in torch's schema language, in the order of the binding. What it changes in place is marked
-        there: `Tensor(a!) pool`.
-    results: names of the outputs, as keyword arguments. None for an op that only changes its arguments.
-    outputs: from the inputs to shape and dtype of each output. May raise for inputs that the op refuses.
-    workspace_size: from the inputs to the bytes of zeroed workspace that a call needs, or None. An op that needs some
-        takes it after its inputs: a tensor, or None for one that the library lends to calls on a device.
+    module: where it is declared: <family>.<module>.
+    parameters: the inputs, in the order of the binding.
+    results: names of the outputs, as keyword arguments. Empty for an op that only changes its inputs.
+    function: as it was written: its body gives the outputs.
+    workspace_size: from inputs by name to the bytes of zeroed workspace that a call needs, or None. An op that needs
+        some takes it after its inputs: a tensor, or None for one that the library lends to calls on a device.
     """
 
-    family: str
     name: str
-    arguments: str
-    results: tuple[str, ...] = ()
-    outputs: Callable[..., tuple[OutputSpec, ...]] = lambda *_: ()
+    module: str
+    parameters: tuple[Parameter, ...]
+    results: tuple[str, ...]
+    function: Callable[..., Any]
     workspace_size: Callable[..., int] | None = None
+    # From the inputs, and a tensor or None for each output, to the outputs; and from the inputs to bytes of workspace.
+    outputs: Callable[[tuple[Any, ...], tuple[Any, ...]], Any] = field(init=False, repr=False, compare=False)
+    workspace_bytes: Callable[[tuple[Any, ...]], int] = field(init=False, repr=False, compare=False)
+
+    @cached_property
+    def family(self) -> str:
+        """The package that declares it."""
+        return self.module.partition(".")[0]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the inputs."""
+        return tuple(parameter.name for parameter in self.parameters)
+
+    @cached_property
+    def inputs(self) -> type[tuple[Any, ...]]:
+        """The inputs as a named tuple, with the declared defaults."""
+        defaults = [parameter.default_value for parameter in self.parameters if parameter.optional]
+        return namedtuple(self.name, self.names, defaults=defaults)
+
+    @cached_property
+    def schema(self) -> str:
+        """The inputs in torch's schema language; what the op changes in place is marked: `Tensor(a!) pool`."""
+        marks, inputs = iter(string.ascii_lowercase), []
+        for name, of, mutated, optional, default in self.parameters:
+            tensor = f"Tensor({next(marks)}!)" if mutated else "Tensor"
+            kind = {"Tensor": tensor, "Optional[Tensor]": f"{tensor}?"}.get(of, of)
+            inputs.append(f"{kind} {name}={default!r}" if optional else f"{kind} {name}")
+        return ", ".join(inputs)
 
     def __call__(
         self,
@@ -88,7 +183,7 @@ class Op:
             else:
                 memory = workspace
                 if memory is None and not getattr(arguments[0], "is_cuda", True):
-                    memory = torch.zeros(self.workspace_size(*arguments), dtype=torch.uint8, device="cpu")
+                    memory = torch.zeros(self.workspace_bytes(arguments), dtype=torch.uint8, device="cpu")
                 on_device = self.native(*arguments, memory, *out)
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             return self._run_otherwise(arguments, given, workspace, error, dispatched)
@@ -104,7 +199,7 @@ class Op:
         """The CPU implementation, for host tensors that passed the checks."""
         self._require_torch(arguments, out)
         with torch.no_grad():
-            self.cpu(*arguments, *out)
+            by_name(self.cpu, self._values(arguments, out))
 
     def _require_torch(self, arguments: tuple[Any, ...], out: tuple[Any, ...]) -> None:
         """Raises InvalidArgumentError for arrays of other frameworks, on the host."""
@@ -117,25 +212,20 @@ class Op:
 
     def _filled(self, arguments: tuple[Any, ...], out: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...]:
         """out with a new tensor in place of each None."""
-        empty = arguments[0].new_empty
-        return tuple(
-            tensor if tensor is not None else empty(shape, dtype=dtype)
-            for tensor, (shape, dtype) in zip(out, self.outputs(*arguments), strict=True)
-        )
+        results = self.outputs(arguments, out)
+        return results if len(self.results) > 1 else (results,)
 
-    def allocate(self, arguments: tuple[Any, ...], device: torch.device | str) -> tuple[torch.Tensor, ...]:
-        """Uninitialised outputs for these inputs."""
-        return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.outputs(*arguments))
+    def allocate(self, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        """Uninitialised outputs for these inputs, where the inputs are."""
+        return self._filled(arguments, (None,) * len(self.results)) if self.results else ()
 
-    @cached_property
-    def schema(self) -> Any:
-        """The inputs as torch parses them: names, types, defaults."""
-        return torch._C.parse_schema(f"{self.name}({self.arguments}) -> ()").arguments
+    def _values(self, arguments: tuple[Any, ...], out: tuple[Any, ...] = ()) -> dict[str, Any]:
+        return dict(zip((*self.names, *self.results), (*arguments, *out), strict=False))
 
     @cached_property
     def mutated(self) -> tuple[int, ...]:
         """Positions of the inputs that the op changes in place."""
-        return tuple(i for i, a in enumerate(self.schema) if a.alias_info is not None and a.alias_info.is_write)
+        return tuple(i for i, parameter in enumerate(self.parameters) if parameter.mutated)
 
     def mutated_of(self, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         """The tensors among these inputs that the op changes in place."""
@@ -149,14 +239,11 @@ class Op:
 
     @cached_property
     def cpu(self) -> Callable[..., None]:
-        """The CPU implementation: inputs, then outputs, which it writes in whatever float dtype they have."""
-        package = importlib.import_module(f"dsv4_kernels.cpu.{self.family}")
-        for entry in pkgutil.iter_modules(package.__path__):
-            module = importlib.import_module(f"{package.__name__}.{entry.name}")
-            function: Callable[..., None] | None = vars(module).get(self.name)
-            if function is not None and function.__module__ == module.__name__:
-                return function
-        raise LookupError(f"{self.name}: no CPU implementation in {package.__name__}")
+        """The CPU implementation: takes inputs and outputs by name, and writes the outputs in whatever float dtype they
+        have.
+        """
+        function: Callable[..., None] = getattr(importlib.import_module(f"dsv4_kernels.cpu.{self.module}"), self.name)
+        return function
 
     @cached_property
     def native(self) -> Callable[..., bool]:
@@ -169,7 +256,7 @@ class Op:
         if is_compiling() or _dispatch_modes() or self.workspace_size is None:
             return workspace.tensor
         try:
-            size = self.workspace_size(*arguments)
+            size = self.workspace_bytes(arguments)
         except (AttributeError, LookupError, TypeError):  # wrong arguments: the call will say which
             return workspace.tensor
         return workspace.reserve(size)
@@ -206,8 +293,8 @@ class Op:
 
     def _named(self, arguments: tuple[Any, ...], out: tuple[Any, ...]) -> list[tuple[str, str, Any]]:
         """Name, type in torch's schema language and value of inputs and outputs."""
-        inputs = zip(self.schema, arguments, strict=False)  # trailing ones that have their defaults may be absent
-        return [(parameter.name, str(parameter.type), value) for parameter, value in inputs] + [
+        inputs = zip(self.parameters, arguments, strict=False)  # trailing ones that have their defaults may be absent
+        return [(parameter.name, parameter.type, value) for parameter, value in inputs] + [
             (name, "Optional[Tensor]", value) for name, value in zip(self.results, out, strict=False)
         ]
 
@@ -267,6 +354,80 @@ class Op:
             if not str(refusal).startswith(tuple(f"{self.name}: {name}: " for name in absent)):
                 raise refusal from None
         raise error
+
+
+def by_name(function: Callable[..., Any], values: dict[str, Any]) -> Any:
+    """Calls a function with those of the values that it names as parameters."""
+    return function(**{name: values[name] for name in inspect.signature(function).parameters})
+
+
+# Of each annotation that a parameter may have: the type in torch's terms, and whether the op changes it.
+_ANNOTATIONS = {
+    "Tensor": ("Tensor", False),
+    "Tensor | None": ("Optional[Tensor]", False),
+    "InOut": ("Tensor", True),
+    "InOut | None": ("Optional[Tensor]", True),
+    "int": ("int", False),
+    "bool": ("bool", False),
+    "float": ("float", False),
+}
+
+
+def _parse(
+    name: str,
+    function: Callable[..., Any],
+    signature: inspect.Signature,
+    workspace_size: Callable[..., int] | None,
+) -> Op:
+    """The op that a typed function declares."""
+    parameters, results = [], []
+    for parameter in signature.parameters.values():
+        if parameter.name == "workspace":
+            continue
+        if parameter.name == "out" or parameter.name.startswith("out_"):
+            results.append(parameter.name)
+            continue
+        if parameter.annotation not in _ANNOTATIONS:
+            raise TypeError(f"{name}: {parameter.name}: an op takes no {parameter.annotation}")
+        optional = parameter.default is not parameter.empty
+        default = parameter.default if optional else None
+        parameters.append(Parameter(parameter.name, *_ANNOTATIONS[parameter.annotation], optional, default))
+    module = function.__module__.removeprefix("dsv4_kernels.")
+    return Op(name, module, tuple(parameters), tuple(results), function, workspace_size)
+
+
+def _generate(declared: Op, function: Callable[P, R], signature: inspect.Signature) -> Callable[P, R]:
+    """The function that callers get, which packs its arguments for Op.__call__; and of the op, outputs and
+    workspace_bytes, which unpack them for the function's body and for workspace_size. Their source is written once,
+    here, as dataclasses write theirs, so that a call binds its arguments as any function's does.
+    """
+    given = signature.parameters.values()
+    positional = [p.name for p in given if p.kind is p.POSITIONAL_OR_KEYWORD]
+    by_keyword = [p.name for p in given if p.kind is p.KEYWORD_ONLY]
+    inputs, out = ("".join(f"{name}, " for name in names) for names in (declared.names, declared.results))
+    workspace = ", workspace" if declared.workspace_size else ""
+    call = f"op(({inputs}), ({out}){workspace})" + ("[0]" if len(declared.results) == 1 else "")
+    body = ", ".join([*positional, *(f"{name}={name}" for name in by_keyword if name != "workspace")])
+    sized = ", ".join(inspect.signature(declared.workspace_size).parameters if declared.workspace_size else ())
+    source = f"""
+def create(op, body, size):
+    def {function.__name__}({", ".join([*positional, *(["*", *by_keyword] if by_keyword else [])])}):
+        {"return " if declared.results else ""}{call}
+    def outputs(inputs, out):
+        ({inputs}), ({out}) = inputs, out
+        return body({body})
+    def workspace_bytes(inputs):
+        ({inputs}) = inputs
+        return size({sized})
+    return {function.__name__}, outputs, workspace_bytes
+"""
+    made: dict[str, Any] = {}
+    exec(source, function.__globals__, made)
+    wrapper, outputs, workspace_bytes = made["create"](declared, function, declared.workspace_size)
+    vars(declared).update(outputs=outputs, workspace_bytes=workspace_bytes)
+    wrapper.__defaults__, wrapper.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    public: Callable[P, R] = update_wrapper(wrapper, function)
+    return public
 
 
 # What a tensor has among its dispatch keys if its memory is not its value.

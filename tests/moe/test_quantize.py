@@ -12,7 +12,7 @@ import torch
 from dsv4_kernels import moe
 from dsv4_kernels.cases import is_poison, poison, same_bits
 from dsv4_kernels.errors import InvalidArgumentError
-from dsv4_kernels.op_table import NVFP4_AMAX_FLOOR
+from dsv4_kernels.moe.quantize import NVFP4_AMAX_FLOOR
 
 FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 

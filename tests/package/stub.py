@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 from dsv4_kernels.op import Op
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 STUB = Path(__file__).resolve().parents[2] / "python" / "dsv4_kernels" / "_native.pyi"
 BINDING = Path(__file__).resolve().parents[2] / "csrc" / "python"
@@ -23,7 +23,7 @@ TYPES = {"Tensor": "Tensor", "Optional[Tensor]": "Tensor | None", "int": "int", 
 
 def parameters(op: Op) -> dict[str, str]:
     """Name to type of what the binding takes: the inputs, a workspace if the op needs one, the outputs."""
-    inputs = {argument.name: TYPES[str(argument.type)] for argument in op.schema}
+    inputs = {argument.name: TYPES[str(argument.type)] for argument in op.parameters}
     workspace = {"workspace": "Tensor | None"} if op.workspace_size else {}
     return inputs | workspace | dict.fromkeys(op.results, "Tensor")
 

@@ -12,7 +12,7 @@ import torch
 from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.cases import all_cases
 from dsv4_kernels.moe import moe_finalize, padded_squared_relu
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 from dsv4_kernels.router import topk_select
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,7 +40,7 @@ def case_arguments(name: str) -> tuple[Any, ...]:
     cases = [case.arguments("cpu") for case in all_cases() if case.op == name and not case.large]
 
     def elements(arguments: tuple[Any, ...]) -> int:
-        tensors = [a for a in (*arguments, *OPS[name].allocate(arguments, "cpu")) if isinstance(a, torch.Tensor)]
+        tensors = [a for a in (*arguments, *OPS[name].allocate(arguments)) if isinstance(a, torch.Tensor)]
         return sum(t.numel() for t in tensors) if all(t.numel() for t in tensors) else sys.maxsize
 
     return tuple(min(cases, key=elements))
@@ -56,11 +56,11 @@ def tensors_of(name: str) -> tuple[list[Any], list[torch.Tensor], dict[str, tupl
     """Arguments, outputs, where each tensor of the call stands (with its name), and the names of those it writes."""
     op = OPS[name]
     arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in case_arguments(name)]
-    outputs = list(op.allocate(tuple(arguments), "cpu"))
-    places = {a.name: (arguments, i) for i, a in enumerate(op.schema) if isinstance(arguments[i], torch.Tensor)}
+    outputs = list(op.allocate(tuple(arguments)))
+    places = {a.name: (arguments, i) for i, a in enumerate(op.parameters) if isinstance(arguments[i], torch.Tensor)}
     places |= {result: (outputs, i) for i, result in enumerate(op.results)}
     places = {n: (values, i) for n, (values, i) in places.items() if values[i].numel()}
-    return arguments, outputs, places, [*op.results, *(op.schema[i].name for i in op.mutated)]
+    return arguments, outputs, places, [*op.results, *(op.parameters[i].name for i in op.mutated)]
 
 
 # What may be the same tensor: where the op advances an end of the lists, and results that take a value's place.

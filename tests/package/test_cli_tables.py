@@ -10,7 +10,7 @@ import pytest
 from dsv4_kernels import info
 from dsv4_kernels.cli import bench, demo
 from dsv4_kernels.cli.tables import add_ops, op_table
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 from rich.console import Console
 
 pytestmark = pytest.mark.torch

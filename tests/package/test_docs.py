@@ -16,7 +16,7 @@ import dsv4_kernels
 import pytest
 from dsv4_kernels import number_formats
 from dsv4_kernels.cache import PAGE_LAYOUTS
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 from docs.drawings import layer, page_layouts, weight_order
 from docs.drawings.__main__ import DRAWINGS

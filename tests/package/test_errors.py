@@ -15,7 +15,7 @@ import pytest
 import torch
 from dsv4_kernels import moe, router
 from dsv4_kernels.cases import all_cases
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 FORM = r"{op}: {argument}: (expected .+, got .+|must be (given|omitted) .+)"
 
@@ -169,7 +169,7 @@ def tensor_arguments() -> list[tuple[str, int, str]]:
     return [
         (op.name, position, parameter.name)
         for op in OPS.values()
-        for position, parameter in enumerate(op.schema)
+        for position, parameter in enumerate(op.parameters)
         if "Tensor" in str(parameter.type)
     ]
 
@@ -208,7 +208,7 @@ def test_every_tensor_of_every_op_is_checked(
 )
 def test_every_output_of_every_op_is_checked(op: str, result: str) -> None:
     arguments = tuple(valid_arguments(op))
-    out = list(OPS[op].allocate(arguments, "cpu"))
+    out = list(OPS[op].allocate(arguments))
     index = OPS[op].results.index(result)
     out[index] = out[index].to(torch.float64)
     with pytest.raises(dsv4_kernels.InvalidArgumentError) as refused:
@@ -221,7 +221,7 @@ def float_arguments() -> list[tuple[str, int, str]]:
     return [
         (op.name, position, parameter.name)
         for op in OPS.values()
-        for position, parameter in enumerate(op.schema)
+        for position, parameter in enumerate(op.parameters)
         if str(parameter.type) == "float"
     ]
 
@@ -230,7 +230,7 @@ def float_arguments() -> list[tuple[str, int, str]]:
 def test_every_float_of_every_op_is_checked(op: str, position: int, name: str) -> None:
     """All are finite, and all but the routers' factor at least 0. The text holds the value, whatever it is."""
     arguments = valid_arguments(op)
-    arguments += [parameter.default_value for parameter in OPS[op].schema[len(arguments) :]]
+    arguments += [parameter.default_value for parameter in OPS[op].parameters[len(arguments) :]]
     negative = [] if name == "scale" else [-0.5, -1e-30, -0.1]
     for value in (math.nan, -math.nan, math.inf, -math.inf, *negative):
         arguments[position] = value

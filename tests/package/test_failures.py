@@ -142,13 +142,13 @@ def test_child_forked_after_cuda_was_used_is_refused() -> None:
 CAPTURE = """
 import torch
 from dsv4_kernels.cases import all_cases, poison
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 cases = {case.op: case for case in reversed(all_cases()) if not case.large and case.launches}
 assert cases.keys() == OPS.keys()
 for case in cases.values():
     op, given, arguments = OPS[case.op], case.arguments("cuda"), case.arguments("cuda")
-    out = tuple(map(poison, op.allocate(arguments, "cuda")))
+    out = tuple(map(poison, op.allocate(arguments)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         op(arguments, out)

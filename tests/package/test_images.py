@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 from aot.sidecar import Sidecar, check_parameters
 from tests.package import c_abi

@@ -1,14 +1,16 @@
-"""The faces of an op agree: torch's schema, the C struct, the binding, and the binding's stub."""
+"""The faces of an op agree: its declaration, the C struct, the binding, the binding's stub, the CPU implementation."""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import re
+from collections.abc import Callable
 
 import pytest
 from dsv4_kernels import _native
 from dsv4_kernels.op import Op
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 from tests.package import abi, stub
 
@@ -39,7 +41,7 @@ def struct_fields(header: str) -> dict[str, dict[str, str]]:
 
 
 def struct_faults(op: Op, fields: dict[str, str]) -> list[str]:
-    """Where the C struct is not what the op table says."""
+    """Where the C struct is not what the op declares."""
     wanted = {IN_C.get(name, name): of for name, of in stub.parameters(op).items() if name not in OF_OUTPUTS}
     wanted = {"struct_size": "int"} | wanted
     names = [f"{op.name}: {name} is in one of them" for name in sorted(fields.keys() ^ wanted.keys())]
@@ -48,7 +50,7 @@ def struct_faults(op: Op, fields: dict[str, str]) -> list[str]:
 
 
 def binding_faults(op: Op, signature: str) -> list[str]:
-    """Where the binding's parameters, as pybind11 words them, are not what the op table says."""
+    """Where the binding's parameters, as pybind11 words them, are not what the op declares."""
     found = re.findall(r"arg\d+: (.*?)(?=, arg\d+: |\) ->)", signature)
     wanted = list(stub.parameters(op).items())
     if len(found) != len(wanted):
@@ -95,12 +97,12 @@ def signature(name: str) -> str:
     return str(getattr(_native, name).__doc__).splitlines()[0]
 
 
-def test_c_structs_are_those_of_the_op_table(header: str) -> None:
+def test_c_structs_are_those_declared(header: str) -> None:
     fields = struct_fields(header)
     assert [fault for op in OPS.values() for fault in struct_faults(op, fields[f"dsv4_{op.name}_args"])] == []
 
 
-def test_binding_takes_what_the_op_table_says() -> None:
+def test_binding_takes_what_is_declared() -> None:
     assert [fault for op in OPS.values() for fault in binding_faults(op, signature(op.name))] == []
 
 
@@ -126,6 +128,27 @@ def test_swapped_members_are_seen(members: dict[str, list[tuple[str, str]]]) -> 
 
 def test_stub_is_of_the_binding() -> None:
     assert stub_faults(stub.STUB.read_text()) == [], "write it anew: python -m tests.package.stub"
+
+
+def cpu_faults(op: Op, function: Callable[..., None]) -> list[str]:
+    """Where the CPU implementation names parameters that the op has not, or gives them other types."""
+    declared = {name: of.replace("InOut", "Tensor") for name, of in inspect.get_annotations(op.function).items()}
+    written = dict.fromkeys(op.results, "Tensor")
+    found = inspect.get_annotations(function)
+    return [
+        f"{op.name}: {name}: {of}, not {(declared | written).get(name)}"
+        for name, of in found.items()
+        if name != "return" and of != (declared | written).get(name)
+    ]
+
+
+def test_cpu_implementations_take_what_is_declared() -> None:
+    assert [fault for op in OPS.values() for fault in cpu_faults(op, op.cpu)] == []
+
+
+def test_another_cpu_implementation_is_seen() -> None:
+    for other in ("append", "moe_finalize"):
+        assert cpu_faults(OPS["hash_router"], OPS[other].cpu) != []
 
 
 def test_differences_are_seen(header: str) -> None:

@@ -106,7 +106,7 @@ def test_bad_library_is_refused(declared: set[str], tmp_path: Path) -> None:
 
 @pytest.mark.torch
 def test_every_op_has_its_c_function(library_path: Path) -> None:
-    from dsv4_kernels.op_table import OPS
+    from dsv4_kernels.ops import OPS
 
     exported = symbols(library_path, "--defined-only")
     assert {name for name in OPS if f"dsv4_{name}" not in exported} == set()

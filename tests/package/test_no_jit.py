@@ -14,7 +14,7 @@ NOWHERE = "/nonexistent"
 EVERY_OP = """
 from dsv4_kernels.cases import all_cases  # with the benchmark's baselines, for which torch looks for Triton
 from dsv4_kernels.images import read_images
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 from tests.launches import observed
 from tests.package import no_jit
 
@@ -29,7 +29,7 @@ for architecture in architectures:
     for op, case in cases.items():
         arguments = case.arguments("cpu")
         with observed(architecture) as launches:
-            OPS[op](arguments, OPS[op].allocate(arguments, "cpu"))
+            OPS[op](arguments, OPS[op].allocate(arguments))
         launched.add((op, architecture, len(launches) == case.launches))
 assert launched == {(op, architecture, True) for op in OPS for architecture in architectures}
 print(len(OPS), "ops on", len(architectures))

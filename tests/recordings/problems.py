@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from dsv4_kernels import torch_ops
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -53,7 +53,7 @@ def problems() -> dict[str, tuple[str, tuple[Any, ...]]]:
 
 
 def poisoned_outputs(op: str, arguments: tuple[Any, ...], device: str) -> tuple[Tensor, ...]:
-    out = OPS[op].allocate(arguments, device)
+    out = OPS[op].allocate(arguments)
     for tensor in out:
         tensor.view(torch.uint8).fill_(0xA5)
     return out

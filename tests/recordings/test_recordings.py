@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 from safetensors.torch import load_file
 from torch import Tensor
 

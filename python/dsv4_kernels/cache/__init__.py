@@ -24,7 +24,7 @@ from dsv4_kernels.cache.prepare import (
 from dsv4_kernels.cache.schema import AttentionType, LayerCacheSchema
 from dsv4_kernels.cache.state import CacheHandle, CacheState, PagedCache
 
-torch_ops.register()
+torch_ops.register_family("cache")
 
 __all__ = [
     "PAGE_LAYOUTS",

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from dsv4_kernels.cache.page_layouts import PAGE_LAYOUTS, PageLayout
+from dsv4_kernels import _native
+from dsv4_kernels.cache.page_layouts import LAYOUTS_BY_INDEX, PAGE_LAYOUTS, PageLayout
 from dsv4_kernels.errors import InvalidArgumentError
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.op import InOut, op, output
 
-_compress_flush = OPS["compress_flush"]
-_unpack_entries = OPS["unpack_entries"]
+
+@op(_native.compress_flush)
+def _compress_flush(
+    kv: Tensor,
+    score: Tensor | None,
+    ape: Tensor | None,
+    query_starts: Tensor,
+    start_positions: Tensor,
+    state: InOut,
+    state_table: Tensor,
+    norm_weight: Tensor,
+    cos_sin: Tensor,
+    pages: InOut,
+    block_table: Tensor | None,
+    slot_mapping: Tensor | None,
+    ratio: int,
+    overlap: bool,
+    layout: int,
+    entries_per_page: int,
+    scales: InOut | None = None,
+    rope: InOut | None = None,
+    hadamard: bool = False,
+    round_once: bool = False,
+    epsilon: float = 1e-6,
+    amax_floor: float = 0.0,
+    scale_floor: float = 0.0,
+    fp4_ties_toward_zero: bool = False,
+    exact_scale: bool = False,
+) -> None:
+    """compress_flush, the layout as a number and what None stands for resolved."""
 
 
 def compress_flush(
@@ -102,35 +132,47 @@ def compress_flush(
     """
     page_layout = _layout("compress_flush", layout)
     _compress_flush(
-        (
-            kv,
-            score,
-            ape,
-            query_starts,
-            start_positions,
-            state,
-            state_table,
-            norm_weight,
-            cos_sin,
-            pages,
-            block_table,
-            slot_mapping,
-            ratio,
-            overlap,
-            page_layout.index,
-            entries_per_page,
-            scales,
-            rope,
-            hadamard,
-            round_once,
-            epsilon,
-            page_layout.amax_floor if amax_floor is None else amax_floor,
-            scale_floor,
-            fp4_ties_toward_zero,
-            page_layout.exact_scale if exact_scale is None else exact_scale,
-        ),
-        (),
+        kv,
+        score,
+        ape,
+        query_starts,
+        start_positions,
+        state,
+        state_table,
+        norm_weight,
+        cos_sin,
+        pages,
+        block_table,
+        slot_mapping,
+        ratio,
+        overlap,
+        page_layout.index,
+        entries_per_page,
+        scales,
+        rope,
+        hadamard,
+        round_once,
+        epsilon,
+        page_layout.amax_floor if amax_floor is None else amax_floor,
+        scale_floor,
+        fp4_ties_toward_zero,
+        page_layout.exact_scale if exact_scale is None else exact_scale,
     )
+
+
+@op(_native.unpack_entries)
+def _unpack_entries(
+    pages: Tensor,
+    slots: Tensor,
+    layout: int,
+    entries_per_page: int,
+    scales: Tensor | None = None,
+    rope: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """unpack_entries, the layout as a number."""
+    return output(out, pages, (slots.shape[0], LAYOUTS_BY_INDEX[layout].head_dim), torch.float32)
 
 
 def unpack_entries(
@@ -157,8 +199,8 @@ def unpack_entries(
     Returns:
         [entries, d] float32; a row whose slot is out of range is NaN.
     """
-    arguments = (pages, slots, _layout("unpack_entries", layout).index, entries_per_page, scales, rope)
-    return _unpack_entries(arguments, (out,))[0]
+    index = _layout("unpack_entries", layout).index
+    return _unpack_entries(pages, slots, index, entries_per_page, scales, rope, out=out)
 
 
 def _layout(op: str, name: str) -> PageLayout:

@@ -8,31 +8,26 @@ raise InvalidArgumentError.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from dsv4_kernels.op_table import OPS
-
-_append = OPS["append"]
-_csa_compress_tail = OPS["csa_compress_tail"]
-_hca_compress_tail = OPS["hca_compress_tail"]
-_flush_write_csa = OPS["flush_write_csa"]
-_flush_write_hca = OPS["flush_write_hca"]
-_csa_rotate_state = OPS["csa_rotate_state"]
-_hca_reset_state = OPS["hca_reset_state"]
+from dsv4_kernels import _native
+from dsv4_kernels.op import InOut, op, output
 
 
+@op(_native.append)
 def append(
     kv: Tensor,
     z: Tensor,
     request_slots: Tensor,
     positions: Tensor,
-    tail_ka: Tensor,
-    tail_za: Tensor,
-    tail_len: Tensor,
-    slot_positions: Tensor,
+    tail_ka: InOut,
+    tail_za: InOut,
+    tail_len: InOut,
+    slot_positions: InOut,
     m: int,
-    next_kb: Tensor | None = None,
-    next_zb: Tensor | None = None,
+    next_kb: InOut | None = None,
+    next_zb: InOut | None = None,
     token_offsets: Tensor | None = None,
     indexer_kv: Tensor | None = None,
     indexer_z: Tensor | None = None,
@@ -71,27 +66,29 @@ def append(
         indexer_ape: [m, columns of indexer_kv] float32, added to indexer_z.
         round: which block of each request to take.
     """
-    _append(
-        (
-            kv,
-            z,
-            request_slots,
-            positions,
-            tail_ka,
-            tail_za,
-            tail_len,
-            slot_positions,
-            m,
-            next_kb,
-            next_zb,
-            token_offsets,
-            indexer_kv,
-            indexer_z,
-            ape,
-            indexer_ape,
-            round,
-        ),
-        (),
+
+
+@op(_native.csa_compress_tail)
+def _csa_compress_tail(
+    tail_ka: Tensor,
+    tail_za: Tensor,
+    tail_kb: Tensor,
+    tail_zb: Tensor,
+    tail_len: Tensor,
+    request_slots: Tensor,
+    m: int,
+    indexer_head_dim: int = 128,
+    *,
+    out_entry: Tensor | None = None,
+    out_indexer_key: Tensor | None = None,
+    out_valid_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """csa_compress_tail, with the mask."""
+    requests = request_slots.shape[0]
+    return (
+        output(out_entry, tail_ka, (requests, tail_ka.shape[2] - indexer_head_dim), torch.bfloat16),
+        output(out_indexer_key, tail_ka, (requests, indexer_head_dim), torch.bfloat16),
+        output(out_valid_mask, tail_ka, (requests,), torch.bool),
     )
 
 
@@ -137,8 +134,17 @@ def csa_compress_tail(
         undefined.
     """
     entry, indexer_key, valid_mask = _csa_compress_tail(
-        (tail_ka, tail_za, tail_kb, tail_zb, tail_len, request_slots, m, indexer_head_dim),
-        (out_entry, out_indexer_key, out_valid_mask),
+        tail_ka,
+        tail_za,
+        tail_kb,
+        tail_zb,
+        tail_len,
+        request_slots,
+        m,
+        indexer_head_dim,
+        out_entry=out_entry,
+        out_indexer_key=out_indexer_key,
+        out_valid_mask=out_valid_mask,
     )
     if out_valid_mask is None:
         if out_entry is None:
@@ -146,6 +152,23 @@ def csa_compress_tail(
         if out_indexer_key is None:
             indexer_key = _defined(indexer_key, valid_mask)
     return entry, indexer_key
+
+
+@op(_native.hca_compress_tail)
+def _hca_compress_tail(
+    tail_ka: Tensor,
+    tail_za: Tensor,
+    tail_len: Tensor,
+    request_slots: Tensor,
+    m: int,
+    *,
+    out_entry: Tensor | None = None,
+    out_valid_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """hca_compress_tail, with the mask."""
+    requests = request_slots.shape[0]
+    entry = output(out_entry, tail_ka, (requests, tail_ka.shape[2]), torch.bfloat16)
+    return entry, output(out_valid_mask, tail_ka, (requests,), torch.bool)
 
 
 def hca_compress_tail(
@@ -177,7 +200,9 @@ def hca_compress_tail(
         entry. Rows of requests whose tail is not full are not written where out_entry is given. In an allocated tensor
         they are 0, which takes a launch more; with out_valid_mask, which tells them apart, they are left undefined.
     """
-    entry, valid_mask = _hca_compress_tail((tail_ka, tail_za, tail_len, request_slots, m), (out_entry, out_valid_mask))
+    entry, valid_mask = _hca_compress_tail(
+        tail_ka, tail_za, tail_len, request_slots, m, out_entry=out_entry, out_valid_mask=out_valid_mask
+    )
     return _defined(entry, valid_mask) if out_entry is None and out_valid_mask is None else entry
 
 
@@ -186,6 +211,7 @@ def _defined(rows: Tensor, valid_mask: Tensor) -> Tensor:
     return rows.where(valid_mask[:, None], 0.0)
 
 
+@op(_native.flush_write_csa)
 def flush_write_csa(
     entry: Tensor,
     indexer_key: Tensor,
@@ -193,11 +219,11 @@ def flush_write_csa(
     request_slots: Tensor,
     slot_positions: Tensor,
     block_table: Tensor,
-    entries_fp8: Tensor,
-    entries_rope: Tensor,
-    inv_scale: Tensor,
-    indexer_keys_fp4: Tensor,
-    indexer_scale: Tensor,
+    entries_fp8: InOut,
+    entries_rope: InOut,
+    inv_scale: InOut,
+    indexer_keys_fp4: InOut,
+    indexer_scale: InOut,
     m: int,
 ) -> None:
     """Quantises entries and indexer keys, and writes them to the pool in the split layout, in place.
@@ -227,34 +253,18 @@ def flush_write_csa(
         indexer_scale: [blocks, entries_per_block, indexer_head_dim / 16] float8_e4m3fn or uint8 to change.
         m: tokens a block of the sequence.
     """
-    _flush_write_csa(
-        (
-            entry,
-            indexer_key,
-            valid_mask,
-            request_slots,
-            slot_positions,
-            block_table,
-            entries_fp8,
-            entries_rope,
-            inv_scale,
-            indexer_keys_fp4,
-            indexer_scale,
-            m,
-        ),
-        (),
-    )
 
 
+@op(_native.flush_write_hca)
 def flush_write_hca(
     entry: Tensor,
     valid_mask: Tensor,
     request_slots: Tensor,
     slot_positions: Tensor,
     block_table: Tensor,
-    entries_fp8: Tensor,
-    entries_rope: Tensor,
-    inv_scale: Tensor,
+    entries_fp8: InOut,
+    entries_rope: InOut,
+    inv_scale: InOut,
     m: int,
 ) -> None:
     """Quantises entries and writes them to the pool in the split layout, in place: flush_write_csa without the indexer.
@@ -270,32 +280,19 @@ def flush_write_hca(
         inv_scale: [blocks, entries_per_block] float32 to change.
         m: tokens a block of the sequence.
     """
-    _flush_write_hca(
-        (
-            entry,
-            valid_mask,
-            request_slots,
-            slot_positions,
-            block_table,
-            entries_fp8,
-            entries_rope,
-            inv_scale,
-            m,
-        ),
-        (),
-    )
 
 
+@op(_native.csa_rotate_state)
 def csa_rotate_state(
     valid_mask: Tensor,
     request_slots: Tensor,
-    tail_ka: Tensor,
-    tail_za: Tensor,
-    tail_kb: Tensor,
-    tail_zb: Tensor,
-    tail_len: Tensor,
-    next_kb: Tensor | None = None,
-    next_zb: Tensor | None = None,
+    tail_ka: InOut,
+    tail_za: InOut,
+    tail_kb: InOut,
+    tail_zb: InOut,
+    tail_len: InOut,
+    next_kb: InOut | None = None,
+    next_zb: InOut | None = None,
     clear_rows: bool = True,
 ) -> None:
     """Makes the current block of each request whose valid_mask is true the block before, in place, after a CSA flush.
@@ -317,29 +314,15 @@ def csa_rotate_state(
         clear_rows: sets the rows of the current block to 0. Nothing reads them before append writes them, so False
             changes no entry and saves the time.
     """
-    _csa_rotate_state(
-        (
-            valid_mask,
-            request_slots,
-            tail_ka,
-            tail_za,
-            tail_kb,
-            tail_zb,
-            tail_len,
-            next_kb,
-            next_zb,
-            clear_rows,
-        ),
-        (),
-    )
 
 
+@op(_native.hca_reset_state)
 def hca_reset_state(
     valid_mask: Tensor,
     request_slots: Tensor,
-    tail_ka: Tensor,
-    tail_za: Tensor,
-    tail_len: Tensor,
+    tail_ka: InOut,
+    tail_za: InOut,
+    tail_len: InOut,
     clear_rows: bool = True,
 ) -> None:
     """Empties the tail of each request whose valid_mask is true, in place, after an HCA flush: tail_len becomes 0.
@@ -353,4 +336,3 @@ def hca_reset_state(
         clear_rows: sets the rows to 0. Nothing reads them before append writes them, so False changes no entry and
             saves the time: 512 KiB a request of the models.
     """
-    _hca_reset_state((valid_mask, request_slots, tail_ka, tail_za, tail_len, clear_rows), ())

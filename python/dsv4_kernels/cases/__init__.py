@@ -22,7 +22,7 @@ from dsv4_kernels.cases.comparison import (
     to_cpu,
     worst_relative_error,
 )
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 __all__ = [
     "FLOAT32_ULP",

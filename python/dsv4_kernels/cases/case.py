@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cases.comparison import fresh, poison, to_cpu
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Case:
         """
         op = OPS[self.op]
         arguments = tuple(a.clone() if i in op.mutated and a is not None else a for i, a in enumerate(arguments))
-        out = op.allocate(arguments, arguments[0].device)
+        out = op.allocate(arguments)
         for tensor in out:
             poison(tensor)
         return op(arguments, out) + op.mutated_of(arguments)

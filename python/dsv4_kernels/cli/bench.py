@@ -27,7 +27,7 @@ from dsv4_kernels import _native
 from dsv4_kernels.cases import Case, Composite, all_cases, composites, fresh
 from dsv4_kernels.cli.machine import default_device, describe, image_for
 from dsv4_kernels.cli.timing import Ceilings, ceilings, host_seconds_per_call, seconds_per_call
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 COLD_BYTES = 256 << 20  # of inputs taken in turn: several times the largest L2
 MAX_SETS = 50
@@ -121,10 +121,10 @@ def calls_of(case: Case, sets: Sequence[tuple[Any, ...]]) -> list[Callable[[], o
     op = OPS[case.op]
 
     def call(arguments: tuple[Any, ...]) -> Callable[[], object]:
-        out = op.allocate(arguments, arguments[0].device)
+        out = op.allocate(arguments)
         workspace = None
         if op.workspace_size is not None:
-            size = op.workspace_size(*arguments)
+            size = op.workspace_bytes(arguments)
             workspace = torch.zeros(size, dtype=torch.uint8, device=arguments[0].device)
         return lambda: op(arguments, out, workspace)
 
@@ -139,7 +139,7 @@ def call_costs() -> dict[str, float]:
 
     token_ids = torch.zeros(1, dtype=torch.int32, device="cpu")
     table = torch.zeros(8, 6, dtype=torch.int32, device="cpu")
-    weights, ids = OPS["hash_router"].allocate((token_ids, table, None), "cpu")
+    weights, ids = OPS["hash_router"].allocate((token_ids, table, None))
     ways: dict[str, Callable[[], object]] = {
         "binding": lambda: _native.hash_router(token_ids, table, None, weights, ids),
         "python function": lambda: hash_router(token_ids, table, out_weights=weights, out_ids=ids),

@@ -13,7 +13,7 @@ import torch
 from dsv4_kernels.cache import AttentionType, LayerCacheSchema
 from dsv4_kernels.cases import Case, Verdict
 from dsv4_kernels.cases.cache.compress_flush import CSA, HCA, INDEXER, Layer, compress_flush_case
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 from dsv4_kernels.presets import Preset
 
 

@@ -16,7 +16,7 @@ from rich.progress import track
 from dsv4_kernels.cases import Case, all_cases, same_bits, to_cpu
 from dsv4_kernels.cli.machine import default_device, describe, image_for
 from dsv4_kernels.cli.tables import add_ops, op_table
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from dsv4_kernels.mhc.functions import (
 from dsv4_kernels.mhc.hyper_connection import HyperConnection, SeamState, round_projection
 from dsv4_kernels.mhc.presets import HYPER_CONNECTIONS, HyperConnectionPreset
 
-torch_ops.register()
+torch_ops.register_family("mhc")
 
 __all__ = [
     "HYPER_CONNECTIONS",

@@ -23,18 +23,31 @@ multiplied in full float32 precision, on tensor cores. Ops are for inference: no
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from dsv4_kernels.op_table import OPS
-
-_hyper_connection_pre = OPS["hyper_connection_pre"]
-_hyper_connection_post = OPS["hyper_connection_post"]
-_hyper_connection_post_pre = OPS["hyper_connection_post_pre"]
-_hyper_connection_coefficients = OPS["hyper_connection_coefficients"]
-_hyper_connection_collapse = OPS["hyper_connection_collapse"]
-_hyper_connection_head = OPS["hyper_connection_head"]
+from dsv4_kernels import _native
+from dsv4_kernels.op import op, output
 
 
+def _hidden(streams: Tensor, out: Tensor | None) -> Tensor:
+    """[tokens, hidden] bfloat16."""
+    return output(out, streams, (streams.shape[0], streams.shape[2]), torch.bfloat16)
+
+
+def _coefficients(
+    streams: Tensor, out_pre: Tensor | None, out_post: Tensor | None, out_comb: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pre, post and comb of each token."""
+    tokens = streams.shape[0]
+    return (
+        output(out_pre, streams, (tokens, 4), torch.float32),
+        output(out_post, streams, (tokens, 4), torch.float32),
+        output(out_comb, streams, (tokens, 4, 4), torch.float32),
+    )
+
+
+@op(_native.hyper_connection_pre)
 def hyper_connection_pre(
     streams: Tensor,
     fn: Tensor,
@@ -77,25 +90,10 @@ def hyper_connection_pre(
         layer input [tokens, hidden] bfloat16: n, or u without a norm; pre [tokens, 4], post [tokens, 4] and comb
         [tokens, 4, 4] float32.
     """
-    layer_input, pre, post, comb = _hyper_connection_pre(
-        (
-            streams,
-            fn,
-            base,
-            scale,
-            pre_in,
-            norm_weight,
-            epsilon,
-            hc_epsilon,
-            post_factor,
-            sinkhorn_iterations,
-            norm_unrounded,
-        ),
-        (out_layer_input, out_pre, out_post, out_comb),
-    )
-    return layer_input, pre, post, comb
+    return _hidden(streams, out_layer_input), *_coefficients(streams, out_pre, out_post, out_comb)
 
 
+@op(_native.hyper_connection_post)
 def hyper_connection_post(
     x: Tensor, streams: Tensor, post: Tensor, comb: Tensor, *, out_streams: Tensor | None = None
 ) -> Tensor:
@@ -111,10 +109,10 @@ def hyper_connection_post(
     Returns:
         streams [tokens, 4, hidden] bfloat16.
     """
-    (new_streams,) = _hyper_connection_post((x, streams, post, comb), (out_streams,))
-    return new_streams
+    return output(out_streams, x, streams.shape, torch.bfloat16)
 
 
+@op(_native.hyper_connection_post_pre)
 def hyper_connection_post_pre(
     x: Tensor,
     streams: Tensor,
@@ -164,28 +162,14 @@ def hyper_connection_post_pre(
     Returns:
         streams [tokens, 4, hidden] bfloat16, then what hyper_connection_pre returns.
     """
-    new_streams, layer_input, pre, new_post, new_comb = _hyper_connection_post_pre(
-        (
-            x,
-            streams,
-            post,
-            comb,
-            fn,
-            base,
-            scale,
-            pre_in,
-            norm_weight,
-            epsilon,
-            hc_epsilon,
-            post_factor,
-            sinkhorn_iterations,
-            norm_unrounded,
-        ),
-        (out_streams, out_layer_input, out_pre, out_post, out_comb),
+    return (
+        output(out_streams, x, streams.shape, torch.bfloat16),
+        _hidden(streams, out_layer_input),
+        *_coefficients(streams, out_pre, out_post, out_comb),
     )
-    return new_streams, layer_input, pre, new_post, new_comb
 
 
+@op(_native.hyper_connection_coefficients)
 def hyper_connection_coefficients(
     streams: Tensor,
     fn: Tensor,
@@ -219,12 +203,10 @@ def hyper_connection_coefficients(
     Returns:
         pre [tokens, 4], post [tokens, 4] and comb [tokens, 4, 4] float32.
     """
-    pre, post, comb = _hyper_connection_coefficients(
-        (streams, fn, base, scale, epsilon, hc_epsilon, post_factor, sinkhorn_iterations), (out_pre, out_post, out_comb)
-    )
-    return pre, post, comb
+    return _coefficients(streams, out_pre, out_post, out_comb)
 
 
+@op(_native.hyper_connection_collapse)
 def hyper_connection_collapse(
     streams: Tensor,
     pre: Tensor | None = None,
@@ -248,10 +230,10 @@ def hyper_connection_collapse(
     Returns:
         hidden [tokens, hidden] bfloat16.
     """
-    (hidden,) = _hyper_connection_collapse((streams, pre, norm_weight, epsilon, norm_unrounded), (out_hidden,))
-    return hidden
+    return _hidden(streams, out_hidden)
 
 
+@op(_native.hyper_connection_head)
 def hyper_connection_head(
     streams: Tensor,
     fn: Tensor,
@@ -282,10 +264,7 @@ def hyper_connection_head(
     Returns:
         hidden [tokens, hidden] bfloat16.
     """
-    (hidden,) = _hyper_connection_head(
-        (streams, fn, base, scale, norm_weight, epsilon, hc_epsilon, norm_unrounded), (out_hidden,)
-    )
-    return hidden
+    return _hidden(streams, out_hidden)
 
 
 def mean_head(

@@ -51,7 +51,7 @@ from dsv4_kernels.moe.weight_layouts import (
     make_b_k_major,
 )
 
-torch_ops.register()
+torch_ops.register_family("moe")
 
 __all__ = [
     "ExpertParallelMoE",

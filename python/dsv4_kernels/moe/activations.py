@@ -5,15 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4_kernels import _native
 from dsv4_kernels.moe.mxfp8_tensor import MXFP8Tensor
-from dsv4_kernels.op_table import OPS
-
-_padded_squared_relu = OPS["padded_squared_relu"]
-_padded_swiglu = OPS["padded_swiglu"]
-_squared_relu_and_quantize_mxfp8 = OPS["squared_relu_and_quantize_mxfp8"]
-_swiglu_and_quantize_mxfp8 = OPS["swiglu_and_quantize_mxfp8"]
+from dsv4_kernels.moe.scale_layouts import swizzled_shape
+from dsv4_kernels.op import op, output
 
 
+def _mxfp8(x: Tensor, columns: int, out_data: Tensor | None, out_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes of so many columns for the rows of x, and their swizzled scales, as bytes: torch's tools for ops know no
+    FP8.
+    """
+    rows = x.shape[0]
+    return (
+        output(out_data, x, (rows, columns), torch.uint8),
+        output(out_scale, x, swizzled_shape(rows, columns // 32), torch.uint8),
+    )
+
+
+@op(_native.padded_squared_relu)
 def padded_squared_relu(x: Tensor, permutation_map: Tensor, n_used: Tensor, *, out: Tensor | None = None) -> Tensor:
     """max(x, 0)^2 in float32, stored as bfloat16, for the rows that hold a token.
 
@@ -29,8 +38,15 @@ def padded_squared_relu(x: Tensor, permutation_map: Tensor, n_used: Tensor, *, o
     Returns:
         out. Rows that were not processed keep what they held; in an allocated out that is undefined. NaN stays NaN.
     """
-    (result,) = _padded_squared_relu((x, permutation_map, n_used), (out,))
-    return result
+    return output(out, x, x.shape, torch.bfloat16)
+
+
+@op(_native.padded_swiglu)
+def _padded_swiglu(
+    x: Tensor, permutation_map: Tensor, n_used: Tensor, limit: float = 0.0, *, out: Tensor | None = None
+) -> Tensor:
+    """padded_swiglu, with 0 for no limit."""
+    return output(out, x, (x.shape[0], x.shape[1] // 2), torch.bfloat16)
 
 
 def padded_swiglu(
@@ -51,8 +67,20 @@ def padded_swiglu(
         out. Rows that were not processed keep what they held; in an allocated out that is undefined. NaN stays NaN; a
         gate of -inf gives NaN, as it does in torch.
     """
-    (result,) = _padded_swiglu((x, permutation_map, n_used, float(limit or 0.0)), (out,))
-    return result
+    return _padded_swiglu(x, permutation_map, n_used, float(limit or 0.0), out=out)
+
+
+@op(_native.squared_relu_and_quantize_mxfp8)
+def _squared_relu_and_quantize_mxfp8(
+    x: Tensor,
+    permutation_map: Tensor,
+    n_used: Tensor,
+    *,
+    out_data: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """squared_relu_and_quantize_mxfp8, its results as bytes."""
+    return _mxfp8(x, x.shape[1], out_data, out_scale)
 
 
 def squared_relu_and_quantize_mxfp8(
@@ -81,7 +109,23 @@ def squared_relu_and_quantize_mxfp8(
         is undefined. Scales are written whole: those of rows that were not processed, and the padding, are 0. A group
         of zeros has scale 0. A group that holds a NaN or an infinity has scale and codes NaN.
     """
-    return _as_mxfp8(_squared_relu_and_quantize_mxfp8((x, permutation_map, n_used), (out_data, out_scale)))
+    return _as_mxfp8(
+        *_squared_relu_and_quantize_mxfp8(x, permutation_map, n_used, out_data=out_data, out_scale=out_scale)
+    )
+
+
+@op(_native.swiglu_and_quantize_mxfp8)
+def _swiglu_and_quantize_mxfp8(
+    x: Tensor,
+    permutation_map: Tensor,
+    n_used: Tensor,
+    limit: float = 0.0,
+    *,
+    out_data: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """swiglu_and_quantize_mxfp8, its results as bytes and with 0 for no limit."""
+    return _mxfp8(x, x.shape[1] // 2, out_data, out_scale)
 
 
 def swiglu_and_quantize_mxfp8(
@@ -107,10 +151,12 @@ def swiglu_and_quantize_mxfp8(
     Returns:
         data and swizzled scales, as of squared_relu_and_quantize_mxfp8.
     """
-    arguments = x, permutation_map, n_used, float(limit or 0.0)
-    return _as_mxfp8(_swiglu_and_quantize_mxfp8(arguments, (out_data, out_scale)))
+    return _as_mxfp8(
+        *_swiglu_and_quantize_mxfp8(
+            x, permutation_map, n_used, float(limit or 0.0), out_data=out_data, out_scale=out_scale
+        )
+    )
 
 
-def _as_mxfp8(results: tuple[Tensor, ...]) -> MXFP8Tensor:
-    data, scale = results
+def _as_mxfp8(data: Tensor, scale: Tensor) -> MXFP8Tensor:
     return MXFP8Tensor(data.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels import _native
+from dsv4_kernels.moe.quantize import block_outputs
+from dsv4_kernels.op import op, output
 
-_moe_grouped_gemm = OPS["moe_grouped_gemm"]
-_moe_grouped_gemm_quantized = OPS["moe_grouped_gemm_quantized"]
 
-
+@op(_native.moe_grouped_gemm)
 def moe_grouped_gemm(
     x: Tensor,
     weight: Tensor,
@@ -57,23 +57,32 @@ def moe_grouped_gemm(
     Returns:
         out. Rows without a slot are not written: undefined in an allocated out.
     """
-    (result,) = _moe_grouped_gemm(
-        (
-            x,
-            weight,
-            weight_scale,
-            tile_to_expert,
-            row_to_slot,
-            x_scale,
-            alpha,
-            slot_weights,
-            top_k,
-            swiglu,
-            float(limit),
-        ),
-        (out,),
-    )
-    return result
+    columns = weight.shape[-2]  # of the checkpoints' layout and of the interleaved one
+    return output(out, x, (row_to_slot.shape[0], columns // 2 if swiglu else columns), torch.bfloat16)
+
+
+@op(_native.moe_grouped_gemm_quantized)
+def _moe_grouped_gemm_quantized(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    tile_to_expert: Tensor,
+    row_to_slot: Tensor,
+    x_scale: Tensor,
+    global_scale: Tensor | None = None,
+    alpha: Tensor | None = None,
+    slot_weights: Tensor | None = None,
+    top_k: int = 0,
+    limit: float = 0.0,
+    swizzle: bool = False,
+    *,
+    out: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """moe_grouped_gemm_quantized, its results as bytes."""
+    shape = row_to_slot.shape[0], weight.shape[-2] // 2
+    group, codes_per_byte = (32, 1) if x.dtype == torch.float8_e4m3fn else (16, 2)
+    return block_outputs(x, shape, group, codes_per_byte, swizzle, out, out_scale)
 
 
 def moe_grouped_gemm_quantized(
@@ -124,21 +133,20 @@ def moe_grouped_gemm_quantized(
         but for the swizzled order: there they and all padding are 0.
     """
     data, scale = _moe_grouped_gemm_quantized(
-        (
-            x,
-            weight,
-            weight_scale,
-            tile_to_expert,
-            row_to_slot,
-            x_scale,
-            global_scale,
-            alpha,
-            slot_weights,
-            top_k,
-            float(limit),
-            swizzle,
-        ),
-        (out, out_scale),
+        x,
+        weight,
+        weight_scale,
+        tile_to_expert,
+        row_to_slot,
+        x_scale,
+        global_scale,
+        alpha,
+        slot_weights,
+        top_k,
+        float(limit),
+        swizzle,
+        out=out,
+        out_scale=out_scale,
     )
     fp8 = x.dtype == torch.float8_e4m3fn
     if out is None:

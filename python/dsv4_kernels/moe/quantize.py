@@ -28,25 +28,70 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_kernels import host_values
+from dsv4_kernels import _native, host_values
 from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.moe import formats
-from dsv4_kernels.op_table import NVFP4_AMAX_FLOOR, OPS
+from dsv4_kernels.moe.scale_layouts import swizzled_shape
+from dsv4_kernels.op import op, output
 from dsv4_kernels.workspace import Workspace
-
-_quantize_nvfp4 = OPS["quantize_nvfp4"]
-_quantize_nvfp4_gpu_fused = OPS["quantize_nvfp4_gpu_fused"]
-_quantize_mx = OPS["quantize_mx"]
-_quantize_fp8_per_token = OPS["quantize_fp8_per_token"]
-_dequantize_blocks = OPS["dequantize_blocks"]
 
 _SOURCES = {"plain": formats.PLAIN, "deinterleave": formats.DEINTERLEAVE, "swiglu": formats.SWIGLU}
 _ELEMENT_FORMATS = {"e4m3": formats.E4M3, "e2m1": formats.E2M1}
 _SCALE_FORMATS = {"e4m3": formats.SCALE_E4M3, "e8m0": formats.SCALE_E8M0, "float32": formats.SCALE_FLOAT32}
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_FLOATS = tuple(_DTYPES)
 
+# The least amax that a global scale is made for, 448 * 6 * 2^-110: neither the scale nor its reciprocal, nor their
+# products with block scales, leave the normal range of float32 then.
+NVFP4_AMAX_FLOOR = 448 * 6 * 2.0**-110
 MXFP4_AMAX_FLOOR = 6 * 2.0**-126
 GRANULARITY = 4  # of gates and ups in the described system; DeepGEMM has 8, FlashInfer and TensorRT-LLM 64
+
+
+def block_outputs(
+    x: Tensor,
+    shape: tuple[int, int],
+    group: int,
+    codes_per_byte: int,
+    swizzle: bool,
+    out: Tensor | None,
+    out_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Codes for values of a shape and the scales of groups of them, as bytes: torch's tools for ops know no FP8."""
+    rows, columns = shape
+    scales = swizzled_shape(rows, columns // group) if swizzle else (rows, columns // group)
+    return (
+        output(out, x, (rows, columns // codes_per_byte), torch.uint8),
+        output(out_scale, x, scales, torch.uint8),
+    )
+
+
+def _values_shape(x: Tensor, source: int) -> tuple[int, int]:
+    """Rows and columns of the values that are quantised."""
+    rows, columns = x.shape
+    return rows, columns if source == formats.PLAIN else columns // 2
+
+
+@op(_native.quantize_nvfp4)
+def _quantize_nvfp4(
+    x: Tensor,
+    global_scale: Tensor,
+    expert_ids: Tensor | None = None,
+    reciprocal_global_scale: bool = False,
+    source: int = 0,
+    granularity: int = 0,
+    limit: float = 0.0,
+    round_to_bfloat16: bool = True,
+    ties_to_even: bool = True,
+    scale_floor: float = 0.0,
+    swizzle: bool = False,
+    n_used: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """quantize_nvfp4, the source as a number and results as bytes; so the other ops of this module."""
+    return block_outputs(x, _values_shape(x, source), 16, 2, swizzle, out, out_scale)
 
 
 def quantize_nvfp4(
@@ -99,13 +144,44 @@ def quantize_nvfp4(
         infinity becomes +-6 under the largest scale.
     """
     data, scale = _quantize_nvfp4(
-        (
-            x, global_scale, expert_ids, reciprocal_global_scale, _choice("quantize_nvfp4", "source", source, _SOURCES),
-            granularity, limit or 0.0, round_to_bfloat16, ties_to_even, scale_floor, swizzle, n_used,
-        ),
-        (out, out_scale),
+        x, global_scale, expert_ids, reciprocal_global_scale, _choice("quantize_nvfp4", "source", source, _SOURCES),
+        granularity, limit or 0.0, round_to_bfloat16, ties_to_even, scale_floor, swizzle, n_used,
+        out=out, out_scale=out_scale,
     )  # fmt: skip
     return _typed(data, torch.float4_e2m1fn_x2, out), _typed(scale, torch.float8_e4m3fn, out_scale)
+
+
+def _amax_workspace_size(experts: int) -> int:
+    return _native.quantize_nvfp4_gpu_fused_workspace_size(experts)
+
+
+@op(_native.quantize_nvfp4_gpu_fused, workspace_size=_amax_workspace_size)
+def _quantize_nvfp4_gpu_fused(
+    x: Tensor,
+    expert_ids: Tensor | None = None,
+    experts: int = 0,
+    per_token: bool = False,
+    reciprocal_global_scale: bool = False,
+    source: int = 0,
+    granularity: int = 0,
+    limit: float = 0.0,
+    round_to_bfloat16: bool = True,
+    amax_floor: float = NVFP4_AMAX_FLOOR,
+    ties_to_even: bool = True,
+    scale_floor: float = 0.0,
+    swizzle: bool = False,
+    n_used: Tensor | None = None,
+    *,
+    workspace: Workspace | Tensor | None = None,
+    out: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_global_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scales = x.shape[0] if per_token else max(experts, 1)
+    return (
+        *block_outputs(x, _values_shape(x, source), 16, 2, swizzle, out, out_scale),
+        output(out_global_scale, x, (scales,), torch.float32),
+    )
 
 
 def quantize_nvfp4_gpu_fused(
@@ -166,12 +242,9 @@ def quantize_nvfp4_gpu_fused(
     """
     name = "quantize_nvfp4_gpu_fused"
     data, scale, global_scale = _quantize_nvfp4_gpu_fused(
-        (
-            x, expert_ids, experts, per_token, reciprocal_global_scale, _choice(name, "source", source, _SOURCES),
-            granularity, limit or 0.0, round_to_bfloat16, amax_floor, ties_to_even, scale_floor, swizzle, n_used,
-        ),
-        (out, out_scale, out_global_scale),
-        workspace,
+        x, expert_ids, experts, per_token, reciprocal_global_scale, _choice(name, "source", source, _SOURCES),
+        granularity, limit or 0.0, round_to_bfloat16, amax_floor, ties_to_even, scale_floor, swizzle, n_used,
+        workspace=workspace, out=out, out_scale=out_scale, out_global_scale=out_global_scale,
     )  # fmt: skip
     return _typed(data, torch.float4_e2m1fn_x2, out), _typed(scale, torch.float8_e4m3fn, out_scale), global_scale
 
@@ -258,6 +331,26 @@ def deinterleave_amax_quantize_nvfp4_fused(
     )
 
 
+@op(_native.quantize_mx)
+def _quantize_mx(
+    x: Tensor,
+    element_format: int = 0,
+    source: int = 0,
+    granularity: int = 0,
+    limit: float = 0.0,
+    round_to_bfloat16: bool = True,
+    round_scale_up: bool = True,
+    amax_floor: float = 0.0,
+    ties_to_even: bool = True,
+    swizzle: bool = False,
+    n_used: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return block_outputs(x, _values_shape(x, source), 32, 1 + element_format, swizzle, out, out_scale)
+
+
 def quantize_mx(
     x: Tensor,
     *,
@@ -306,11 +399,8 @@ def quantize_mx(
     if amax_floor is None:
         amax_floor = MXFP4_AMAX_FLOOR if form == formats.E2M1 else 0.0
     data, scale = _quantize_mx(
-        (
-            x, form, _choice("quantize_mx", "source", source, _SOURCES), granularity, limit or 0.0, round_to_bfloat16,
-            round_scale_up, amax_floor, ties_to_even, swizzle, n_used,
-        ),
-        (out, out_scale),
+        x, form, _choice("quantize_mx", "source", source, _SOURCES), granularity, limit or 0.0, round_to_bfloat16,
+        round_scale_up, amax_floor, ties_to_even, swizzle, n_used, out=out, out_scale=out_scale,
     )  # fmt: skip
     dtype = torch.float4_e2m1fn_x2 if form == formats.E2M1 else torch.float8_e4m3fn
     return _typed(data, dtype, out), _typed(scale, torch.float8_e8m0fnu, out_scale)
@@ -324,6 +414,18 @@ def quantize_mxfp8(x: Tensor, *, swizzle: bool = False, n_used: Tensor | None = 
 def quantize_mxfp4(x: Tensor, *, swizzle: bool = False, n_used: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """MXFP4: quantize_mx with element_format "e2m1", whose further arguments it leaves at their defaults."""
     return quantize_mx(x, element_format="e2m1", swizzle=swizzle, n_used=n_used)
+
+
+@op(_native.quantize_fp8_per_token)
+def _quantize_fp8_per_token(
+    x: Tensor,
+    scale_floor: float = 0.0,
+    divide: bool = False,
+    *,
+    out: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return output(out, x, x.shape, torch.uint8), output(out_scale, x, (x.shape[0],), torch.float32)
 
 
 def quantize_fp8_per_token(
@@ -350,8 +452,25 @@ def quantize_fp8_per_token(
         codes float8_e4m3fn, scales float32. A row that holds a NaN has scale and codes NaN; one with an infinity has
         scale infinity and codes 0 or NaN.
     """
-    data, scale = _quantize_fp8_per_token((x, scale_floor, divide), (out, out_scale))
+    data, scale = _quantize_fp8_per_token(x, scale_floor, divide, out=out, out_scale=out_scale)
     return _typed(data, torch.float8_e4m3fn, out), scale
+
+
+@op(_native.dequantize_blocks)
+def _dequantize_blocks(
+    data: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None = None,
+    expert_ids: Tensor | None = None,
+    reciprocal_global_scale: bool = False,
+    element_format: int = 1,
+    scale_format: int = 0,
+    swizzle: bool = False,
+    dtype: int = 0,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    return output(out, data, (data.shape[0], data.shape[1] * (1 + element_format)), _FLOATS[dtype])
 
 
 def dequantize_blocks(
@@ -386,11 +505,10 @@ def dequantize_blocks(
         raise InvalidArgumentError(f"{name}: dtype: expected bfloat16, float16 or float32, got {dtype}")
     element = _choice(name, "element_format", element_format, _ELEMENT_FORMATS)
     scales = _choice(name, "scale_format", scale_format, _SCALE_FORMATS)
-    (result,) = _dequantize_blocks(
-        (data, scale, global_scale, expert_ids, reciprocal_global_scale, element, scales, swizzle, _DTYPES[dtype]),
-        (out,),
-    )
-    return result
+    return _dequantize_blocks(
+        data, scale, global_scale, expert_ids, reciprocal_global_scale, element, scales, swizzle, _DTYPES[dtype],
+        out=out,
+    )  # fmt: skip
 
 
 def dequantize_nvfp4(

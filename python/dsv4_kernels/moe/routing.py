@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from dsv4_kernels import op_table
-from dsv4_kernels.op_table import OPS
-
-_moe_sort = OPS["moe_sort"]
-_moe_finalize = OPS["moe_finalize"]
+from dsv4_kernels import _native
+from dsv4_kernels.op import op, output
 
 
 class SortedRoutes(NamedTuple):
@@ -29,7 +27,37 @@ def max_tiles(slots: int, local_experts: int, tile_size: int) -> int:
     slots if they are no more than the experts (one each), else floor((slots + (tile_size - 1) * local_experts) /
     tile_size): every expert's last tile can be all but one row short of full. dsv4_moe_sort_max_tiles in C.
     """
-    return op_table.max_tiles(slots, local_experts, tile_size)
+    if local_experts <= 0 or tile_size <= 0:
+        return 0  # the op's checks say what is wrong with them
+    # Without a branch on the number of slots, which a trace may not know.
+    least = min if isinstance(slots, int) else torch.sym_min
+    tiles: int = least(slots, (slots + (tile_size - 1) * local_experts) // tile_size)
+    return tiles
+
+
+@op(_native.moe_sort)
+def _moe_sort(
+    topk_ids: Tensor,
+    local_experts: int,
+    tile_size: int,
+    experts_start_idx: int = 0,
+    *,
+    out_tile_to_expert: Tensor | None = None,
+    out_tile_rows: Tensor | None = None,
+    out_row_to_slot: Tensor | None = None,
+    out_slot_to_row: Tensor | None = None,
+    out_counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """moe_sort, its results as a plain tuple, which torch's tracing needs."""
+    tokens, top_k = topk_ids.shape
+    tiles = max_tiles(tokens * top_k, local_experts, tile_size)
+    return (
+        output(out_tile_to_expert, topk_ids, (tiles,), torch.int32),
+        output(out_tile_rows, topk_ids, (tiles,), torch.int32),
+        output(out_row_to_slot, topk_ids, (tiles * tile_size,), torch.int32),
+        output(out_slot_to_row, topk_ids, (tokens, top_k), torch.int32),
+        output(out_counts, topk_ids, (2,), torch.int32),
+    )
 
 
 def moe_sort(
@@ -66,10 +94,22 @@ def moe_sort(
         that hold a slot, the first ones. row_to_slot: -1 for the padding of a used tile; undefined in unused tiles.
         slot_to_row: -1 for slots without a row. counts: tiles used, slots that have a row.
     """
-    outputs = (out_tile_to_expert, out_tile_rows, out_row_to_slot, out_slot_to_row, out_counts)
-    return SortedRoutes(*_moe_sort((topk_ids, local_experts, tile_size, experts_start_idx), outputs))
+    return SortedRoutes(
+        *_moe_sort(
+            topk_ids,
+            local_experts,
+            tile_size,
+            experts_start_idx,
+            out_tile_to_expert=out_tile_to_expert,
+            out_tile_rows=out_tile_rows,
+            out_row_to_slot=out_row_to_slot,
+            out_slot_to_row=out_slot_to_row,
+            out_counts=out_counts,
+        )
+    )
 
 
+@op(_native.moe_finalize)
 def moe_finalize(
     rows: Tensor,
     slot_to_row: Tensor,
@@ -92,5 +132,4 @@ def moe_finalize(
     Returns:
         out.
     """
-    (result,) = _moe_finalize((rows, slot_to_row, weights, shared), (out,))
-    return result
+    return output(out, rows, (slot_to_row.shape[0], rows.shape[1]), torch.bfloat16)

@@ -17,17 +17,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsv4_kernels import _native
 from dsv4_kernels.errors import InvalidArgumentError
-from dsv4_kernels.op_table import OPS
-
-_swizzle = OPS["blackwell_swizzle_32_4_4"]
-_unswizzle = OPS["blackwell_unswizzle_32_4_4"]
-_assemble_2d = OPS["assemble_scales_2d_side"]
+from dsv4_kernels.op import op, output
 
 ROWS = 128  # what rows are padded to
 COLUMNS = 4
 
 
+def swizzled_shape(rows: int, columns: int) -> tuple[int, int]:
+    """The extents of a matrix in the 32_4_4 layout."""
+    return -(-rows // ROWS) * ROWS, -(-columns // COLUMNS) * COLUMNS
+
+
+@op(_native.blackwell_swizzle_32_4_4)
 def blackwell_swizzle_32_4_4(scales: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Scales in row-major order to the 32_4_4 layout; the padding is written with zeros.
 
@@ -39,10 +42,11 @@ def blackwell_swizzle_32_4_4(scales: Tensor, *, out: Tensor | None = None) -> Te
         out, [rows to a multiple of 128, columns to one of 4], or [matrices, ...] of them: the bytes in their order in
         memory, of which rows and columns mean nothing.
     """
-    (result,) = _swizzle((scales,), (out,))
-    return result
+    shape = (*scales.shape[:-2], *swizzled_shape(*scales.shape[-2:]))
+    return output(out, scales, shape, scales.dtype)
 
 
+@op(_native.blackwell_unswizzle_32_4_4)
 def blackwell_unswizzle_32_4_4(swizzled: Tensor, rows: int, columns: int, *, out: Tensor | None = None) -> Tensor:
     """The inverse of blackwell_swizzle_32_4_4.
 
@@ -56,8 +60,7 @@ def blackwell_unswizzle_32_4_4(swizzled: Tensor, rows: int, columns: int, *, out
     Returns:
         out.
     """
-    (result,) = _unswizzle((swizzled, rows, columns), (out,))
-    return result
+    return output(out, swizzled, (*swizzled.shape[:-2], rows, columns), swizzled.dtype)
 
 
 def pad_and_swizzle_single(scale: Tensor) -> Tensor:
@@ -121,6 +124,7 @@ def assemble_raw_scales_2d3d_2d_side(scales: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts).view(scales[0].dtype)
 
 
+@op(_native.assemble_scales_2d_side)
 def assemble_scales_2d_side(
     scales: Tensor, expert_offsets: Tensor, padded_offsets: Tensor, padded_rows: int, *, out: Tensor | None = None
 ) -> Tensor:
@@ -141,8 +145,7 @@ def assemble_scales_2d_side(
     Returns:
         out.
     """
-    (result,) = _assemble_2d((scales, expert_offsets, padded_offsets, padded_rows), (out,))
-    return result
+    return output(out, scales, swizzled_shape(padded_rows, scales.shape[-1]), scales.dtype)
 
 
 def _stack(function: str, scales: Sequence[Tensor]) -> Tensor:

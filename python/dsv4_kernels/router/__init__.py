@@ -13,7 +13,7 @@ from dsv4_kernels.router.functions import (
 from dsv4_kernels.router.prefill import dense_router_prefill
 from dsv4_kernels.router.router import Router
 
-torch_ops.register()
+torch_ops.register_family("router")
 
 __all__ = [
     "Router",

@@ -8,23 +8,26 @@ NaN: see "Extreme logits" in docs/families/router.md. Ops are for inference: no 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dsv4_kernels import _native
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.op import op, output
 from dsv4_kernels.workspace import Workspace
-
-_hash_router = OPS["hash_router"]
-_hash_router_scored = OPS["hash_router_scored"]
-_hash_router_fused = OPS["hash_router_fused"]
-_dense_router_decode = OPS["dense_router_decode"]
-_activation_topk = OPS["activation_topk"]
-_topk_select = OPS["topk_select"]
 
 # dsv4_score_function of csrc/include/dsv4/router.h
 _SCORE_FUNCTIONS = {"sqrt_softplus": 0, "sigmoid": 1, "softmax": 2}
 
 
+def _routes(
+    tokens: Tensor, k: int, out_weights: Tensor | None, out_ids: Tensor | None, id_type: torch.dtype = torch.int32
+) -> tuple[Tensor, Tensor]:
+    """Weights and ids [tokens, k] for the rows of a tensor."""
+    shape = tokens.shape[0], k
+    return output(out_weights, tokens, shape, torch.float32), output(out_ids, tokens, shape, id_type)
+
+
+@op(_native.hash_router)
 def hash_router(
     token_ids: Tensor,
     hash_lut: Tensor,
@@ -49,10 +52,10 @@ def hash_router(
         weights [tokens, k] float32, all 1/k; ids [tokens, k] int32. A table entry that is negative or does not fit in
         int32 gives its slot id -1 and weight 0.
     """
-    weights, ids = _hash_router((token_ids, hash_lut, padding_mask), (out_weights, out_ids))
-    return weights, ids
+    return _routes(token_ids, hash_lut.shape[1], out_weights, out_ids)
 
 
+@op(_native.hash_router_scored)
 def hash_router_scored(
     token_ids: Tensor,
     hash_lut: Tensor,
@@ -86,12 +89,10 @@ def hash_router_scored(
         weights [tokens, k] float32; ids [tokens, k] int32. A table entry outside [0, experts) gives its slot id -1 and
         weight 0 and takes no part in the sum.
     """
-    weights, ids = _hash_router_scored(
-        (token_ids, hash_lut, logits, padding_mask, renormalize, scale, epsilon), (out_weights, out_ids)
-    )
-    return weights, ids
+    return _routes(token_ids, hash_lut.shape[1], out_weights, out_ids)
 
 
+@op(_native.hash_router_fused)
 def hash_router_fused(
     token_ids: Tensor,
     hash_lut: Tensor,
@@ -129,12 +130,14 @@ def hash_router_fused(
         weights [tokens, k] float32; ids [tokens, k] int32. A token gets the same bits in every batch. A table entry
         outside [0, experts) gives its slot id -1 and weight 0 and takes no part in the sum.
     """
-    weights, ids = _hash_router_fused(
-        (token_ids, hash_lut, hidden, weight, padding_mask, renormalize, scale, epsilon), (out_weights, out_ids)
-    )
-    return weights, ids
+    return _routes(token_ids, hash_lut.shape[1], out_weights, out_ids)
 
 
+def _decode_workspace_size(hidden: Tensor, weight: Tensor) -> int:
+    return _native.dense_router_decode_workspace_size(hidden.shape[0], weight.shape[0])
+
+
+@op(_native.dense_router_decode, workspace_size=_decode_workspace_size)
 def dense_router_decode(
     hidden: Tensor,
     weight: Tensor,
@@ -174,15 +177,33 @@ def dense_router_decode(
         weights [tokens, k] float32 and ids [tokens, k] int32 in descending order of s + bias; ties go to the lower id,
         NaN is lowest.
     """
-    weights, ids = _dense_router_decode(
-        (hidden, weight, bias, k, renormalize, scale, epsilon), (out_weights, out_ids), workspace
-    )
-    return weights, ids
+    return _routes(hidden, k, out_weights, out_ids)
 
 
 def dense_router_decode_workspace_size(tokens: int, experts: int) -> int:
     """Bytes of workspace that dense_router_decode needs for a batch of that shape."""
     return _native.dense_router_decode_workspace_size(tokens, experts)
+
+
+@op(_native.activation_topk)
+def _activation_topk(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    score_function: int = 0,
+    renormalize: bool = True,
+    scale: float = 1.0,
+    epsilon: float = 0.0,
+    padding_mask: Tensor | None = None,
+    bias_alt: Tensor | None = None,
+    bias_alt_mask: Tensor | None = None,
+    int64_ids: bool = False,
+    *,
+    out_weights: Tensor | None = None,
+    out_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """activation_topk, the score function as a number."""
+    return _routes(logits, k, out_weights, out_ids, torch.int64 if int64_ids else torch.int32)
 
 
 def activation_topk(
@@ -230,23 +251,21 @@ def activation_topk(
     """
     if score_function not in _SCORE_FUNCTIONS:
         raise _unknown_score_function(score_function)
-    weights, ids = _activation_topk(
-        (
-            logits,
-            bias,
-            k,
-            _SCORE_FUNCTIONS[score_function],
-            renormalize,
-            scale,
-            epsilon,
-            padding_mask,
-            bias_alt,
-            bias_alt_mask,
-            int64_ids,
-        ),
-        (out_weights, out_ids),
+    return _activation_topk(
+        logits,
+        bias,
+        k,
+        _SCORE_FUNCTIONS[score_function],
+        renormalize,
+        scale,
+        epsilon,
+        padding_mask,
+        bias_alt,
+        bias_alt_mask,
+        int64_ids,
+        out_weights=out_weights,
+        out_ids=out_ids,
     )
-    return weights, ids
 
 
 def _unknown_score_function(got: object) -> Exception:
@@ -256,6 +275,7 @@ def _unknown_score_function(got: object) -> Exception:
     return InvalidArgumentError(f"activation_topk: score_function: expected {need}, got {got}")
 
 
+@op(_native.topk_select)
 def topk_select(
     scores: Tensor,
     k: int,
@@ -281,5 +301,6 @@ def topk_select(
         values [rows, k] float32, bit for bit those of scores, and ids [rows, k] int32, their columns. A row with fewer
         than k columns that count ends in values -infinity and ids -1.
     """
-    values, ids = _topk_select((scores, k, lengths, sorted, with_values), (out_values, out_ids))
-    return values, ids
+    rows = scores.shape[0]
+    values = output(out_values, scores, (rows, k if with_values else 0), torch.float32)
+    return values, output(out_ids, scores, (rows, k), torch.int32)

@@ -6,7 +6,7 @@ from dsv4_kernels.stash.functions import paged_stash_copy, paged_stash_pop
 from dsv4_kernels.stash.paged_stash import PagedStash, PoolReport, PoolSize, StashHandle, StashReport, pages_for
 from dsv4_kernels.stash.saved import SavedActivations
 
-torch_ops.register()
+torch_ops.register_family("stash")
 
 __all__ = [
     "PagedStash",

@@ -10,11 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels import _native
+from dsv4_kernels.op import InOut, op
 from dsv4_kernels.workspace import Workspace
-
-_paged_stash_copy = OPS["paged_stash_copy"]
-_paged_stash_pop = OPS["paged_stash_pop"]
 
 # What the C interface has a name for. Of every other dtype it is shown the bytes.
 _NAMED = frozenset(
@@ -46,6 +44,33 @@ def _movable(rows: Tensor, cuda_pool: Tensor, host_pool: Tensor | None) -> tuple
         cuda_pool.view(torch.uint8),
         None if host_pool is None else host_pool.view(torch.uint8),
     )
+
+
+def _workspace_size() -> int:
+    return _native.paged_stash_workspace_size()
+
+
+@op(_native.paged_stash_copy, workspace_size=_workspace_size)
+def _paged_stash_copy(
+    src: Tensor,
+    cuda_dst: InOut,
+    host_dst: InOut | None,
+    num_tokens: Tensor,
+    free_list_cuda: Tensor,
+    free_list_host: Tensor | None,
+    free_list_head: InOut,
+    free_list_tail: Tensor,
+    free_list_capacity: Tensor,
+    page_record: InOut,
+    overflow: InOut,
+    host_spill_global: InOut,
+    spilled_to_host: InOut,
+    new_free_list_head: InOut | None = None,
+    high_water: InOut | None = None,
+    *,
+    workspace: Workspace | Tensor | None = None,
+) -> None:
+    """paged_stash_copy of rows in a dtype that the C interface has a name for."""
 
 
 def paged_stash_copy(
@@ -103,26 +128,44 @@ def paged_stash_copy(
     """
     src, cuda_dst, host_dst = _movable(src, cuda_dst, host_dst)
     _paged_stash_copy(
-        (
-            src,
-            cuda_dst,
-            host_dst,
-            num_tokens,
-            free_list_cuda,
-            free_list_host,
-            free_list_head,
-            free_list_tail,
-            free_list_capacity,
-            page_record,
-            overflow,
-            host_spill_global,
-            spilled_to_host,
-            new_free_list_head,
-            high_water,
-        ),
-        (),
-        workspace,
+        src,
+        cuda_dst,
+        host_dst,
+        num_tokens,
+        free_list_cuda,
+        free_list_host,
+        free_list_head,
+        free_list_tail,
+        free_list_capacity,
+        page_record,
+        overflow,
+        host_spill_global,
+        spilled_to_host,
+        new_free_list_head,
+        high_water,
+        workspace=workspace,
     )
+
+
+@op(_native.paged_stash_pop, workspace_size=_workspace_size)
+def _paged_stash_pop(
+    cuda_src: Tensor,
+    host_src: Tensor | None,
+    dst: InOut,
+    num_tokens: Tensor,
+    page_record: Tensor,
+    spilled_to_host: Tensor,
+    overflow: Tensor,
+    free_list_cuda: InOut,
+    free_list_host: InOut | None,
+    free_list_tail: InOut,
+    free_list_capacity: Tensor,
+    new_free_list_tail: InOut | None = None,
+    zero_rest: bool = False,
+    *,
+    workspace: Workspace | Tensor | None = None,
+) -> None:
+    """paged_stash_pop of rows in a dtype that the C interface has a name for."""
 
 
 def paged_stash_pop(
@@ -170,21 +213,18 @@ def paged_stash_pop(
     """
     dst, cuda_src, host_src = _movable(dst, cuda_src, host_src)
     _paged_stash_pop(
-        (
-            cuda_src,
-            host_src,
-            dst,
-            num_tokens,
-            page_record,
-            spilled_to_host,
-            overflow,
-            free_list_cuda,
-            free_list_host,
-            free_list_tail,
-            free_list_capacity,
-            new_free_list_tail,
-            zero_rest,
-        ),
-        (),
-        workspace,
+        cuda_src,
+        host_src,
+        dst,
+        num_tokens,
+        page_record,
+        spilled_to_host,
+        overflow,
+        free_list_cuda,
+        free_list_host,
+        free_list_tail,
+        free_list_capacity,
+        new_free_list_tail,
+        zero_rest,
+        workspace=workspace,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from dsv4_kernels import number_formats
 from dsv4_kernels.cases import FLOAT32_ULP, Baseline, Verdict, conversions, fresh, is_poison, same_bits, to_cpu
 from dsv4_kernels.cases.cache import definitions
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 # A pooled column is a few dozen float32 operations: whatever plain torch loses, this much is always allowed, relative
 # to the sum of the weighted magnitudes.

@@ -15,7 +15,7 @@ from dsv4_kernels.cases.moe.quantize import baseline_scales, encode_mx, encode_n
 from dsv4_kernels.cases.moe.routing import uniform_ids
 from dsv4_kernels.moe.formats import E4M3
 from dsv4_kernels.moe.interleaved_weights import PAIR_ROWS, interleave_weights
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.moe.routing import max_tiles
 from dsv4_kernels.presets import PRESETS, Preset
 
 # Of a sum of K products on tensor cores, over the sum of their sizes: they align addends and truncate, and a sum of
@@ -223,12 +223,13 @@ def check_quantized(arguments: tuple[Any, ...], results: tuple[Tensor, ...], bas
 
 
 def gemm_bytes(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, tile_to_expert: Tensor, row_to_slot: Tensor, *rest: Any
-) -> int:
+    x: Tensor, weight: Tensor, weight_scale: Tensor, tile_to_expert: Tensor, row_to_slot: Tensor,
+    x_scale: Tensor | None, alpha: Tensor | None, slot_weights: Tensor | None, top_k: int, swiglu: bool, limit: float,
+) -> int:  # fmt: skip
     """Weights of the experts that a tile has, each once; rows in and out once."""
     experts: int = tile_to_expert[tile_to_expert >= 0].unique().numel()
     rows = int((row_to_slot >= 0).sum())
-    columns: int = OPS["moe_grouped_gemm"].outputs(x, weight, weight_scale, tile_to_expert, row_to_slot, *rest)[0][0][1]
+    columns = weight.shape[-2] // 2 if swiglu else weight.shape[-2]
     of_expert = (weight.nbytes + weight_scale.nbytes) // weight.shape[0]
     return experts * of_expert + min(rows, x.shape[0]) * x.shape[1] * x.element_size() + rows * columns * 2
 
@@ -288,7 +289,7 @@ def gemm_case(
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         ids = uniform_ids(tokens, experts, top_k, generator)
         ids[torch.rand(ids.shape, generator=generator, dtype=torch.float32, device="cpu") < dropped] = -1
-        ((tiles,), _), *_ = OPS["moe_sort"].outputs(ids, experts, tile_size)
+        tiles = max_tiles(ids.numel(), experts, tile_size)
         routes = definitions.sorted_routes(ids, experts, tile_size, 0, tiles)
         rows = columns * (2 if swiglu else 1)
         weight, scale = random_weights(1 if benched else experts, rows, inner, nvfp4, generator)

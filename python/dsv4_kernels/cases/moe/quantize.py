@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv4_kernels.cases import Baseline, Case, Verdict, is_poison, to_cpu
 from dsv4_kernels.moe.formats import DEINTERLEAVE, E2M1, E4M3, PLAIN, SWIGLU
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 # Halfway between E2M1 values. A tie goes to the lower code at those of even index, where that is the even code; at the
 # others the bound lies just below.
@@ -187,7 +187,7 @@ def baseline_dequantize(
 
 
 def named(op: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
-    return {parameter.name: value for parameter, value in zip(OPS[op].schema, arguments, strict=True)}
+    return dict(zip(OPS[op].names, arguments, strict=True))
 
 
 def written_rows(given: dict[str, Any], result: str) -> int:
@@ -271,8 +271,8 @@ def moved_bytes(op: str) -> Callable[..., int]:
             read += given["scale"].numel() * given["scale"].element_size()
         if op == "quantize_nvfp4_gpu_fused" and not given["per_token"] and read > L2_BYTES:
             read *= 2
-        written = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in OPS[op].outputs(*arguments))
-        return read + written * used // max(int(first.shape[0]), 1)
+        written = sum(result.nbytes for result in OPS[op].allocate(arguments))
+        return int(read + written * used // max(int(first.shape[0]), 1))
 
     return count
 
@@ -315,7 +315,7 @@ def case(
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         width = columns if options.get("source", PLAIN) == PLAIN else 2 * columns
-        given = {parameter.name: parameter.default_value for parameter in OPS[op].schema} | options
+        given = {parameter.name: parameter.default_value for parameter in OPS[op].parameters} | options
         given["x"] = wide_values(generator, rows, width, dtype)
         if "global_scale" in given:
             count = experts or (rows if scales == "per row" else 1)
@@ -341,7 +341,7 @@ def dequantize_case(
     has_global: bool = True, **options: Any,
 ) -> Case:  # fmt: skip
     def make(generator: torch.Generator) -> tuple[Any, ...]:
-        given = {parameter.name: parameter.default_value for parameter in OPS["dequantize_blocks"].schema} | options
+        given = {parameter.name: parameter.default_value for parameter in OPS["dequantize_blocks"].parameters} | options
         width = columns // (1 + given["element_format"])
         data = torch.randint(256, (rows, width), generator=generator, dtype=torch.uint8, device="cpu")
         if given["element_format"] == E4M3:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4_kernels.cases import Baseline, Case, Verdict, is_poison, to_cpu
 from dsv4_kernels.cases.moe import definitions
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.moe.routing import max_tiles
 from dsv4_kernels.presets import PRESETS, Preset
 
 
@@ -26,7 +26,7 @@ def baseline_sort(
     count.scatter_add_(0, key, torch.ones_like(key))
     tiles = (count[:local_experts] + tile_size - 1) // tile_size
     last_tile = tiles.cumsum(0)
-    room = OPS["moe_sort"].outputs(topk_ids, local_experts, tile_size)[0][0][0]
+    room = max_tiles(topk_ids.numel(), local_experts, tile_size)
     tile = torch.arange(room, device=device)
     expert = torch.searchsorted(last_tile, tile, right=True)
     used = expert < local_experts
@@ -60,10 +60,10 @@ def check_sort(arguments: tuple[Any, ...], results: tuple[Tensor, ...], baseline
     return Verdict(float(wrong), 0.0, "wrong or touched elements")
 
 
-def sort_bytes(topk_ids: Tensor, local_experts: int, tile_size: int, *_: Any) -> int:
+def sort_bytes(topk_ids: Tensor, local_experts: int, tile_size: int, experts_start_idx: int) -> int:
     """Ids in; a row for each slot, a slot for each row of the used tiles, and the tile tables out."""
-    tiles = int(baseline_sort(topk_ids, local_experts, tile_size, *_)[4][0])
-    room = OPS["moe_sort"].outputs(topk_ids, local_experts, tile_size)[0][0][0]
+    tiles = int(baseline_sort(topk_ids, local_experts, tile_size, experts_start_idx)[4][0])
+    room = max_tiles(topk_ids.numel(), local_experts, tile_size)
     return topk_ids.numel() * (topk_ids.element_size() + 4) + tiles * tile_size * 4 + 2 * room * 4 + 8
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cases import Baseline, Case, Verdict, fresh, to_cpu
-from dsv4_kernels.op_table import OPS
+from dsv4_kernels.ops import OPS
 
 MIB = 1 << 20
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv4_kernels import number_formats
 from dsv4_kernels.cpu.moe.scale_layouts import blackwell_swizzle_32_4_4
-from dsv4_kernels.cpu.moe.swiglu import swiglu as swiglu_of
+from dsv4_kernels.cpu.moe.swiglu import clamped_swiglu
 
 
 def used_rows(permutation_map: Tensor, n_used: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def squared_relu(x: Tensor) -> Tensor:
 def swiglu(x: Tensor, limit: float) -> Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit) in float64; NaN stays NaN."""
     gate, up = x.to(torch.float64).chunk(2, dim=-1)
-    return swiglu_of(gate, up, limit)
+    return clamped_swiglu(gate, up, limit)
 
 
 def mxfp8(value: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv4_kernels.cpu.moe import quantize
 from dsv4_kernels.cpu.moe.scale_layouts import swizzle_32_4_4
-from dsv4_kernels.cpu.moe.swiglu import swiglu
+from dsv4_kernels.cpu.moe.swiglu import clamped_swiglu
 from dsv4_kernels.moe import formats
 from dsv4_kernels.moe.weight_layouts import gate_and_up
 from dsv4_kernels.number_formats import decode_e2m1, decode_e4m3, decode_e8m0, unpack_e2m1
@@ -86,7 +86,7 @@ def moe_grouped_gemm(
     alpha: Tensor | None,
     slot_weights: Tensor | None,
     top_k: int,
-    with_swiglu: bool,
+    swiglu: bool,
     limit: float,
     out: Tensor,
 ) -> None:
@@ -103,9 +103,9 @@ def moe_grouped_gemm(
             if alpha is None
             else alpha[expert].to(torch.float64).reshape(-1)
         )
-        if with_swiglu:
+        if swiglu:
             gate, up = gate_and_up(result, weight.dtype == torch.int32)
-            result = swiglu(gate * factor[0], up * factor[-1], limit)
+            result = clamped_swiglu(gate * factor[0], up * factor[-1], limit)
         else:
             result = result * factor[0]
         if slot_weights is not None:

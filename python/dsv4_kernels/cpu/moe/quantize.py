@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv4_kernels import number_formats as formats
 from dsv4_kernels.cpu.moe.scale_layouts import TILE_ROWS, swizzle_32_4_4, unswizzle_32_4_4
-from dsv4_kernels.cpu.moe.swiglu import swiglu
+from dsv4_kernels.cpu.moe.swiglu import clamped_swiglu
 from dsv4_kernels.moe.formats import DEINTERLEAVE, E2M1, PLAIN, SCALE_E4M3, SCALE_FLOAT32
 
 NVFP4_RANGE = formats.LARGEST_E4M3 * formats.LARGEST_E2M1
@@ -24,7 +24,7 @@ def source_values(x: Tensor, source: int, granularity: int, limit: float, round_
     gate, up = pairs[:, :, 0].reshape(rows, half), pairs[:, :, 1].reshape(rows, half)
     if source == DEINTERLEAVE:
         return gate
-    value = swiglu(gate.to(torch.float64), up.to(torch.float64), limit).to(torch.float32)
+    value = clamped_swiglu(gate.to(torch.float64), up.to(torch.float64), limit).to(torch.float32)
     return value.to(torch.bfloat16).to(torch.float32) if round_to_bfloat16 else value
 
 

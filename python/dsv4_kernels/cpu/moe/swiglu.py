@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit); NaN stays NaN."""
     if limit > 0:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
