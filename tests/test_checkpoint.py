@@ -71,6 +71,11 @@ def cut(folder: Path, shard: str, length: int) -> None:
     path.write_bytes(path.read_bytes()[:length])
 
 
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 # What breaks, for whom it shows, and what the text says beside the folder's name.
 BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "truncated": (lambda f: cut(f, FIRST, 2000), "both", f"{FIRST}: layers.3.ffn.*: expected a complete .safetensors"),
@@ -84,7 +89,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda f: (f / SECOND).unlink(), "experts",
         f"{SECOND}: layers.3.ffn.experts.1.w1.weight: no such file, but {INDEX} says that the tensor is there",
     ),
-    "shard is a folder": (lambda f: ((f / FIRST).unlink(), (f / FIRST).mkdir()), "both", f"{FIRST}: .*: no such file"),
+    "shard is a folder": (lambda f: a_folder(f / FIRST), "both", f"{FIRST}: .*: no such file"),
     "shard lacks a tensor": (
         lambda f: edit_shard(f, SECOND, lambda t: t.pop(EXPERT)), "experts",
         f"{SECOND}: {EXPERT}: no such tensor in this shard, but {INDEX} says that it is here",

@@ -214,7 +214,7 @@ def test_lazily_negated_tensors_reach_the_kernel_as_values() -> None:
 class Wrapped(Tensor):
     """A subclass whose memory is elsewhere, such as a DTensor, that lists what it is shown."""
 
-    inner: Tensor
+    inner: Tensor  # type: ignore[assignment]
     seen: list[str]
 
     @staticmethod

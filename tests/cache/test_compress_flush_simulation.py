@@ -46,6 +46,7 @@ def simulate(device: str, steps: int, ratio: int, overlap: bool, seed: int, slot
     assert sorted(one.free_pages) == list(range(one.page_count))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("ratio", "overlap", "steps"), [(4, True, 7000), (2, False, 2000), (128, False, 1000)])
 def test_ten_thousand_steps(ratio: int, overlap: bool, steps: int, real_device: str) -> None:
     simulate(real_device, steps, ratio, overlap, seed=ratio)

@@ -46,7 +46,7 @@ class Pool:
     ) -> None:
         """By default request r writes entry r of a sequence that has blocks 0, 1, 2, ..."""
         requests = len(self.entry)
-        where = (
+        where: tuple[torch.Tensor, ...] = (
             torch.tensor(mask or [True] * requests),
             torch.tensor(slots or list(range(requests)), dtype=torch.int32),
             torch.tensor(positions or [m * (r + 1) for r in range(requests)]),

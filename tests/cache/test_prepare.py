@@ -314,7 +314,9 @@ def test_blocks_that_cannot_be_freed() -> None:
 def test_allocator_is_deterministic_and_never_gives_a_block_twice() -> None:
     runs = []
     for _ in range(2):
-        choice, allocator, held, log = random.Random(3), BlockAllocator(37), [], []
+        choice, allocator = random.Random(3), BlockAllocator(37)
+        held: list[Any] = []
+        log: list[Any] = []
         for _ in range(3000):
             if held and choice.random() < 0.5:
                 allocator.free(held.pop(choice.randrange(len(held))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +101,8 @@ def simulate(schema: LayerCacheSchema, device: str, steps: int, seed: int, graph
     engine = Engine(schema, device, slots=7, requests=4, blocks=24, max_new_tokens=5)
     if graph:
         engine.capture()
-    free, running, seen = list(range(7)), [], {"left": 0, "put out": 0, "entries": 0}
+    running: list[Any] = []
+    free, seen = list(range(7)), {"left": 0, "put out": 0, "entries": 0}
 
     def finish(gone: Running, why: str) -> None:
         assert engine.wrong(gone) == []
@@ -132,6 +134,7 @@ def simulate(schema: LayerCacheSchema, device: str, steps: int, seed: int, graph
     assert all(seen.values()) or steps < 1000, seen
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layer", SMALL)
 def test_ten_thousand_steps(layer: str) -> None:
     """On the CPU; CSA's, which overlap, in full length."""

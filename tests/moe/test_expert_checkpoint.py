@@ -36,7 +36,7 @@ def input_scale(expert: int, matrix: int) -> float:
 
 
 def checkpoint(scheme: str, block: str = "ffn", prefix: str = f"layers.{LAYER}.", first: int = 0) -> Tensors:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for (expert, matrix), (codes, scale, factor) in parts_of(scheme.startswith("nvfp4")).items():
         name = f"{prefix}{block}.experts.{first + expert}.{MATRICES[block][matrix]}"
         static = torch.tensor(input_scale(expert, matrix))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.moe import ExpertParallelMoE, Nvfp4MoE
+from torch.multiprocessing.spawn import spawn
 
 from tests.moe.test_nvfp4_moe import EXPERTS, HIDDEN, INNER, TOP_K, expected, module, random_layer, routed
 
@@ -106,7 +107,7 @@ def replayed(layer: ExpertParallelMoE, rank: int) -> torch.Tensor:
 def test_two_ranks_are_one_layer(backend: str, tmp_path: Path) -> None:
     if backend == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs, one a process: torch sees {torch.cuda.device_count()}")
-    torch.multiprocessing.spawn(run_rank, args=(str(tmp_path), backend), nprocs=2)
+    spawn(run_rank, args=(str(tmp_path), backend), nprocs=2)
     whole = module(True, "cuda" if backend == "nccl" else "cpu", swiglu_limit=2.0)
     for rank in range(2):
         results = torch.load(tmp_path / f"{rank}.pt")

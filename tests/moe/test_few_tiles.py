@@ -43,7 +43,7 @@ def maps(*tiles: tuple[int, list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 # Rows up to the last one in a tile: in one to four passes of 4; padding between them and whole passes of it; a tile of
 # an unknown expert, one without rows, one of each number of passes.
-TILES = (
+TILES: tuple[tuple[int, list[int]], ...] = (
     (1, [5]),
     (0, [9, 0, 1, 2, 3]),
     (7, [4]),

@@ -265,6 +265,7 @@ def test_traces_whole(real_device: str) -> None:
     assert torch.equal(compiled(*given), layer(*given))
 
 
+@pytest.mark.thorough
 def test_one_program_serves_every_batch() -> None:
     """Exported with a dynamic number of tokens; and compiled: without batch_invariant a graph for each tile size."""
     layer = module(False)

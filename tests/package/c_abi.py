@@ -79,7 +79,8 @@ class Memory:
 
     def tensor(self, dtype: int, shape: Sequence[int], device: int = HOST) -> Tensor:
         """A contiguous zeroed tensor in host memory, whatever device it claims to be on."""
-        strides, items = [], 1
+        strides: list[int] = []
+        items = 1
         for extent in reversed(shape):
             strides.insert(0, items)
             items *= extent

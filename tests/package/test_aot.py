@@ -88,6 +88,7 @@ def built(
 # Deterministic. (tests/package/test_build.py does the same with every kernel of an architecture.)
 
 
+@pytest.mark.thorough
 def test_two_runs_in_two_folders_are_identical(root: Path, tmp_path: Path, built: tuple[Tree, Path]) -> None:
     _, first = built
     other = tmp_path / "somewhere" / "else, with a longer name"
@@ -198,6 +199,7 @@ KERNELS = [TritonKernel(spilling_kernel, "spilling", {"x": "float32*"}, {"COUNT"
 '''
 
 
+@pytest.mark.thorough
 def test_kernel_that_spills(tree: Tree, tmp_path: Path) -> None:
     (tree.folder / "aot" / "moe" / "spilling.py").write_text(SPILLING)
     text = tree.refusal(tmp_path / "out", "--only", "spilling")
@@ -247,6 +249,7 @@ def test_kernel_that_does_not_compile(tree: Tree, tmp_path: Path) -> None:
     assert "no_such_function" in text
 
 
+@pytest.mark.thorough
 def test_interrupted_run_is_finished_by_the_next(tmp_path: Path, built: tuple[Tree, Path]) -> None:
     """Stamps are written when a batch is done: without them, whatever lies there is made again."""
     images = {name: data for name, data in contents(built[1] / ARCH).items() if name.startswith(TRITON_OP)}

@@ -11,6 +11,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SECOND_BUILD_SECONDS = 60
 SDIST_ARCHITECTURE = "sm_100a"
 OTHER_PYTHONS = ("python3.13", "python3.12", "python3.11", "python3.10")
@@ -31,8 +33,9 @@ def build_wheel(source: Path, build_python: Path, out: Path, *options: str, pyth
     environment = os.environ | {"PATH": f"{build_python.parent}{os.pathsep}{os.environ['PATH']}"}
     if python:
         environment |= {"PYTHONPATH": packages}  # what the build uses of it is of no one Python version
-    command = [python or build_python, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-v", "-w", out]
-    done = subprocess.run([*command, *options, source], env=environment, capture_output=True, text=True, check=False)
+    build = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-v", *options]
+    command = [python or build_python, *build, "-w", out, source]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     (out / "log").write_text(done.stdout + done.stderr)
     (wheel,) = out.glob("*.whl")
@@ -55,6 +58,7 @@ def images(wheel: Path) -> Any:
         return json.loads(archive.read("dsv4_kernels/images.json"))
 
 
+@pytest.mark.thorough
 def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, build_python: Path, tmp_path: Path) -> None:
     """For one architecture, to take a fifth of the time: every image of it, and the binding, to the byte.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from typing import Any
 
 import dsv4_kernels
 import pytest
@@ -94,7 +95,7 @@ def test_host_tensor_among_cuda_tensors_is_refused(library: ctypes.CDLL, first: 
 
 
 def test_extents_whose_products_overflow_are_refused(library: ctypes.CDLL) -> None:
-    args = c_abi.hash_router_scored_args(Memory())
+    args: Any = c_abi.hash_router_scored_args(Memory())
     args.logits.stride[0] = 2**62
     assert library.dsv4_hash_router_scored(ctypes.byref(args), None) == c_abi.INVALID_ARGUMENT
     assert last_error(library).startswith("hash_router_scored: logits: expected contiguous rows that do not overlap")

@@ -78,7 +78,7 @@ def test_bad_image_is_refused(
     change: dict[str, Any] | None, fault: str, images: list[dict[str, Any]], architectures: tuple[str, ...]
 ) -> None:
     bad = next(i for i in images if i["op"] == "hash_router" and i["architecture"] == "sm_100a")
-    changed = [i if i is not bad else {**i, **change} for i in images if i is not bad or change is not None]
+    changed = [i if i is not bad else {**i, **(change or {})} for i in images if i is not bad or change is not None]
     faults = image_faults(changed, FAMILIES, architectures)
     assert fault.format(symbol=bad["symbol"]) in faults
 
@@ -201,7 +201,8 @@ def test_cuda_kernel_that_spills_or_brings_ptx_is_seen(root: Path, build_python:
     command = [nvcc, "-gencode", "arch=compute_90,code=[sm_90,compute_90]", "-c", folder / "spilling.cu", "-o", bad]
     subprocess.run(command, check=True, timeout=120)
     assert {kind for kind, _ in fat_binary_entries(bad.read_bytes())} == {1, 2}
-    command = [build_python, "-m", "aot.images", "--aot", tmp_path, "--nvcc-dir", tmp_path, "--nvcc-version", "13.0"]
-    done = subprocess.run([*command, "--out", tmp_path, bad], cwd=root, capture_output=True, text=True, check=False)
+    options = ["--aot", tmp_path, "--nvcc-dir", tmp_path, "--nvcc-version", "13.0", "--out", tmp_path]
+    read = [build_python, "-m", "aot.images", *options, bad]
+    done = subprocess.run(read, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert re.search(r"aot: spilling: kernel \w+ spills on sm_90: [1-9]\d* bytes of stack", done.stderr), done.stderr

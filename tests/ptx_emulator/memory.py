@@ -31,7 +31,7 @@ class Allocation:
         # the allocation are ever touched.
         self.base = address & ~(_WINDOW_ALIGNMENT - 1)
         end = -(-(address + size) // _WINDOW_ALIGNMENT) * _WINDOW_ALIGNMENT
-        window = (ctypes.c_uint8 * (end - self.base)).from_address(self.base)
+        window: Any = (ctypes.c_uint8 * (end - self.base)).from_address(self.base)
         self._window = np.frombuffer(window, np.uint8)
         self._views: dict[tuple[str, int], Array] = {}
 

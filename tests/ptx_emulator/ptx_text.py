@@ -19,12 +19,11 @@ def _without_comments(text: str) -> str:
 def statements(text: str, header: dict[str, str]) -> Iterator[tuple[str, str, int]]:
     """Yield (kind, text, line), kind one of 'statement', 'label', '{', '}'."""
     lines = []
-    for line in _without_comments(text).split("\n"):
-        match = _LINE_DIRECTIVES.match(line)
+    for text_line in _without_comments(text).split("\n"):
+        match = _LINE_DIRECTIVES.match(text_line)
         if match:
             header.setdefault(match.group(1), match.group(2).strip())
-            line = ""
-        lines.append(line)
+        lines.append("" if match else text_line)
     source = "\n".join(lines)
     position, line, start, depth = 0, 1, 0, 0
     length = len(source)

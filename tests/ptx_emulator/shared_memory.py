@@ -108,8 +108,7 @@ class Clocks:
         """Whether these warps know that the blocks of these ranks have started."""
         of_block = self.warps // self.block_joined.shape[1]
         columns = self.warps + ranks[:, None] * of_block + np.arange(of_block)
-        known: Array = self.known[clusters[:, None], warps[:, None], columns].any(axis=1)
-        return known
+        return np.any(self.known[clusters[:, None], warps[:, None], columns], axis=1)
 
     def release(self, cluster: int, warp: int) -> Array:
         """What a warp knows now; it starts a new period. For mbarrier arrivals."""
@@ -204,7 +203,8 @@ class SharedMemory:
         width = values.dtype.itemsize * count
         flat = self.check_range(blocks, offsets, width, alignment or width, lanes, "write")
         if not alignment or alignment >= width:
-            view, rows = self.data.view(values.dtype).reshape(-1, count), flat // width
+            view: Array = self.data.view(values.dtype).reshape(-1, count)
+            rows = flat // width
         else:
             view = self.data.view(values.dtype)
             rows = (flat // values.dtype.itemsize)[:, None] + np.arange(count)

@@ -38,7 +38,7 @@ def immediate(operand: Immediate, dtype: np.dtype[Any], type_name: str) -> Array
         if isinstance(value, int):  # an integer literal in a floating-point place is a bit pattern only for .b types
             return np.array([value], dtype)
         return np.array([value], dtype)
-    if dtype.kind == "?":
+    if dtype == np.bool_:
         return np.array([bool(value)])
     width = dtype.itemsize * 8
     return np.array([int(value) & ((1 << width) - 1)], np.dtype(f"u{dtype.itemsize}")).view(dtype)

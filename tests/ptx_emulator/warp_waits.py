@@ -104,7 +104,7 @@ def rendezvous(instruction: Instruction, run: Plain, members: Members | None, sp
             waiter = wave.waiters[key] = _Rendezvous(pc, stack, instruction, run, members, span)
         assert isinstance(waiter, _Rendezvous)
         alone = waiter.mask is None
-        waiter.mask = active.mask if alone else waiter.mask | active.mask  # type: ignore[operator]
+        waiter.mask = active.mask if alone else waiter.mask | active.mask
         ready = waiter.ready(wave)
         if alone and (ready is active.mask or np.count_nonzero(ready) == active.count):
             waiter.mask = None

@@ -325,6 +325,7 @@ def test_page_ids_outside_the_pool(identity: int, hidden: int, device: str) -> N
     assert pools.free() == [4, 0, identity, 2, 3]
 
 
+@pytest.mark.thorough
 def test_large_pages_with_odd_ends(device: str) -> None:
     """Enough bytes for bulk copies.
 
@@ -447,14 +448,14 @@ def conserve(pools: Pools, turns: int, look: int, copy: Callable[..., None], pop
     return spills
 
 
+@pytest.mark.thorough
 def test_pages_are_conserved_over_100000_operations() -> None:
     pools = Pools("cpu", 37, 11, page_size=4, hidden=2, dtype=torch.uint8, head=FAR)
     lists = (pools.list, pools.host_list)
 
     def copy(source, tokens, record, spilled, _):  # type: ignore[no-untyped-def]
         counters = (pools.head, pools.tail, pools.capacity, record, pools.overflow, pools.host_spill, spilled, None)
-        counters = (*counters, pools.high_water)
-        on_cpu.paged_stash_copy(source, pools.pool, pools.host_pool, tokens, *lists, *counters)
+        on_cpu.paged_stash_copy(source, pools.pool, pools.host_pool, tokens, *lists, *counters, pools.high_water)
 
     def pop(target, tokens, record, spilled, _):  # type: ignore[no-untyped-def]
         counters = (record, spilled, pools.overflow, *lists, pools.tail, pools.capacity, None, False)

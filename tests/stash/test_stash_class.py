@@ -206,6 +206,7 @@ def test_training_gives_the_same_bits(dtype: torch.dtype, side_stream: bool, rea
     assert seen == {"stashed": 30, "spills": 2}
 
 
+@pytest.mark.thorough
 def test_training_with_emulated_kernels(device: str) -> None:
     plain, stashed = (train(device, flag, torch.float32)[0] for flag in (False, True))
     assert all(same_bits(a, b) for a, b in zip(plain, stashed, strict=True))

@@ -179,7 +179,7 @@ def _arrive(
     wave.clocks.join(cluster, warps(one.arrivals), warps(waiting))
     wave.launch.progress += 1
     if waiting and waiting[0].predicate is not None:
-        finish(wave, np.concatenate([a.lanes for a in waiting]), np.concatenate([a.predicate for a in waiting]))  # type: ignore[misc]
+        finish(wave, np.concatenate([a.lanes for a in waiting]), np.concatenate([a.predicate for a in waiting]))
     for a in waiting:
         mask = np.zeros(wave.lanes, np.bool_)
         mask[a.lanes] = True
@@ -339,7 +339,7 @@ class _ClusterBarriers:
         known = wave.clocks.known
         known[clusters, warps] = np.maximum(known[clusters, warps], self.completed[clusters])
         self.done = self.done & ~active.mask
-        left = self.done.reshape(len(self.begun), -1).any(axis=1)
+        left: Array = np.any(self.done.reshape(len(self.begun), -1), axis=1)
         finished = np.unique(clusters[~left[clusters]])
         wave.clocks.cluster_joined[finished] = np.maximum(wave.clocks.cluster_joined[finished], self.ended[finished])
 

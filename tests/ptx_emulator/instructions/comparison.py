@@ -162,6 +162,10 @@ def _halves(value: Array, type_name: str) -> Array:
     return bf16_to_f32(codes) if type_name == "bf16x2" else codes.view(np.float16).astype(np.float32)
 
 
+def _where(a: Array, b: Array, condition: Array) -> Array:
+    return np.where(condition, a, b)
+
+
 @plain("selp")
 def selp(instruction: Instruction, scope: Scope) -> Plain:
     """selp: a where the predicate holds, else b"""
@@ -170,7 +174,7 @@ def selp(instruction: Instruction, scope: Scope) -> Plain:
     unsigned = {"f": "b", "s": "b", "u": "b", "b": "b"}[type_name[0]]
     bits = f"{unsigned}{8 * DTYPES[type_name].itemsize}"
     kind = type_name if type_name in ("f32", "f64", "f16") else bits
-    return elementwise(scope, d, kind, [a, b, p], [kind, kind, "pred"], lambda x, y, c: np.where(c, x, y))
+    return elementwise(scope, d, kind, [a, b, p], [kind, kind, "pred"], _where)
 
 
 @plain("slct")
@@ -178,9 +182,8 @@ def slct(instruction: Instruction, scope: Scope) -> Plain:
     """slct: a where c >= 0, else b"""
     *_, type_name, condition = instruction.qualifiers
     d, a, b, c = instruction.operands
-    return elementwise(
-        scope, d, type_name, [a, b, c], [type_name, type_name, condition], lambda x, y, z: np.where(z >= 0, x, y)
-    )
+    types = [type_name, type_name, condition]
+    return elementwise(scope, d, type_name, [a, b, c], types, lambda x, y, z: _where(x, y, z >= 0))
 
 
 @plain("testp")

@@ -106,7 +106,7 @@ def call(instruction: Instruction, scope: Scope) -> Control:
     copies = [(place, (callee.name, p.name)) for place, p in zip(places, callee.parameters, strict=False)]
     site = CallSite(
         scope.pc + 1, [((callee.name, r.name), (caller, o.name)) for r, o in zip(callee.returns, results, strict=False)]
-    )  # type: ignore[union-attr]
+    )
     number = len(scope.program.call_sites)
     scope.program.call_sites.append(site)
     entry = scope.program.entries[callee.name]

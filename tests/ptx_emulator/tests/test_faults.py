@@ -37,6 +37,7 @@ def test_out_of_bounds_names_everything() -> None:
     assert found.block == (0, 0, 0)
     assert found.address == x.ctypes.data + 240
     assert found.text == "st.global.u32 [%d2], %r0"
+    assert found.line is not None
     assert text.split("\n")[found.line - 1].strip() == found.text + ";"
     assert "'argument 0'" in found.detail
     assert "240 bytes" in found.detail

@@ -158,9 +158,9 @@ def test_approximations_at_their_ends() -> None:
 
 @pytest.mark.parametrize(("kind", "dtype"), [("bf16", ml_dtypes.bfloat16), ("f16", np.float16)])
 def test_half_arithmetic(kind: str, dtype: type) -> None:
-    a = (RANDOM.normal(size=400) * 2.0 ** RANDOM.integers(-10, 10, 400)).astype(dtype)
-    b = RANDOM.normal(size=400).astype(dtype)
-    c = (-(a.astype(np.float64) * b.astype(np.float64)) * (1 + RANDOM.normal(size=400) * 0.01)).astype(dtype)
+    a: Array = (RANDOM.normal(size=400) * 2.0 ** RANDOM.integers(-10, 10, 400)).astype(dtype)
+    b: Array = RANDOM.normal(size=400).astype(dtype)
+    c: Array = (-(a.astype(np.float64) * b.astype(np.float64)) * (1 + RANDOM.normal(size=400) * 0.01)).astype(dtype)
     wide = [v.astype(np.float64) for v in (a, b, c)]
     operands = [("b16", v.view(np.uint16)) for v in (a, b, c)]
     exact = {"add.rn": wide[0] + wide[1], "mul.rn": wide[0] * wide[1], "fma.rn": wide[0] * wide[1] + wide[2]}
