@@ -1,9 +1,9 @@
 """Run what exists of one DeepSeek-V4 layer outside attention, on real shapes.
 
-A batch of tokens goes through the router of a hash layer and of a dense layer, through the experts that the first of
-them chose, and through the compressed cache of a CSA and of an HCA layer, a token a request in decode and a prompt in
-prefill, by the ops that count tails and by the fused one. Weights are random (seeded); a router's may be read from a
-safetensors checkpoint by the models' tensor names.
+A batch of tokens goes through the seam behind attention, the router of a hash layer and of a dense layer, the experts
+that the first of them chose and the seam behind those, and through the compressed cache of a CSA and of an HCA layer, a
+token a request in decode and a prompt in prefill, by the ops that count tails and by the fused one. Weights are random
+(seeded); a router's may be read from a safetensors checkpoint by the models' tensor names.
 Token ids are random, or a text's by any Hugging Face tokenizer.json. Every result is checked against float64; the table
 says what ran where, how long it took, and how far it is from the floor, which is the time to move the fewest bytes at
 the bandwidth of a large copy. Exit status 0 if all is right.
@@ -28,6 +28,7 @@ from dsv4_kernels.checkpoint import CheckpointError
 from dsv4_kernels.cli.demo_cache import CacheStep, cache_steps
 from dsv4_kernels.cli.demo_compress import CompressStep, compress_steps
 from dsv4_kernels.cli.demo_moe import MoeStep, moe_step
+from dsv4_kernels.cli.demo_seams import SeamStep, seam_behind_attention, seam_behind_experts
 from dsv4_kernels.cli.machine import default_device, describe, image_for
 from dsv4_kernels.cli.timing import ceilings, seconds_per_call
 from dsv4_kernels.presets import PRESETS, Preset
@@ -103,11 +104,13 @@ def run(options: argparse.Namespace) -> int:
     except (CheckpointError, OSError, ValueError) as error:
         print(f"demo: {error}")
         return 2
-    hidden = gate_inputs(generator, len(token_ids), preset.hidden_size, 1)[0].to(device)
+    seam = seam_behind_attention(preset.name, len(token_ids), device, generator)
+    state, hidden = seam.run()
     routed = [Step(layer, router, token_ids, hidden) for layer, router in routers.items()]
-    steps: list[Step | MoeStep | CacheStep | CompressStep] = [*routed]
     topk_weights, topk_ids = routed[0].run()
-    steps.append(moe_step(routed[0].layer, preset, hidden, topk_weights, topk_ids, generator))
+    experts = moe_step(routed[0].layer, preset, hidden, topk_weights, topk_ids, generator)
+    next_seam = seam_behind_experts(preset.name, experts.run(), state, generator)
+    steps: list[Step | SeamStep | MoeStep | CacheStep | CompressStep] = [seam, *routed, experts, next_seam]
     steps += cache_steps(preset, len(token_ids), device, generator)
     steps += compress_steps(preset, len(token_ids), device, generator)
     best = ceilings(device)
