@@ -259,6 +259,32 @@ def test_same_bits_in_every_batch_of_a_device(hidden: int) -> None:
         assert all(same_bits(a[part], b) for a, b in zip(batch, alone, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [16, 64, 512, 8192])
+@pytest.mark.parametrize("hidden", [4096, 5120, 7168])
+def test_batches_of_a_device(hidden: int, tokens: int) -> None:
+    """Batches that the emulator has no time for: every 61st token of each against float64."""
+    x, streams, post, comb, fn, base, scale = seam_inputs(tokens, hidden, seed=tokens)
+    weight = random_weight(generator(14), hidden)
+    given = on("cuda", x, streams, post, comb, fn, base, scale)
+    new, layer_input, *coefficients = (
+        t[::61].cpu() for t in hyper_connection_post_pre(*given, norm_weight=weight.to("cuda"))
+    )
+    part = (x[::61], streams[::61], post[::61], comb[::61])
+    assert definitions.updated(*part).error_of(new) <= 1
+    exact = definitions.coefficients_of(new, fn, base, scale, 1e-6, 1e-6, 2.0, 20)
+    for got, expected in zip(coefficients, exact, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=COEFFICIENT_LIMIT, atol=0)
+    n = definitions.normed(definitions.collapsed(new, exact.pre), weight, 1e-6)
+    assert n.error_of(layer_input, 2) <= 1
+    head = hyper_connection_head(given[1], given[4][:4], given[5][:4], given[6][:1], norm_weight=weight.to("cuda"))
+    pre = definitions.head_pre_of(part[1], fn[:4], base[:4], scale[:1], 1e-6, 1e-6)
+    n = definitions.normed(definitions.collapsed(part[1], pre), weight, 1e-6)
+    assert n.error_of(head[::61].cpu(), 2) <= 1
+    alone = hyper_connection_post(*given[:4])
+    assert same_bits(alone[::61].cpu(), new)
+
+
 def test_strided_tokens_and_streams(device_of_each_kind: str) -> None:
     device = device_of_each_kind
     x, streams, post, comb, fn, base, scale = on(device, *seam_inputs(5, 64))

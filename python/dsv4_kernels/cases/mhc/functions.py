@@ -283,7 +283,7 @@ def case(
         make,
         BASELINES[op],
         benched=benched,
-        large=tokens * hidden > 16 * 8192,
+        large=tokens * hidden > 8 * 8192,
         labels={"preset": preset.name, "tokens": tokens} if preset else {"hidden": hidden, "tokens": tokens},
     )
 
@@ -297,7 +297,7 @@ CASES = (
     case("hyper_connection_post_pre", GLM, 1),
     case("hyper_connection_post_pre", None, 9, 8),
     case("hyper_connection_post_pre", None, 3, 264, delayed=True, normed=False),
-    case("hyper_connection_post_pre", None, 17, 1032, weight_type=torch.float32, norm_unrounded=True),
+    case("hyper_connection_post_pre", None, 9, 520, weight_type=torch.float32, norm_unrounded=True),
     case("hyper_connection_post_pre", None, 2, 8192, iterations=1),
     *(case("hyper_connection_pre", preset, tokens, benched=True) for preset in (FLASH, PRO) for tokens in (1, 8192)),
     case("hyper_connection_pre", None, 11, 72),
