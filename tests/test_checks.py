@@ -5,6 +5,7 @@ where it is wrong, so that the selftest on a machine without a GPU can fail.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,18 @@ def wrong(name: str) -> Callable[..., None]:
     """The CPU implementation of an op, with everything that it writes spoiled."""
     op, right = OPS[name], OPS[name].cpu
 
-    def implementation(*values: Any) -> None:
-        before = [values[i].clone() if i in op.mutated and values[i] is not None else None for i in range(len(values))]
-        right(*values)
-        for i, old in enumerate(before):
-            if old is not None:  # only what has changed
-                flat, changed = values[i].view(-1), ~equal_elements(values[i], old).view(-1)
-                as_bytes = flat.view(torch.uint8) if flat.element_size() == 1 else flat
-                new = spoiled(flat)
-                as_bytes[changed] = (new.view(torch.uint8) if flat.element_size() == 1 else new)[changed]
-        for out in values[len(op.parameters) :]:
-            out.copy_(spoiled(out))
+    @functools.wraps(right)  # the dispatcher reads its parameters
+    def implementation(**values: Any) -> None:
+        inputs = {op.names[i]: values.get(op.names[i]) for i in op.mutated}
+        before = {name: tensor.clone() for name, tensor in inputs.items() if tensor is not None}
+        right(**values)
+        for name, old in before.items():  # only what has changed
+            flat, changed = values[name].view(-1), ~equal_elements(values[name], old).view(-1)
+            as_bytes = flat.view(torch.uint8) if flat.element_size() == 1 else flat
+            new = spoiled(flat)
+            as_bytes[changed] = (new.view(torch.uint8) if flat.element_size() == 1 else new)[changed]
+        for name in op.results:
+            values[name].copy_(spoiled(values[name]))
 
     return implementation
 

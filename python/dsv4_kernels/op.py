@@ -129,7 +129,7 @@ class Op:
         return tuple(parameter.name for parameter in self.parameters)
 
     @cached_property
-    def inputs(self) -> type[tuple[Any, ...]]:
+    def inputs(self) -> Any:
         """The inputs as a named tuple, with the declared defaults."""
         defaults = [parameter.default_value for parameter in self.parameters if parameter.optional]
         return namedtuple(self.name, self.names, defaults=defaults)

@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from dsv4_kernels.cases.case import Baseline, Case, Composite, Verdict
+from dsv4_kernels.cases.case import Baseline, Case, Composite, Verdict, named
 from dsv4_kernels.cases.comparison import (
     FLOAT32_ULP,
     POISON_BYTE,
@@ -35,6 +35,7 @@ __all__ = [
     "composites",
     "fresh",
     "is_poison",
+    "named",
     "poison",
     "same_bits",
     "to_cpu",

@@ -90,6 +90,11 @@ class Case:
         return op(arguments, out) + op.mutated_of(arguments)
 
 
+def named(op: str, arguments: tuple[Any, ...]) -> Any:
+    """The arguments of an op as a named tuple, by the names of its declaration."""
+    return OPS[op].inputs(*arguments)
+
+
 @dataclass(frozen=True)
 class Composite(Case):
     """A public function made of several ops, by its name; for the benchmark alone. function takes what make makes."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import number_formats
-from dsv4_kernels.cases import FLOAT32_ULP, Baseline, Verdict, conversions, fresh, is_poison, same_bits, to_cpu
+from dsv4_kernels.cases import FLOAT32_ULP, Baseline, Verdict, conversions, fresh, is_poison, named, same_bits, to_cpu
 from dsv4_kernels.cases.cache import definitions
 from dsv4_kernels.ops import OPS
 
@@ -68,11 +68,10 @@ def baseline_csa_compress_tail(
     return rows[:, :head_dim], rows[:, head_dim:], tail_len[request_slots] >= m
 
 
-def csa_compress_tail_bytes(tail_ka: Tensor, *arguments: Any) -> int:
-    *_, tail_len, request_slots, m, _ = arguments
-    entries = int(definitions.full_tails(tail_len, request_slots, m).sum())
-    requests = int(request_slots.shape[0])
-    return entries * (4 * int(m) * 4 + 2) * tail_ka.shape[2] + 9 * requests
+def csa_compress_tail_bytes(*arguments: Any) -> int:
+    given = named("csa_compress_tail", arguments)
+    entries = int(definitions.full_tails(given.tail_len, given.request_slots, given.m).sum())
+    return entries * (4 * int(given.m) * 4 + 2) * int(given.tail_ka.shape[2]) + 9 * int(given.request_slots.shape[0])
 
 
 def check_hca_compress_tail(
@@ -162,12 +161,12 @@ def baseline_append(
     return changed
 
 
-def append_bytes(kv: Tensor, z: Tensor, request_slots: Tensor, positions: Tensor, *arguments: Any) -> int:
-    """Of one token a request; every row of the bias that is used, once."""
-    tail_ka, _, _, _, m, next_kb, _, _, _, _, ape, _, _ = arguments
-    row = (1 if next_kb is None else 2) * int(tail_ka.shape[2]) * 4
-    bias_rows = int((positions % m).unique().numel()) if ape is not None else 0
-    return int(kv.shape[0]) * (4 * row + 24) + bias_rows * row
+def append_bytes(*arguments: Any) -> int:
+    """With one token per request; every row of the bias that is used, once."""
+    given = named("append", arguments)
+    row = (1 if given.next_kb is None else 2) * int(given.tail_ka.shape[2]) * 4
+    bias_rows = int((given.positions % given.m).unique().numel()) if given.ape is not None else 0
+    return int(given.kv.shape[0]) * (4 * row + 24) + bias_rows * row
 
 
 def baseline_flush_write_hca(
@@ -232,14 +231,21 @@ def baseline_scatter(pool: Tensor, row: Tensor, valid: Tensor, values: Tensor) -
     rows[row] = torch.where(valid[:, None], values, rows[row])
 
 
-def flush_write_bytes(entry: Tensor, *arguments: Any) -> int:
-    """Of both ops: bfloat16 rows in, their codes and scales out."""
-    with_indexer = len(arguments) > 8
-    indexer = int(arguments[0].shape[1]) if with_indexer else 0
-    valid_mask, _, _, _, fp8, rope, *_ = arguments[with_indexer:]
-    stored, rotary = int(fp8.shape[2]), int(rope.shape[2])
-    entry_bytes = 2 * entry.shape[1] + stored + 2 * rotary + 4 + 2 * indexer + indexer // 2 + indexer // 16
-    return int(valid_mask.sum()) * (entry_bytes + 8 + 4) + 5 * int(entry.shape[0])
+def flush_write_csa_bytes(*arguments: Any) -> int:
+    given = named("flush_write_csa", arguments)
+    return flush_write_bytes(given, int(given.indexer_key.shape[1]))
+
+
+def flush_write_hca_bytes(*arguments: Any) -> int:
+    return flush_write_bytes(named("flush_write_hca", arguments), 0)
+
+
+def flush_write_bytes(given: Any, indexer: int) -> int:
+    """bfloat16 rows in, their codes and scales out; indexer: columns of an indexer key."""
+    stored, rotary = int(given.entries_fp8.shape[2]), int(given.entries_rope.shape[2])
+    requests, columns = given.entry.shape
+    entry_bytes = 2 * columns + stored + 2 * rotary + 4 + 2 * indexer + indexer // 2 + indexer // 16
+    return int(int(given.valid_mask.sum()) * (entry_bytes + 8 + 4) + 5 * requests)
 
 
 def baseline_csa_rotate_state(
@@ -280,11 +286,11 @@ def baseline_hca_reset_state(
     return tail_ka, tail_za, tail_len
 
 
-def rotate_bytes(valid_mask: Tensor, request_slots: Tensor, tail_ka: Tensor, *arguments: Any) -> int:
-    next_kb, _, clear_rows = arguments[-3:]
-    slot = int(tail_ka[0].numel()) * 4 if tail_ka.shape[0] else 0
-    cleared = (2 if next_kb is None else 4) if clear_rows else 0
-    return int(valid_mask.sum()) * (slot * (4 + cleared) + 4) + 5 * int(valid_mask.shape[0])
+def rotate_bytes(*arguments: Any) -> int:
+    given = named("csa_rotate_state", arguments)
+    slot = int(given.tail_ka[0].numel()) * 4 if given.tail_ka.shape[0] else 0
+    cleared = (2 if given.next_kb is None else 4) if given.clear_rows else 0
+    return int(given.valid_mask.sum()) * (slot * (4 + cleared) + 4) + 5 * int(given.valid_mask.shape[0])
 
 
 def reset_bytes(
@@ -298,8 +304,8 @@ BASELINES = {
     "csa_compress_tail": Baseline(baseline_csa_compress_tail, check_csa_compress_tail, csa_compress_tail_bytes),
     "hca_compress_tail": Baseline(baseline_hca_compress_tail, check_hca_compress_tail, hca_compress_tail_bytes),
     "append": Baseline(baseline_append, check_bits("append"), append_bytes),
-    "flush_write_csa": Baseline(baseline_flush_write_csa, check_bits("flush_write_csa"), flush_write_bytes),
-    "flush_write_hca": Baseline(baseline_flush_write_hca, check_bits("flush_write_hca"), flush_write_bytes),
+    "flush_write_csa": Baseline(baseline_flush_write_csa, check_bits("flush_write_csa"), flush_write_csa_bytes),
+    "flush_write_hca": Baseline(baseline_flush_write_hca, check_bits("flush_write_hca"), flush_write_hca_bytes),
     "csa_rotate_state": Baseline(baseline_csa_rotate_state, check_bits("csa_rotate_state"), rotate_bytes),
     "hca_reset_state": Baseline(baseline_hca_reset_state, check_bits("hca_reset_state"), reset_bytes),
 }

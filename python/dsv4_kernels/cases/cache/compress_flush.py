@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cache.page_layouts import LAYOUTS_BY_INDEX, PAGE_LAYOUTS, PageLayout, Pages, Quantization
-from dsv4_kernels.cases import POISON_BYTE, Baseline, Case, Verdict, conversions, fresh, same_bits, to_cpu
+from dsv4_kernels.cases import POISON_BYTE, Baseline, Case, Verdict, conversions, fresh, named, same_bits, to_cpu
 from dsv4_kernels.cases.cache import definitions
 from dsv4_kernels.cases.cache.definitions import ROPE_DIM, Pool
 
@@ -21,34 +21,42 @@ ENTRIES_PER_PAGE = 64
 FLIPS = 0.01
 
 
+def quantization_of(given: Any) -> Quantization:
+    """What a call of compress_flush asks for."""
+    return Quantization(given.amax_floor, given.scale_floor, given.fp4_ties_toward_zero, given.exact_scale)
+
+
 def check_compress_flush(
     arguments: tuple[Any, ...], results: tuple[Tensor, ...], baseline: tuple[Tensor, ...]
 ) -> Verdict:
     """The state, and bytes of pages that belong to no new entry, to the bit. Codes and scales: those of the channels
     that float64 gives before quantisation, or of channels one bfloat16 step away, and few of the latter.
     """
-    given: Any = fresh(to_cpu(arguments))
-    layout_index, entries_per_page, scales, rope, use_hadamard = given[14:19]
-    quantization = Quantization(*given[21:])
-    layout = LAYOUTS_BY_INDEX[layout_index]
-    expected = Pool(given[9], scales, rope, layout, entries_per_page)
-    of_call: Any = (*given[:9], expected, *given[10:14], *given[18:21])
-    slots, channels = definitions.compressed(*of_call)
+    given = named("compress_flush", fresh(to_cpu(arguments)))
+    quantization, layout = quantization_of(given), LAYOUTS_BY_INDEX[given.layout]
+    expected = Pool(given.pages, given.scales, given.rope, layout, given.entries_per_page)
+    slots, channels = definitions.compressed(
+        kv=given.kv, score=given.score, ape=given.ape, query_starts=given.query_starts,
+        start_positions=given.start_positions, state=given.state, state_table=given.state_table,
+        norm_weight=given.norm_weight, cos_sin=given.cos_sin, pool=expected, block_table=given.block_table,
+        slot_mapping=given.slot_mapping, ratio=given.ratio, overlap=given.overlap, use_hadamard=given.hadamard,
+        round_once=given.round_once, epsilon=given.epsilon,
+    )  # fmt: skip
     state, *parts = (result.clone() for result in results)
-    if not same_bits(state, given[5]):  # compressed() has stored the call's rows
+    if not same_bits(state, given.state):  # compressed() has stored the call's rows
         return Verdict(float("inf"), 0.0, "state")
     scales_part, rope_part = (*parts[1:], None, None)[:2]
-    pool = Pool(parts[0], scales_part, rope_part, layout, entries_per_page)
+    pool = Pool(parts[0], scales_part, rope_part, layout, given.entries_per_page)
     entries = [[part.clone() for part in pool.entry(slot)] for slot in slots]
     for slot in slots:
         for got, before in zip(pool.entry(slot), expected.entry(slot), strict=True):
             got.copy_(before)
-    if not all(same_bits(a, b) for a, b in zip(parts, (given[9], scales, rope), strict=False)):
+    if not all(same_bits(a, b) for a, b in zip(parts, (given.pages, given.scales, given.rope), strict=False)):
         return Verdict(float("inf"), 0.0, "bytes outside of the new entries")
     if not slots:
         return Verdict(0.0, 0.0, "no entry")
     values, rest, got_scales = (torch.stack(part) for part in zip(*entries, strict=True))
-    made_of = _made_of(channels, use_hadamard) * 2.0**-7
+    made_of = _made_of(channels, given.hadamard) * 2.0**-7
     variants = [(channels + sign * made_of).to(torch.bfloat16) for sign in (0, -1, 1)]
     wrong = other = 0
     if layout.groups:
@@ -64,7 +72,7 @@ def check_compress_flush(
     got = definitions.decode_entries(values, rest, got_scales, layout)
     wrong += int((~((got >= low) & (got <= high))).sum())
     other += int((got != exact).sum())
-    if other > 2 + got.numel() * (FLIPS if not use_hadamard else 20 * FLIPS):
+    if other > 2 + got.numel() * (FLIPS if not given.hadamard else 20 * FLIPS):
         return Verdict(float(other), 0.0, "values on the other side of a rounding")
     return Verdict(float(wrong), 0.0, "codes or scales that no rounding explains")
 
@@ -139,18 +147,21 @@ def baseline_compress_flush(
     slot_mapping: Tensor | None,
     ratio: int,
     overlap: bool,
-    layout_index: int,
+    layout: int,
     entries_per_page: int,
     scales: Tensor | None,
     rope: Tensor | None,
-    use_hadamard: bool,
+    hadamard: bool,
     round_once: bool,
     epsilon: float,
-    *quantization: Any,
+    amax_floor: float,
+    scale_floor: float,
+    fp4_ties_toward_zero: bool,
+    exact_scale: bool,
 ) -> tuple[Tensor, ...]:
     """As an engine would write it for a captured graph: of fixed shapes, every index in range, some entry complete."""
-    layout, device = LAYOUTS_BY_INDEX[layout_index], kv.device
-    tokens, requests, head_dim = kv.shape[0], start_positions.shape[0], layout.head_dim
+    of_page, device = LAYOUTS_BY_INDEX[layout], kv.device
+    tokens, requests, head_dim = kv.shape[0], start_positions.shape[0], of_page.head_dim
     kv, score = kv.to(torch.float32), score.to(torch.float32)
     index = torch.arange(tokens, device=device)
     request = (index[:, None] >= query_starts[1:]).sum(dim=1).clamp(max=requests - 1)
@@ -184,44 +195,36 @@ def baseline_compress_flush(
     weights = gathered(score, 1).masked_fill((rows_at < 0)[..., None], -torch.inf).softmax(dim=1)
     entries = (weights * gathered(kv, 0)).sum(dim=1)
     at = position[last] // ratio
-    channels = baseline_finished(entries, norm_weight, cos_sin[at * ratio], use_hadamard, round_once, epsilon)
+    channels = baseline_finished(entries, norm_weight, cos_sin[at * ratio], hadamard, round_once, epsilon)
     page = block_table[request[last], at // entries_per_page] if slot_mapping is None else slot_mapping[last]
     slots = page.to(torch.int64)
     if slot_mapping is None:
         slots = slots * entries_per_page + at % entries_per_page
-    pool = Pages(pages, scales, rope, layout, entries_per_page)
-    pool.put(slots, *baseline_quantized(channels, layout, Quantization(*quantization)))
+    pool = Pages(pages, scales, rope, of_page, entries_per_page)
+    quantization = Quantization(amax_floor, scale_floor, fp4_ties_toward_zero, exact_scale)
+    pool.put(slots, *baseline_quantized(channels, of_page, quantization))
     kept = place_of(request, position)
     flat_state[kept] = torch.stack((kv, score), dim=1)
     return tuple(tensor for tensor in (state, pages, scales, rope) if tensor is not None)
 
 
-def compress_flush_bytes(
-    kv: Tensor,
-    score: Tensor,
-    ape: Tensor,
-    query_starts: Tensor,
-    start_positions: Tensor,
-    state: Tensor,
-    state_table: Tensor,
-    *arguments: Any,
-) -> int:
+def compress_flush_bytes(*arguments: Any) -> int:
     """Each row that is needed once, from the call or from the state; rows stored; entries written."""
-    ratio, overlap, layout_index = arguments[5:8]
-    layout = LAYOUTS_BY_INDEX[layout_index]
-    capacity = state.shape[1] * state_table.shape[1]
+    given = named("compress_flush", arguments)
+    kv, ratio, layout = given.kv, given.ratio, LAYOUTS_BY_INDEX[given.layout]
+    capacity = given.state.shape[1] * given.state_table.shape[1]
     width = int(kv.shape[1])
-    window = ratio * (2 if overlap else 1)
+    window = ratio * (2 if given.overlap else 1)
     earlier = entries = stored = 0
     phases: set[int] = set()
-    for _, first, end, start in definitions.tokens_of(kv, query_starts, start_positions):
+    for _, first, end, start in definitions.tokens_of(kv, given.query_starts, given.start_positions):
         last = start + end - first
         for position in range(start + -(start + 1) % ratio, last, ratio):  # of the last token of each block
             entries += 1
             earlier += max(min(start, position + 1) - max(position + 1 - window, 0), 0)
         stored += min(end - first, capacity)
         phases |= {position % ratio for position in range(start, min(last, start + ratio))}
-    streams = 2 if score is not None else 1
+    streams = 2 if given.score is not None else 1
     read = earlier * layout.head_dim * 2 * 4 + kv.numel() * kv.element_size() * streams
     return int(read + entries * layout.entry_bytes + stored * 2 * width * 4 + len(phases) * width * 4)
 

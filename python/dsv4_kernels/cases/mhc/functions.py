@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_kernels.cases import Baseline, Case, Verdict, to_cpu, worst_relative_error
+from dsv4_kernels.cases import Baseline, Case, Verdict, named, to_cpu, worst_relative_error
 from dsv4_kernels.cases.mhc import definitions
 from dsv4_kernels.mhc.presets import HYPER_CONNECTIONS, HyperConnectionPreset
 
@@ -50,8 +50,10 @@ def check_post(arguments: tuple[Any, ...], results: tuple[Tensor, ...], baseline
 
 def check_post_pre(arguments: tuple[Any, ...], results: tuple[Tensor, ...], baseline: tuple[Tensor, ...]) -> Verdict:
     """The new streams, then what follows from them as they were rounded. The baseline's may be rounded otherwise."""
-    update, seam = arguments[:4], arguments[4:]
-    of_baseline = to_cpu(baseline_pre(results[0].to(arguments[0].device), *seam))
+    given = named("hyper_connection_post_pre", arguments)
+    update = given.x, given.streams, given.post, given.comb
+    seam = given[len(update) :]  # what hyper_connection_pre takes behind the streams
+    of_baseline = to_cpu(baseline_pre(results[0].to(given.x.device), *seam))
     return worst(
         check_post(update, results[:1], baseline[:1]), check_pre((results[0], *seam), results[1:], of_baseline)
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_kernels.cases import Baseline, Case, Verdict, code_tables, conversions, is_poison, to_cpu
+from dsv4_kernels.cases import Baseline, Case, Verdict, code_tables, conversions, is_poison, named, to_cpu
 from dsv4_kernels.cases.moe import definitions
 from dsv4_kernels.cases.moe.definitions import swizzled_positions
 from dsv4_kernels.cases.moe.quantize import baseline_scales, encode_mx, encode_nvfp4, unpack
@@ -16,6 +16,7 @@ from dsv4_kernels.cases.moe.routing import uniform_ids
 from dsv4_kernels.moe.formats import E4M3
 from dsv4_kernels.moe.interleaved_weights import PAIR_ROWS, interleave_weights
 from dsv4_kernels.moe.routing import max_tiles
+from dsv4_kernels.ops import OPS
 from dsv4_kernels.presets import PRESETS, Preset
 
 # Of a sum of K products on tensor cores, over the sum of their sizes: they align addends and truncate, and a sum of
@@ -160,10 +161,11 @@ def check_gemm(arguments: tuple[Any, ...], results: tuple[Tensor, ...], baseline
     return Verdict(float(error.max()) if error.numel() else 0.0, 1.0, "error over what rounding allows")
 
 
-def of_product(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None, bool]:
+def of_product(arguments: tuple[Any, ...]) -> tuple[Any, Tensor | None, bool]:
     """moe_grouped_gemm's arguments of moe_grouped_gemm_quantized's; the global scale; whether scales are swizzled."""
-    *maps, x_scale, global_scale, alpha, slot_weights, top_k, limit, swizzle = arguments
-    return (*maps, x_scale, alpha, slot_weights, top_k, True, limit), global_scale, swizzle
+    given = named("moe_grouped_gemm_quantized", arguments)._asdict()
+    global_scale, swizzle = given.pop("global_scale"), given.pop("swizzle")
+    return OPS["moe_grouped_gemm"].inputs(**given, swiglu=True), global_scale, swizzle
 
 
 def baseline_quantized(*arguments: Any) -> tuple[Tensor, ...]:
@@ -237,8 +239,8 @@ def gemm_bytes(
 def quantized_bytes(*arguments: Any) -> int:
     """As gemm_bytes, with codes and scales written in place of bfloat16."""
     product, global_scale, _ = of_product(arguments)
-    rows = int((product[4] >= 0).sum())
-    columns: int = product[1].shape[-2] // 2
+    rows = int((product.row_to_slot >= 0).sum())
+    columns: int = product.weight.shape[-2] // 2
     written = columns + columns // 32 if global_scale is None else columns // 2 + columns // 16
     return gemm_bytes(*product) + rows * (written - 2 * columns)
 

@@ -55,7 +55,7 @@ def check_sort(arguments: tuple[Any, ...], results: tuple[Tensor, ...], baseline
     topk_ids, local_experts, tile_size, start = to_cpu(arguments)
     expected = definitions.sorted_routes(topk_ids, local_experts, tile_size, start, len(results[0]))
     wrong = sum(int((results[i] != expected[i]).sum()) for i in (0, 1, 3, 4))
-    rows = int(expected[4][0]) * arguments[2]
+    rows = int(expected[4][0]) * int(tile_size)
     wrong += int((results[2][:rows] != expected[2][:rows]).sum()) + int((~is_poison(results[2][rows:])).sum())
     return Verdict(float(wrong), 0.0, "wrong or touched elements")
 

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_kernels.cases import FLOAT32_ULP, Baseline, Case, Composite, Verdict, to_cpu, worst_relative_error
+from dsv4_kernels.cases import (
+    FLOAT32_ULP,
+    Baseline,
+    Case,
+    Composite,
+    Verdict,
+    named,
+    to_cpu,
+    worst_relative_error,
+)
 from dsv4_kernels.cases.router import definitions
 from dsv4_kernels.presets import PRESETS, Preset
 from dsv4_kernels.router.prefill import dense_router_prefill
@@ -30,21 +39,35 @@ WEIGHT_LIMIT = 4 * FLOAT32_ULP
 
 
 def check_lookup(arguments: tuple[Any, ...], results: tuple[Tensor, ...], baseline: tuple[Tensor, ...]) -> Verdict:
-    """Of the three ops that look experts up: ids must be the table's; weights as near to float64 as twice plain
-    torch's.
-    """
-    token_ids, hash_lut, *rest = to_cpu(arguments)
-    logits, weighing = None, (True, 1.0, 0.0)
-    if len(rest) > 5:  # hash_router_fused
-        logits = definitions.logits_of(rest.pop(0), rest.pop(0))
-    elif len(rest) > 1:  # hash_router_scored
-        logits = rest.pop(0)
-    padding_mask, *options = rest
-    ids = definitions.looked_up(token_ids, hash_lut, padding_mask)
+    """Uniform weights, as any with logits that are all alike."""
+    given = named("hash_router", to_cpu(arguments))
+    ids = definitions.looked_up(given.token_ids, given.hash_lut, given.padding_mask)
+    return check_looked_up(ids, definitions.looked_up_weights(ids, None, True, 1.0, 0.0), results, baseline)
+
+
+def check_lookup_scored(
+    arguments: tuple[Any, ...], results: tuple[Tensor, ...], baseline: tuple[Tensor, ...]
+) -> Verdict:
+    given = named("hash_router_scored", to_cpu(arguments))
+    ids = definitions.looked_up(given.token_ids, given.hash_lut, given.padding_mask)
+    weighing = given.renormalize, given.scale, given.epsilon
+    return check_looked_up(ids, definitions.looked_up_weights(ids, given.logits, *weighing), results, baseline)
+
+
+def check_fused(arguments: tuple[Any, ...], results: tuple[Tensor, ...], baseline: tuple[Tensor, ...]) -> Verdict:
+    given = named("hash_router_fused", to_cpu(arguments))
+    ids = definitions.looked_up(given.token_ids, given.hash_lut, given.padding_mask)
+    logits, weighing = (
+        definitions.logits_of(given.hidden, given.weight),
+        (given.renormalize, given.scale, given.epsilon),
+    )
+    return check_looked_up(ids, definitions.looked_up_weights(ids, logits, *weighing), results, baseline)
+
+
+def check_looked_up(ids: Tensor, weights: Tensor, results: tuple[Tensor, ...], baseline: tuple[Tensor, ...]) -> Verdict:
+    """Ids must be the table's; weights as near to float64 as twice plain torch's."""
     if not torch.equal(results[1], ids):
         return Verdict(float((results[1] != ids).sum()), 0.0, "wrong ids")
-    renormalize, scale, epsilon = options or weighing
-    weights = definitions.looked_up_weights(ids, logits, renormalize, scale, epsilon)
     limit = max(2 * worst_relative_error(baseline[0], weights), WEIGHT_LIMIT)
     return Verdict(worst_relative_error(results[0], weights), limit, "weight, relative")
 
@@ -53,7 +76,8 @@ def check_selection(arguments: tuple[Any, ...], results: tuple[Tensor, ...], bas
     """A chosen expert is right if its float64 score is within rounding of the k-th best; so is their order. Weights are
     checked for the experts that were chosen. Rounding is twice what plain float32 torch shows on the same inputs.
     """
-    baseline_scores = definitions.scores_of(baseline_logits(arguments[0], arguments[1]).cpu())
+    on_device = named("dense_router_decode", arguments)
+    baseline_scores = definitions.scores_of(baseline_logits(on_device.hidden, on_device.weight).cpu())
     hidden, weight, bias, k, renormalize, scale, epsilon = to_cpu(arguments)
     scores = definitions.scores_of(definitions.logits_of(hidden, weight))
     selection = scores if bias is None else scores + bias.to(torch.float64)
@@ -247,8 +271,8 @@ def topk_select_bytes(scores: Tensor, k: int, *_: Any) -> int:
 
 BASELINES = {
     "hash_router": Baseline(baseline_lookup, check_lookup, lookup_bytes),
-    "hash_router_scored": Baseline(baseline_lookup_scored, check_lookup, lookup_scored_bytes),
-    "hash_router_fused": Baseline(baseline_fused, check_lookup, fused_bytes),
+    "hash_router_scored": Baseline(baseline_lookup_scored, check_lookup_scored, lookup_scored_bytes),
+    "hash_router_fused": Baseline(baseline_fused, check_fused, fused_bytes),
     "dense_router_decode": Baseline(baseline_dense, check_selection, dense_bytes),
     "activation_topk": Baseline(baseline_activation_topk, check_activation_topk, activation_topk_bytes),
     "topk_select": Baseline(baseline_topk_select, check_topk_select, topk_select_bytes),

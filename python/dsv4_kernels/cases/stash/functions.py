@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_kernels.cases import Baseline, Case, Verdict, fresh, to_cpu
+from dsv4_kernels.cases import Baseline, Case, Verdict, fresh, named, to_cpu
 from dsv4_kernels.ops import OPS
 
 MIB = 1 << 20
@@ -18,57 +18,34 @@ def indexable(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
-def baseline_paged_stash_copy(
-    src: Tensor,
-    cuda_dst: Tensor,
-    host_dst: Tensor | None,
-    num_tokens: Tensor,
-    free_list_cuda: Tensor,
-    free_list_host: Tensor | None,
-    free_list_head: Tensor,
-    free_list_tail: Tensor,
-    free_list_capacity: Tensor,
-    page_record: Tensor,
-    *rest: Tensor | None,
-) -> tuple[Tensor, ...]:
+def baseline_paged_stash_copy(*arguments: Any) -> tuple[Tensor, ...]:
     """As an engine would write it: shapes known to the host, so every row, into the CUDA pool, fits or not."""
-    page_size, rows = cuda_dst.shape[1], src.shape[0]
+    given = named("paged_stash_copy", arguments)
+    page_size = given.cuda_dst.shape[1]
+    rows, hidden = given.src.shape
     pages = -(-rows // page_size)
-    slot = (free_list_head[0] + torch.arange(pages, device=src.device)) % max(cuda_dst.shape[0], 1)
-    ids = free_list_cuda[slot]
-    row = torch.arange(rows, device=src.device)
+    slot = (given.free_list_head[0] + torch.arange(pages, device=given.src.device)) % max(given.cuda_dst.shape[0], 1)
+    ids = given.free_list_cuda[slot]
+    row = torch.arange(rows, device=given.src.device)
     index = ids[row // page_size] * page_size + row % page_size
-    indexable(cuda_dst).view(-1, src.shape[1]).index_copy_(0, index, indexable(src))
-    page_record[:pages] = ids
-    fixed = (src, cuda_dst, host_dst, num_tokens, free_list_cuda, free_list_host)
-    state = (free_list_head, free_list_tail, free_list_capacity, page_record)
-    return OPS["paged_stash_copy"].mutated_of((*fixed, *state, *rest))
+    indexable(given.cuda_dst).view(-1, hidden).index_copy_(0, index, indexable(given.src))
+    given.page_record[:pages] = ids
+    return OPS["paged_stash_copy"].mutated_of(given)
 
 
-def baseline_paged_stash_pop(
-    cuda_src: Tensor,
-    host_src: Tensor | None,
-    dst: Tensor,
-    num_tokens: Tensor,
-    page_record: Tensor,
-    spilled_to_host: Tensor,
-    overflow: Tensor,
-    free_list_cuda: Tensor,
-    free_list_host: Tensor | None,
-    free_list_tail: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
+def baseline_paged_stash_pop(*arguments: Any) -> tuple[Tensor, ...]:
     """As an engine would write it: every row, from the CUDA pool."""
-    page_size, rows = cuda_src.shape[1], dst.shape[0]
-    pages = -(-rows // page_size)
-    ids = page_record[:pages] % max(cuda_src.shape[0], 1)
-    row = torch.arange(rows, device=dst.device)
+    given = named("paged_stash_pop", arguments)
+    page_size = given.cuda_src.shape[1]
+    rows, hidden = given.dst.shape
+    pages, pool_pages = -(-rows // page_size), max(given.cuda_src.shape[0], 1)
+    ids = given.page_record[:pages] % pool_pages
+    row = torch.arange(rows, device=given.dst.device)
     index = ids[row // page_size] * page_size + row % page_size
-    torch.index_select(indexable(cuda_src).view(-1, dst.shape[1]), 0, index, out=indexable(dst))
-    slot = (free_list_tail[0] + torch.arange(pages, device=dst.device)) % max(cuda_src.shape[0], 1)
-    free_list_cuda[slot] = ids
-    fixed = (cuda_src, host_src, dst, num_tokens, page_record, spilled_to_host, overflow)
-    return OPS["paged_stash_pop"].mutated_of((*fixed, free_list_cuda, free_list_host, free_list_tail, *rest))
+    torch.index_select(indexable(given.cuda_src).view(-1, hidden), 0, index, out=indexable(given.dst))
+    slot = (given.free_list_tail[0] + torch.arange(pages, device=given.dst.device)) % pool_pages
+    given.free_list_cuda[slot] = ids
+    return OPS["paged_stash_pop"].mutated_of(given)
 
 
 def expected_paged_stash_copy(
@@ -164,12 +141,14 @@ def _check_of(op: str, expected: Any) -> Any:
     return check
 
 
-def paged_stash_copy_bytes(src: Tensor, *arguments: Any) -> int:
-    return 2 * int(arguments[2]) * src.shape[1] * src.element_size()
+def paged_stash_copy_bytes(*arguments: Any) -> int:
+    given = named("paged_stash_copy", arguments)
+    return 2 * int(given.num_tokens) * int(given.src.shape[1]) * int(given.src.element_size())
 
 
-def paged_stash_pop_bytes(cuda_src: Tensor, host_src: Any, dst: Tensor, num_tokens: Tensor, *_: Any) -> int:
-    return 2 * int(num_tokens) * dst.shape[1] * dst.element_size()
+def paged_stash_pop_bytes(*arguments: Any) -> int:
+    given = named("paged_stash_pop", arguments)
+    return 2 * int(given.num_tokens) * int(given.dst.shape[1]) * int(given.dst.element_size())
 
 
 COPY = Baseline(
