@@ -531,8 +531,8 @@ dsv4_status launch_seam_of(const LaunchTarget& target, const Seam& seam) {
 template <Form kForm>
 dsv4_status launch_seam(const LaunchTarget& target, const Seam& seam) {
   constexpr int kValues = kValuesOf<kForm>;
-  const SeamPolicy policy = seam_policy(target.device->multiprocessors, target.device->shared_per_block, seam.tokens,
-                                        seam.hidden, kValues, sizeof(Exchange<kMostGroups, kValues>));
+  const SeamPolicy policy =
+      seam_policy(*target.device, seam.tokens, seam.hidden, kValues, sizeof(Exchange<kMostGroups, kValues>));
   switch (policy.groups) {
     case 1: return launch_seam_of<kForm, 1>(target, seam);
     case 2: return launch_seam_of<kForm, 2>(target, seam);

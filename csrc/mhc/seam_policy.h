@@ -6,7 +6,7 @@
 // shared memory holds: 8H bytes of streams per token over the 8 blocks of a cluster, and the partial sums of its warps.
 #pragma once
 
-#include <cstdint>
+#include "core/device.h"
 
 #ifdef __CUDACC__
 #define DSV4_HOST_DEVICE __host__ __device__
@@ -54,15 +54,15 @@ struct SeamPolicy {
   int groups;  // of 8 tokens per cluster
 };
 
-// Derived, not measured: as few tokens per cluster as leave one wave, at most what fits. static_shared: of a block of
+// Derived, not measured on any device: as few tokens per cluster as leave one wave, at most what fits. static_shared: of a block of
 // the kernel with kMostGroups, in bytes.
-constexpr SeamPolicy seam_policy(int multiprocessors, int64_t shared_per_block, int64_t tokens, int64_t hidden,
-                                 int values, int64_t static_shared) {
-  const int64_t clusters = multiprocessors / kClusterBlocks > 0 ? multiprocessors / kClusterBlocks : 1;
+constexpr SeamPolicy seam_policy(const Device& device, int64_t tokens, int64_t hidden, int values,
+                                 int64_t static_shared) {
+  const int64_t clusters = device.multiprocessors / kClusterBlocks > 0 ? device.multiprocessors / kClusterBlocks : 1;
   const SeamColumns columns = seam_columns(hidden);
   int groups = 1;
   while (groups < kMostGroups && clusters * groups * kGroupTokens < tokens &&
-         seam_shared_bytes(columns, groups + 1, values) + static_shared <= shared_per_block)
+         seam_shared_bytes(columns, groups + 1, values) + static_shared <= device.shared_per_block)
     ++groups;
   return {groups};
 }
