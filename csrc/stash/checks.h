@@ -15,6 +15,7 @@ constexpr size_t kCounterBytes = 16;  // of workspace: one counter, and a size t
 // Extents and sizes that the checks agreed on.
 struct StashShape {
   int64_t rows;
+  int64_t element_bytes;  // of which all data is a multiple away from address 0
   int64_t row_bytes;
   int64_t page_size;
   int64_t cuda_pages;
@@ -40,7 +41,8 @@ inline StashShape check_pools(Check& check, const char* rows_name, const dsv4_te
   shape.page_size = extent(cuda_pool, 1);
   shape.cuda_pages = extent(cuda_pool, 0);
   shape.host_pages = present(host_pool) ? extent(host_pool, 0) : 0;
-  shape.row_bytes = extent(rows, 1) * dtype_bytes(rows.dtype);
+  shape.element_bytes = dtype_bytes(rows.dtype);
+  shape.row_bytes = extent(rows, 1) * shape.element_bytes;
   check.tensor(rows_name, rows, kAnyDtype, {kAny, kAny});
   if (check.status()) return shape;
   check.range("hidden", extent(rows, 1), 1, INT32_MAX);

@@ -1,5 +1,4 @@
 #include "core/launch.h"
-#include "kernels.h"
 #include "stash/bulk_ring.cuh"
 
 namespace dsv4 {
@@ -86,6 +85,7 @@ struct CopyPlan {
   }
 };
 
+template <typename Word>
 __global__ void __launch_bounds__(kUnitThreads) paged_stash_copy_units(StashCopy stash) {
   await_previous_grid();
   const CopyPlan plan(stash);
@@ -94,9 +94,9 @@ __global__ void __launch_bounds__(kUnitThreads) paged_stash_copy_units(StashCopy
     const int64_t page_bytes = stash.page_size * stash.row_bytes;
     const int64_t first = plan.first_slot();
     const int lane = threadIdx.x % kWarpLanes;
-    for (UnitWalk at(page_bytes); at.page < plan.needed; at.advance()) {
+    for (UnitWalk<Word> at(page_bytes); at.page < plan.needed; at.advance()) {
       const int64_t size = at.size(page_bytes, plan.bytes);
-      UnitInFlight bytes;
+      UnitInFlight<Word> bytes;
       bytes.load(stash.source + at.page * page_bytes + at.offset(), size, lane);
       const int64_t id = plan.page_id(first, at.page);
       if (at.unit == 0 && lane == 0) stash.page_record[at.page] = id;
@@ -157,13 +157,6 @@ extern "C" dsv4_status dsv4_paged_stash_copy(const dsv4_paged_stash_copy_args* g
   if (dsv4_status status = check.reachable("host_dst", args.host_dst)) return status;
 
   void* const new_head = present(args.new_free_list_head) ? args.new_free_list_head.data : args.free_list_head.data;
-  if (!vectors_fit(shape, {&args.src, &args.cuda_dst, &args.host_dst}))
-    return aot::paged_stash_copy_bytes(
-        target, bytes_grid(*target.device, shape), args.src.data, args.cuda_dst.data, args.host_dst.data,
-        args.num_tokens.data, args.free_list_cuda.data, args.free_list_host.data, args.free_list_head.data,
-        args.free_list_tail.data, args.free_list_capacity.data, args.page_record.data, args.overflow.data,
-        args.host_spill_global.data, args.spilled_to_host.data, new_head, args.high_water.data, args.workspace.data,
-        shape.rows, shape.row_bytes, shape.cuda_pages, shape.host_pages, shape.page_size);
   const auto numbers = [](const dsv4_tensor& tensor) { return static_cast<int64_t*>(tensor.data); };
   StashCopy stash = {};
   stash.source = static_cast<const char*>(args.src.data);
@@ -187,7 +180,12 @@ extern "C" dsv4_status dsv4_paged_stash_copy(const dsv4_paged_stash_copy_args* g
   stash.rows = shape.rows;
   stash.row_bytes = shape.row_bytes;
   stash.page_size = shape.page_size;
-  if (bulk_pays(shape))
+  const bool vectors = vectors_fit(shape, {&args.src, &args.cuda_dst, &args.host_dst});
+  if (vectors && bulk_pays(shape))
     return launch<paged_stash_copy_bulk>(target, {ring_blocks(*target.device), kRingThreads, kRingBytes}, stash);
-  return launch<paged_stash_copy_units>(target, {unit_blocks(*target.device, shape), kUnitThreads}, stash);
+  return with_unit_word(vectors, shape, [&](auto word) {
+    using Word = decltype(word);
+    const uint32_t blocks = unit_blocks<Word>(*target.device, shape);
+    return launch<paged_stash_copy_units<Word>>(target, {blocks, kUnitThreads}, stash);
+  });
 }

@@ -1,5 +1,4 @@
 #include "core/launch.h"
-#include "kernels.h"
 #include "stash/bulk_ring.cuh"
 
 namespace dsv4 {
@@ -71,25 +70,26 @@ __device__ inline void zero_rest(const StashPop& stash, const PopPlan& plan, int
              int64_t{blockIdx.x} * threads + thread, int64_t{gridDim.x} * threads);
 }
 
+template <typename Word>
 __global__ void __launch_bounds__(kUnitThreads) paged_stash_pop_units(StashPop stash) {
   await_previous_grid();
   const int64_t page_bytes = stash.page_size * stash.row_bytes;
   const int lane = threadIdx.x % kWarpLanes;
-  UnitWalk at(page_bytes);
+  UnitWalk<Word> at(page_bytes);
   // The record has an entry for every page of the rows, so this need not wait for the count.
   int64_t next = at.page * stash.page_size < stash.rows ? stash.page_record[at.page] : 0;
   const PopPlan plan(stash);
   const bool last = arrives_last(&stash.counters->arrivals);
   if (plan.moves) {
     while (at.page < plan.needed) {
-      const UnitWalk here = at;
+      const UnitWalk<Word> here = at;
       const int64_t id = next;
       at.advance();
       if (at.page < plan.needed) next = stash.page_record[at.page];  // on its way while the rows are
       if (here.unit == 0 && lane == 0) plan.give_back(here.page, id);
       if (!plan.in_pool(id)) continue;
       const int64_t size = here.size(page_bytes, plan.bytes);
-      UnitInFlight bytes;
+      UnitInFlight<Word> bytes;
       bytes.load(plan.pool + id * page_bytes + here.offset(), size, lane);
       bytes.store(stash.target + here.page * page_bytes + here.offset(), size, lane);
     }
@@ -144,13 +144,6 @@ extern "C" dsv4_status dsv4_paged_stash_pop(const dsv4_paged_stash_pop_args* giv
   if (dsv4_status status = check.reachable("host_src", args.host_src)) return status;
 
   void* const new_tail = present(args.new_free_list_tail) ? args.new_free_list_tail.data : args.free_list_tail.data;
-  if (!vectors_fit(shape, {&args.dst, &args.cuda_src, &args.host_src}))
-    return aot::paged_stash_pop_bytes(target, bytes_grid(*target.device, shape), args.cuda_src.data, args.host_src.data,
-                                      args.dst.data, args.num_tokens.data, args.page_record.data,
-                                      args.spilled_to_host.data, args.overflow.data, args.free_list_cuda.data,
-                                      args.free_list_host.data, args.free_list_tail.data, args.free_list_capacity.data,
-                                      new_tail, args.workspace.data, shape.rows, shape.row_bytes, shape.cuda_pages,
-                                      shape.host_pages, shape.page_size, args.zero_rest);
   const auto numbers = [](const dsv4_tensor& tensor) { return static_cast<int64_t*>(tensor.data); };
   StashPop stash = {};
   stash.pools[0] = static_cast<const char*>(args.cuda_src.data);
@@ -172,7 +165,12 @@ extern "C" dsv4_status dsv4_paged_stash_pop(const dsv4_paged_stash_pop_args* giv
   stash.row_bytes = shape.row_bytes;
   stash.page_size = shape.page_size;
   stash.zero_rest = args.zero_rest != 0;
-  if (bulk_pays(shape))
+  const bool vectors = vectors_fit(shape, {&args.dst, &args.cuda_src, &args.host_src});
+  if (vectors && bulk_pays(shape))
     return launch<paged_stash_pop_bulk>(target, {ring_blocks(*target.device), kRingThreads, kRingBytes}, stash);
-  return launch<paged_stash_pop_units>(target, {unit_blocks(*target.device, shape), kUnitThreads}, stash);
+  return with_unit_word(vectors, shape, [&](auto word) {
+    using Word = decltype(word);
+    const uint32_t blocks = unit_blocks<Word>(*target.device, shape);
+    return launch<paged_stash_pop_units<Word>>(target, {blocks, kUnitThreads}, stash);
+  });
 }

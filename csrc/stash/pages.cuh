@@ -1,5 +1,4 @@
-// What the kernels of both ops do alike: read the count, find the last block, share out pages among warps, choose a
-// grid.
+// What the kernels of both ops share: reading the count, finding the last block, dividing pages among warps, the grid.
 #pragma once
 
 #include <algorithm>
@@ -43,18 +42,24 @@ __device__ inline bool arrives_last(uint32_t* arrivals) {
 
 constexpr int kUnitThreads = 256;
 constexpr int kUnitWarps = kUnitThreads / kWarpLanes;
-constexpr int kUnitVectors = 4;                                           // that a lane has in flight
-constexpr int64_t kUnitBytes = kUnitVectors * kWarpLanes * kVectorBytes;  // what a warp moves at a time
-constexpr int kUnitBlocks = 8;                                            // of a multiprocessor
+constexpr int kUnitBlocks = 8;  // per multiprocessor
+
+// A unit is what a warp moves at a time: 16 bytes per access where everything is aligned to that, else an element.
+// kUnitWords: accesses that a lane has in flight.
+template <typename Word>
+constexpr int kUnitWords = sizeof(Word) == kVectorBytes ? 4 : 16;
+template <typename Word>
+constexpr int64_t kUnitBytes = kUnitWords<Word> * kWarpLanes * sizeof(Word);
 
 // The units of a warp: warps take units in turn, so that neighbouring warps move neighbouring bytes. Adds up instead of
 // dividing.
+template <typename Word>
 struct UnitWalk {
   uint32_t page, unit;  // unit within the page
   uint32_t page_step, unit_step, units_per_page;
 
   __device__ explicit UnitWalk(int64_t page_bytes) {
-    units_per_page = static_cast<uint32_t>((page_bytes + kUnitBytes - 1) / kUnitBytes);
+    units_per_page = static_cast<uint32_t>((page_bytes + kUnitBytes<Word> - 1) / kUnitBytes<Word>);
     const uint32_t warp = blockIdx.x * kUnitWarps + threadIdx.x / kWarpLanes, warps = gridDim.x * kUnitWarps;
     page = warp / units_per_page;
     unit = warp % units_per_page;
@@ -72,42 +77,50 @@ struct UnitWalk {
   }
 
   // From the first byte of the page.
-  __device__ int64_t offset() const { return unit * kUnitBytes; }
+  __device__ int64_t offset() const { return unit * kUnitBytes<Word>; }
 
   // How many of the first `total` bytes of all pages are in this unit.
   __device__ int64_t size(int64_t page_bytes, int64_t total) const {
     const int64_t in_page = total - page * page_bytes;
     const int64_t left = (in_page < page_bytes ? in_page : page_bytes) - offset();
-    return left < 0 ? 0 : left < kUnitBytes ? left : kUnitBytes;
+    return left < 0 ? 0 : left < kUnitBytes<Word> ? left : kUnitBytes<Word>;
   }
 };
 
-// A lane's part of a unit, on its way through registers. Addresses are multiples of 16, the size need not be. Bytes are
-// read and written once, so they are the first to leave the caches.
+// A lane's part of a unit, on its way through registers. Addresses are multiples of the word; so is the size, unless
+// words are vectors. Bytes are read and written once, so they are the first to leave the caches.
+template <typename Word>
 struct UnitInFlight {
-  uint4 vectors[kUnitVectors];
-  char last;  // of the bytes behind the last whole vector, one a lane
+  Word words[kUnitWords<Word>];
+  char last;  // of the bytes after the last whole vector, one per lane
 
   __device__ void load(const char* from, int64_t size, int lane) {
-    const uint4* const place = reinterpret_cast<const uint4*>(from) + lane;
+    const Word* const place = reinterpret_cast<const Word*>(from) + lane;
 #pragma unroll
-    for (int i = 0; i < kUnitVectors; ++i)
-      if (vector_end(i, lane) <= size) vectors[i] = __ldcs(place + i * kWarpLanes);
-    const int64_t byte = size / kVectorBytes * kVectorBytes + lane;
-    if (byte < size) last = from[byte];
+    for (int i = 0; i < kUnitWords<Word>; ++i)
+      if (word_end(i, lane) <= size) words[i] = __ldcs(place + i * kWarpLanes);
+    if constexpr (kHasRest) {
+      const int64_t byte = size / kVectorBytes * kVectorBytes + lane;
+      if (byte < size) last = from[byte];
+    }
   }
 
   __device__ void store(char* to, int64_t size, int lane) const {
-    uint4* const place = reinterpret_cast<uint4*>(to) + lane;
+    Word* const place = reinterpret_cast<Word*>(to) + lane;
 #pragma unroll
-    for (int i = 0; i < kUnitVectors; ++i)
-      if (vector_end(i, lane) <= size) __stcs(place + i * kWarpLanes, vectors[i]);
-    const int64_t byte = size / kVectorBytes * kVectorBytes + lane;
-    if (byte < size) to[byte] = last;
+    for (int i = 0; i < kUnitWords<Word>; ++i)
+      if (word_end(i, lane) <= size) __stcs(place + i * kWarpLanes, words[i]);
+    if constexpr (kHasRest) {
+      const int64_t byte = size / kVectorBytes * kVectorBytes + lane;
+      if (byte < size) to[byte] = last;
+    }
   }
 
  private:
-  __device__ static int64_t vector_end(int i, int lane) { return (i * kWarpLanes + lane + 1) * kVectorBytes; }
+  static constexpr bool kHasRest = sizeof(Word) == kVectorBytes;
+  __device__ static int64_t word_end(int i, int lane) {
+    return (i * kWarpLanes + lane + 1) * static_cast<int>(sizeof(Word));
+  }
 };
 
 // Zeros [begin, end), whatever their alignment, by `threads` threads of which this is number `thread`.
@@ -128,22 +141,25 @@ inline bool vectors_fit(const StashShape& shape, std::initializer_list<const dsv
   return shape.page_size * shape.row_bytes % kVectorBytes == 0;
 }
 
-// Enough blocks for every unit, or to fill the chip. Any number is right.
-inline uint32_t unit_blocks(const Device& device, const StashShape& shape) {
-  const int64_t units = (shape.page_size * shape.row_bytes + kUnitBytes - 1) / kUnitBytes * shape.needed_pages;
-  return static_cast<uint32_t>(
-      std::clamp<int64_t>((units + kUnitWarps - 1) / kUnitWarps, 1, int64_t{device.multiprocessors} * kUnitBlocks));
+// Calls function(Word{}) with the word in which units are moved.
+template <typename Function>
+dsv4_status with_unit_word(bool vectors, const StashShape& shape, Function&& function) {
+  if (vectors) return function(uint4{});
+  switch (shape.element_bytes) {
+    case 8: return function(0ull);
+    case 4: return function(0u);
+    case 2: return function(static_cast<unsigned short>(0));
+    default: return function(static_cast<unsigned char>(0));
+  }
 }
 
-// For the kernels of aot/stash: pages on axis 0, blocks of a page on axis 1. Any grid is right.
-inline dim3 bytes_grid(const Device& device, const StashShape& shape) {
-  constexpr int64_t kBlock = 1024;  // of aot/stash/*.py
-  constexpr int64_t kMaxGridY = 65535;
-  const int64_t most = int64_t{device.multiprocessors} * kUnitBlocks;
-  const int64_t in_page =
-      std::clamp<int64_t>((shape.page_size * shape.row_bytes + kBlock - 1) / kBlock, 1, std::min(most, kMaxGridY));
-  const int64_t pages = std::clamp<int64_t>(shape.needed_pages, 1, std::max<int64_t>(most / in_page, 1));
-  return dim3(static_cast<uint32_t>(pages), static_cast<uint32_t>(in_page));
+// Enough blocks for every unit, or to fill the device. Any number is right.
+template <typename Word>
+uint32_t unit_blocks(const Device& device, const StashShape& shape) {
+  const int64_t units =
+      (shape.page_size * shape.row_bytes + kUnitBytes<Word> - 1) / kUnitBytes<Word> * shape.needed_pages;
+  return static_cast<uint32_t>(
+      std::clamp<int64_t>((units + kUnitWarps - 1) / kUnitWarps, 1, int64_t{device.multiprocessors} * kUnitBlocks));
 }
 
 }  // namespace dsv4

@@ -47,12 +47,12 @@ class Pools:
         hidden: int = 32,
         dtype: torch.dtype = torch.bfloat16,
         head: int = 0,
-        bytewise: bool = False,
+        off_16: bool = False,
     ) -> None:
-        """bytewise: the pool lies an element off 16 bytes, where the kernels that move bytes are the ones that can."""
+        """off_16: the pool lies an element off a multiple of 16 bytes, so accesses of 16 bytes cannot move it."""
         self.device, self.page_size, self.hidden, self.dtype = device, page_size, hidden, dtype
         elements = pages * page_size * hidden
-        storage = torch.empty(elements + 1, dtype=dtype, device=device)[bytewise : elements + bytewise]
+        storage = torch.empty(elements + 1, dtype=dtype, device=device)[off_16 : elements + off_16]
         self.pool = poison(storage.view(pages, page_size, hidden))
         self.host_pool = None
         self.host_list = None

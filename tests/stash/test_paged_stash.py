@@ -74,6 +74,20 @@ def test_any_dtype_and_width(dtype: torch.dtype, hidden: int, page_size: int, de
     assert (as_bytes(back[-2:]) == 0xA5).all()
 
 
+@pytest.mark.parametrize("page_size", [7, 96])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64], ids=str)
+def test_pools_an_element_off_16_bytes(dtype: torch.dtype, page_size: int, device: str) -> None:
+    """Elements of every size, in pages of one unit of a warp and of several, the last of them in part."""
+    rows = 2 * page_size + 5
+    pools = Pools(device, 3, page_size=page_size, hidden=37, dtype=dtype, off_16=True)
+    source = pools.rows(rows)
+    record = pools.copy(source, rows - 2)
+    pools.expect_stashed(source, record, [0, 1, 2])
+    back = pools.pop(pools.poisoned(rows), record, zero_rest=True)
+    assert torch.equal(as_bytes(back[:-2]), as_bytes(source[:-2]))
+    assert (as_bytes(back[-2:]) == 0).all()
+
+
 @pytest.mark.parametrize("offset", [1, 4, 16])
 @pytest.mark.parametrize("what", ["rows", "pool"])
 def test_misaligned_memory(what: str, offset: int, device: str) -> None:
@@ -123,7 +137,7 @@ def test_exact_fit_and_wrap(head: int, device: str) -> None:
 @pytest.mark.parametrize("host_pages", [None, 0, 2])
 @pytest.mark.parametrize("hidden", [16, 3])
 def test_overflow_is_sticky(hidden: int, host_pages: int | None, device: str) -> None:
-    pools = Pools(device, 3, host_pages, hidden=hidden, bytewise=hidden == 3)
+    pools = Pools(device, 3, host_pages, hidden=hidden, off_16=hidden == 3)
     rows = pools.rows(80)
     first = pools.copy(rows, 20)
     before = pools.state()
@@ -148,7 +162,7 @@ def test_overflow_is_sticky(hidden: int, host_pages: int | None, device: str) ->
 @pytest.mark.parametrize("hidden", [16, 3])
 def test_cuda_then_host_then_overflow(hidden: int, device: str) -> None:
     """A tensor never splits; smaller ones still find room; each goes back to where it came from."""
-    pools = Pools(device, 4, 5, hidden=hidden, bytewise=hidden == 3, head=FAR)
+    pools = Pools(device, 4, 5, hidden=hidden, off_16=hidden == 3, head=FAR)
     host = pools.free(1)
     assert host == [1, 2, 3, 4, 0]
     rows = [pools.rows(64, seed) for seed in range(4)]
@@ -204,7 +218,7 @@ def test_interleaved_then_refilled(device: str) -> None:
 @pytest.mark.parametrize("hidden", [16, 3])
 @pytest.mark.parametrize("tokens", [0, 13, 32, 50])
 def test_rest_zeroed(tokens: int, hidden: int, device: str) -> None:
-    pools = Pools(device, 4, hidden=hidden, bytewise=hidden == 3, dtype=torch.uint8)
+    pools = Pools(device, 4, hidden=hidden, off_16=hidden == 3, dtype=torch.uint8)
     rows = pools.rows(50)
     record = pools.copy(rows, tokens)
     record.spilled.clamp_(min=0)
@@ -239,7 +253,7 @@ def test_new_heads_and_tails_to_other_tensors(device: str) -> None:
 @pytest.mark.parametrize("hidden", [16, 3])
 @pytest.mark.parametrize(("tokens", "used"), [(-1, 0), (-(2**63), 0), (41, 40), (2**63 - 1, 40)])
 def test_counts_outside_the_rows(tokens: int, used: int, hidden: int, device: str) -> None:
-    pools = Pools(device, 6, hidden=hidden, bytewise=hidden == 3)
+    pools = Pools(device, 6, hidden=hidden, off_16=hidden == 3)
     rows = pools.rows(40)
     record = pools.copy(rows, tokens)
     assert pools.free() == list(range(-(-used // 16), 6))
@@ -266,7 +280,7 @@ CONTRADICTIONS: dict[str, Callable[[Pools], object]] = {
 @pytest.mark.parametrize("hidden", [16, 3])
 @pytest.mark.parametrize("contradiction", CONTRADICTIONS)
 def test_lists_that_contradict_themselves_have_no_pages(contradiction: str, hidden: int, device: str) -> None:
-    pools = Pools(device, 5, hidden=hidden, bytewise=hidden == 3)
+    pools = Pools(device, 5, hidden=hidden, off_16=hidden == 3)
     CONTRADICTIONS[contradiction](pools)
     before = pools.state()
     record = pools.copy(pools.rows(20), 20)
@@ -297,7 +311,7 @@ def test_lists_that_contradict_themselves_have_no_pages(contradiction: str, hidd
     ],
 )
 def test_a_pop_that_cannot_be_does_nothing(change: Callable[..., object], hidden: int, device: str) -> None:
-    pools = Pools(device, 5, hidden=hidden, bytewise=hidden == 3)
+    pools = Pools(device, 5, hidden=hidden, off_16=hidden == 3)
     record = pools.copy(pools.rows(20), 20)
     change(pools, record)
     before = pools.state()
@@ -309,7 +323,7 @@ def test_a_pop_that_cannot_be_does_nothing(change: Callable[..., object], hidden
 @pytest.mark.parametrize("identity", [-1, 5, 2**62, -(2**63)])
 def test_page_ids_outside_the_pool(identity: int, hidden: int, device: str) -> None:
     """Recorded and given back as they are; their rows are not moved."""
-    pools = Pools(device, 5, hidden=hidden, bytewise=hidden == 3, dtype=torch.uint8)
+    pools = Pools(device, 5, hidden=hidden, off_16=hidden == 3, dtype=torch.uint8)
     pools.list[1] = identity
     rows = pools.rows(60)
     record = pools.copy(rows, 60)
@@ -361,10 +375,10 @@ def test_large_whole_pages(device: str) -> None:
     assert pools.free() == [10, 11, *range(10)]
 
 
-@pytest.mark.parametrize(("bytewise", "head"), [(False, 5), (True, 5), (True, FAR + 4)])
-def test_pages_from_where_the_list_wraps(bytewise: bool, head: int, device: str) -> None:
-    """Pages of an odd number of bytes (bytewise), or of 16 rows: the end of the list lies within one tensor."""
-    page_size = 5 if bytewise else 16
+@pytest.mark.parametrize(("odd", "head"), [(False, 5), (True, 5), (True, FAR + 4)])
+def test_pages_from_where_the_list_wraps(odd: bool, head: int, device: str) -> None:
+    """Pages of an odd number of bytes, or of 16 rows: the end of the list lies within one tensor."""
+    page_size = 5 if odd else 16
     pools = Pools(device, 7, page_size=page_size, hidden=3, dtype=torch.uint8, head=head)
     pools.list.copy_(torch.tensor([3, 0, 6, 1, 5, 2, 4]))
     free = pools.free()
@@ -380,10 +394,12 @@ def test_pages_from_where_the_list_wraps(bytewise: bool, head: int, device: str)
 @pytest.mark.parametrize(
     ("kernels", "options"),
     [
-        ("units", {"hidden": 16}),
-        ("bytes", {"hidden": 3, "bytewise": True}),
-        ("units", {"hidden": 3, "dtype": torch.uint8}),  # 16 rows of 3 bytes are a multiple of 16
-        ("bytes", {"hidden": 3, "dtype": torch.uint8, "page_size": 5}),
+        ("unitsI5uint4E", {"hidden": 16}),
+        ("unitsItE", {"hidden": 3, "off_16": True}),
+        ("unitsIjE", {"hidden": 37, "off_16": True, "dtype": torch.float32}),
+        ("unitsIyE", {"hidden": 37, "off_16": True, "dtype": torch.int64}),
+        ("unitsI5uint4E", {"hidden": 3, "dtype": torch.uint8}),  # 16 rows of 3 bytes are a multiple of 16
+        ("unitsIhE", {"hidden": 3, "dtype": torch.uint8, "page_size": 5}),
         ("bulk", {"hidden": 8321, "dtype": torch.uint8, "page_size": 112}),
         ("bulk", {"hidden": 8320, "dtype": torch.uint8, "page_size": 112}),
     ],
@@ -467,7 +483,7 @@ def test_pages_are_conserved_over_100000_operations() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("hidden", [16, 3])
 def test_pages_are_conserved_over_2000_operations_on_a_gpu(hidden: int) -> None:
-    pools = Pools("cuda", 37, 11, page_size=4, hidden=hidden, bytewise=hidden == 3, dtype=torch.uint8, head=FAR)
+    pools = Pools("cuda", 37, 11, page_size=4, hidden=hidden, off_16=hidden == 3, dtype=torch.uint8, head=FAR)
     lists = (pools.list, pools.host_list)
 
     def copy(source, tokens, record, spilled, workspace):  # type: ignore[no-untyped-def]
@@ -485,7 +501,7 @@ def test_pages_are_conserved_over_2000_operations_on_a_gpu(hidden: int) -> None:
 @pytest.mark.parametrize("hidden", [16, 3])
 def test_a_captured_graph_follows_the_counts(hidden: int) -> None:
     """One capture, in place, replayed with counts that fit, spill, overflow, and are none."""
-    pools = Pools("cuda", 6, 9, hidden=hidden, bytewise=hidden == 3, dtype=torch.uint8)
+    pools = Pools("cuda", 6, 9, hidden=hidden, off_16=hidden == 3, dtype=torch.uint8)
     rows, back = pools.rows(140), pools.poisoned(140)
     graph = torch.cuda.CUDAGraph()
     record = pools.record(140, 0)
