@@ -57,6 +57,7 @@ class TritonKernel:
     constants_on: architectures on which some of the constants are others: those.
     stages_on: architectures whose shared memory holds fewer stages than num_stages, with the number that fits.
     registers_on: architectures on which a thread may take so many registers at most, so that more blocks fit.
+    op: the op that launches it, if that is not the module's name.
     """
 
     function: Any
@@ -70,6 +71,7 @@ class TritonKernel:
     constants_on: dict[str, dict[str, object]] = field(default_factory=dict)
     stages_on: dict[str, int] = field(default_factory=dict)
     registers_on: dict[str, int] = field(default_factory=dict)
+    op: str = ""
 
     def __post_init__(self) -> None:
         unknown = set(self.aligned) - set(self.arguments)
@@ -86,6 +88,7 @@ class CuteKernel:
     constants: compile-time values.
     threads: threads in a block.
     dynamic_shared: bytes of dynamic shared memory that a launch must pass; static shared memory is not counted.
+    op: the op that launches it, if that is not the module's name.
     """
 
     function: Callable[..., Any]
@@ -94,6 +97,7 @@ class CuteKernel:
     constants: dict[str, object]
     threads: int
     dynamic_shared: int = 0
+    op: str = ""
 
 
 def check_declaration(kernel: TritonKernel | CuteKernel) -> None:

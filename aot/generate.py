@@ -26,7 +26,7 @@ def signature(kernel: Sidecar) -> str:
 
 def header(targets: list[Architecture], kernels: list[Sidecar]) -> str:
     rows = "\n".join(f'    {{"{t.name}", {t.major}, {t.minor}}},' for t in targets)
-    declarations = "\n".join(f"{signature(kernel)};  // aot/{kernel.family}/{kernel.op}.py" for kernel in kernels)
+    declarations = "\n".join(f"{signature(kernel)};  // of {kernel.op}" for kernel in kernels)
     return f"""{NOTICE}#pragma once
 
 #include "core/launch.h"

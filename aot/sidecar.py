@@ -21,7 +21,7 @@ from aot.declare import CompiledKernel, argument_size
 class Sidecar:
     """One kernel in one image.
 
-    op: the op that launches it, which is the stem of its source file. family: the folder of that file.
+    op: the op that launches it: its source file's stem, unless the kernel names one. family: the folder of that file.
     name: of an aot kernel, its function in C++; of a CUDA C++ kernel, its symbol.
     arguments: of an aot kernel, name to type. parameters: [offset, bytes] of each, as the image itself declares them.
     stack, local: bytes of thread-private memory; both 0, or the kernel spills.

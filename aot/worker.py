@@ -32,7 +32,7 @@ def main(language: str, arch: str, folder: Path, modules: list[str]) -> None:
                 compiled = compile_kernel(kernel, arch)
             except KernelError as error:
                 raise SystemExit(f"aot: {error}") from None
-            sidecar = describe(compiled, op, family, language, compilers)
+            sidecar = describe(compiled, kernel.op or op, family, language, compilers)
             (folder / f"{kernel.name}.cubin").write_bytes(compiled.cubin)
             (folder / f"{kernel.name}.ptx").write_text(compiled.ptx)
             sidecar.write(folder / f"{kernel.name}.json")

@@ -223,7 +223,7 @@ class Shape(NamedTuple):
     stages: int
 
 
-def on_each(warps_on: dict[str, int] | None, widened: Shape | None, rows: int) -> dict[str, dict[str, Any]]:
+def on_each(warps_on: dict[str, int] | None, widened: Shape | None, rows: int) -> dict[str, Any]:
     """TritonKernel's arguments for single architectures.
 
     widened: on sm_90a, whose tensor cores know no scales. tl.dot_scaled would widen quantised rows by itself, but takes
