@@ -14,10 +14,10 @@ from aot.moe.device.padded_rows import (
     rows_of,
     squared_relu,
     store_scales,
-    swiglu,
     tokens_of,
     zero_scales,
 )
+from aot.moe.device.swiglu import swiglu
 
 
 @triton.jit

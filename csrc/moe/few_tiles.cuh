@@ -17,6 +17,7 @@
 
 #include "core/launch.h"
 #include "device/reduce.cuh"
+#include "device/swiglu.cuh"
 #include "moe/few_tiles.h"
 
 namespace dsv4 {
@@ -72,22 +73,6 @@ __device__ __forceinline__ uint2 load_once(const uint2* from) {
   uint2 value;
   asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from));
   return value;
-}
-
-// x / (1 + 2^(-x log2(e))); a quotient below 2^-126 is 0.
-__device__ __forceinline__ float fast_silu(float x) {
-  float result;
-  asm("{\n"
-      ".reg .f32 t;\n"
-      "mul.f32 t, %1, 0fBFB8AA3B;\n"
-      "ex2.approx.ftz.f32 t, t;\n"
-      "add.f32 t, t, 0f3F800000;\n"
-      "rcp.approx.ftz.f32 t, t;\n"
-      "mul.f32 %0, %1, t;\n"
-      "}"
-      : "=f"(result)
-      : "f"(x));
-  return result;
 }
 
 // A lane's weights for one block of inner positions: 4 words of each of rows lane / 4 and lane / 4 + 8, and the factors
@@ -431,14 +416,7 @@ __device__ __forceinline__ void reduce_and_store(const FewTiles& p, const Batch&
       if constexpr (SwiGlu) up += from[kOutputs];
     }
     value *= row.factor;
-    if constexpr (SwiGlu) {
-      up *= row.up_factor;
-      // Comparisons and not fminf(): NaN stays NaN.
-      value = value > p.limit ? p.limit : value;
-      up = up > p.limit ? p.limit : up;
-      up = up < -p.limit ? -p.limit : up;
-      value = fast_silu(value) * up;
-    }
+    if constexpr (SwiGlu) value = swiglu(value, up * row.up_factor, p.limit);
     const int32_t column = (batch.group + i / kOutputs) * kColumns + i % kOutputs / kPassRows;
     p.out[row.number * p.out_stride + column] = __float2bfloat16_rn(value * row.weight);
   }

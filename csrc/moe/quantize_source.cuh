@@ -1,5 +1,5 @@
-// Where the values come from that a quantising kernel encodes: the rows of a tensor as they are, those of them that are
-// gates in a tensor of gates and ups, or SwiGLU of both. A thread takes kChunk neighbouring values of a row at a time.
+// The values that a quantising kernel encodes: the rows of a tensor, the gate columns of a tensor of gates and ups, or
+// SwiGLU of both. A thread takes kChunk neighbouring values of a row at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,6 +9,7 @@
 #include "core/check.h"
 #include "core/dtype.h"
 #include "device/max_or_nan.cuh"
+#include "device/swiglu.cuh"
 
 namespace dsv4 {
 
@@ -36,13 +37,6 @@ __device__ inline Vector<T, Unit> load_vector(const T* from, bool aligned) {
 #pragma unroll
   for (int i = 0; i < Unit; ++i) result.values[i] = from[i];
   return result;
-}
-
-// silu(min(gate, limit)) * clamp(up, -limit, limit), as the models' published inference code has it.
-__device__ inline float swiglu(float gate, float up, float limit) {
-  gate = gate > limit ? limit : gate;  // unlike fminf, keeps NaN
-  up = up > limit ? limit : up < -limit ? -limit : up;
-  return __fdividef(gate, 1.0f + __expf(-gate)) * up;
 }
 
 // What a thread reads for a chunk. Unit: elements that lie side by side in x, loaded at once.

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from aot.moe.device.swiglu import swiglu
+
 # What widened E2M1 rows are to be multiplied by yet.
 LEFT_OVER = tl.constexpr(256.0)
 
@@ -146,12 +148,7 @@ def grouped_product(
         up_factor *= tl.load(alpha + expert * alphas + alphas - 1)
     value = sums * factor
     if SWIGLU:
-        up = up_sums * up_factor
-        # Comparisons and not minimum(): NaN stays NaN.
-        value = tl.where(value > limit, limit, value)
-        up = tl.where(up > limit, limit, up)
-        up = tl.where(up < -limit, -limit, up)
-        value = value / (1.0 + tl.exp(-value)) * up
+        value = swiglu(value, up_sums * up_factor, limit)
     if WEIGHTS_FIRST:
         value = value.T
     if weighted != 0:

@@ -15,6 +15,7 @@ import triton.language as tl
 from aot.declare import TritonKernel
 from aot.grid_dependency import await_previous_grid
 from aot.moe.device.grouped_product import PRODUCT_SCALARS
+from aot.moe.device.swiglu import swiglu
 
 # Undoes what is left of the factors' bias.
 LEFT_OVER = tl.constexpr(256.0)
@@ -44,16 +45,6 @@ mov.b32 {$4, $5}, c;
 mov.b32 {$6, $7}, d;
 }""")
 WIDEN_REGISTERS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h,h")
-
-# x / (1 + 2^(-x * log2(e))) in five instructions; a quotient below 2^-126 is 0.
-SILU = tl.constexpr("""{
-.reg .f32 t;
-mul.f32 t, $1, 0fBFB8AA3B;
-ex2.approx.ftz.f32 t, t;
-add.f32 t, t, 0f3F800000;
-rcp.approx.ftz.f32 t, t;
-mul.f32 $0, $1, t;
-}""")
 
 
 @triton.jit
@@ -166,11 +157,7 @@ def multiply_rows(
         gate, up = tl.split(pairs)
         gate = tl.reshape(gate, (COLUMNS // 2, ROWS)) * factor
         up = tl.reshape(up, (COLUMNS // 2, ROWS)) * up_factor
-        # Comparisons and not minimum(): NaN stays NaN.
-        gate = tl.where(gate > limit, limit, gate)
-        up = tl.where(up > limit, limit, up)
-        up = tl.where(up < -limit, -limit, up)
-        value = tl.inline_asm_elementwise(SILU, "=f,f", [gate], dtype=tl.float32, is_pure=True, pack=1) * up
+        value = swiglu(gate, up, limit)
         column = block * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
         in_columns = column < weight_rows // 2
     else:

@@ -40,21 +40,6 @@ def squared_relu(value):
 
 
 @triton.jit
-def swiglu(gate, up, limit):
-    """silu(min(gate, limit)) * clamp(up, -limit, limit). Comparisons and not min() and max(): NaN stays NaN.
-
-    exp(-|gate|) never overflows, and is the square of exp(-|gate| / 2): gate times one and then the other is a normal
-    number where exp(-|gate|) is none any more.
-    """
-    gate = tl.where(gate > limit, limit, gate)
-    up = tl.where(up > limit, limit, up)
-    up = tl.where(up < -limit, -limit, up)
-    root = tl.exp2(tl.abs(gate) * -0.72134752)  # log2(e) / 2
-    numerator = tl.where(gate < 0, gate * root * root, gate)
-    return numerator / (1.0 + root * root) * up
-
-
-@triton.jit
 def larger_or_nan(a, b):
     """The larger one; NaN if one is. tl.max() passes NaN over."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
