@@ -7,7 +7,7 @@ import torch
 from dsv4_kernels.moe import padded_swiglu, quantize_mx, swiglu_and_quantize_mxfp8
 from torch import Tensor
 
-# Of silu where it is a normal float32: docs/decisions/0025-one-swiglu.md. Three roundings of the product come on top.
+# Of silu where it is a normal float32: docs/decisions/0026-one-swiglu.md. Three roundings of the product come on top.
 ERROR = 2.0**-17 + 3 * 2.0**-24
 
 
