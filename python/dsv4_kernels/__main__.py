@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the commands that need torch; a build that asks for a folder must not wait for it."""
+    """Adds the commands that need torch; a build that only needs a folder must not wait for it."""
     from dsv4_kernels.cli import bench, demo, info, selftest
 
     for module in (info, selftest, demo, bench):

@@ -36,7 +36,7 @@ def encode_e2m1(values: Tensor, *, ties_to_even: bool = True) -> Tensor:
         ties_to_even: ties go to the even code, as the hardware's conversion has it; else towards zero.
 
     Returns:
-        uint8, 0 to 15, one code an element; see pack_e2m1.
+        uint8, 0 to 15, one code per element; see pack_e2m1.
     """
     size = values.abs()
     code = torch.zeros_like(values, dtype=torch.uint8)

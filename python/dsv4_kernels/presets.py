@@ -11,7 +11,7 @@ from dsv4_kernels.errors import InvalidArgumentError
 class Preset:
     """One model.
 
-    hidden_size: width of the residual stream. experts: routed experts. top_k: experts a token.
+    hidden_size: width of the residual stream. experts: routed experts. top_k: experts per token.
     expert_intermediate: inner width of an expert. hash_layers: how many of the first layers route by table.
     routed_scaling: factor on the routing weights. compress_ratios: tokens per entry of the compressed cache, for each
     layer and behind them for each block of multi-token prediction; 0 for a window alone. vocab_size: token ids.

@@ -86,7 +86,7 @@ def test_sizes_of_tensors_are_counts(size: Any) -> None:
         (lambda: CacheState.allocate(schema, size), "CacheState.allocate: max_requests"),
         (lambda: PagedCache.allocate(schema, size), "PagedCache.allocate: blocks"),
         (lambda: CacheHandle.allocate(state, paged, size, 1), "CacheHandle.allocate: requests"),
-        (lambda: CacheHandle.allocate(state, paged, 1, size), "CacheHandle.allocate: blocks_a_request"),
+        (lambda: CacheHandle.allocate(state, paged, 1, size), "CacheHandle.allocate: blocks_per_request"),
         (lambda: PAGE_LAYOUTS["bf16"].page_bytes(size), "PageLayout.page_bytes: entries"),
         (lambda: schema.blocks(size), "LayerCacheSchema.entries: tokens"),
     ):

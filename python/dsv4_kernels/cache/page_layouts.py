@@ -117,7 +117,7 @@ class Pages:
         )
 
     def _parts(self) -> list[Tensor]:
-        """The tensors of a separate layout as bytes, a row an entry: a view."""
+        """The tensors of a separate layout as bytes, one row per entry: a view."""
         tensors = [tensor for tensor in (self.pages, self.rope, self.scales) if tensor is not None]
         return [t.view(torch.uint8).reshape(self.count, -1) if t.numel() else t.new_empty(0, 0) for t in tensors]
 

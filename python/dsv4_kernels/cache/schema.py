@@ -1,4 +1,4 @@
-"""What a layer's compressed cache looks like: tokens an entry, widths of rows, layout of pages.
+"""What a layer's compressed cache looks like: tokens per entry, widths of rows, layout of pages.
 
 Sizes of the public models: head_dim 512 of which 64 carry the rotary position, indexer keys of 128.
 """

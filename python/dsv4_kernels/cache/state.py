@@ -145,10 +145,10 @@ class CacheHandle:
     batch: BatchTensors = field(default_factory=BatchTensors, init=False, repr=False, compare=False)
 
     @classmethod
-    def allocate(cls, state: CacheState, paged: PagedCache, requests: int, blocks_a_request: int) -> CacheHandle:
+    def allocate(cls, state: CacheState, paged: PagedCache, requests: int, blocks_per_request: int) -> CacheHandle:
         """A handle for batches of up to that many requests, none of them there yet."""
         requests = integer("CacheHandle.allocate", "requests", requests, 0)
-        columns = integer("CacheHandle.allocate", "blocks_a_request", blocks_a_request, 0)
+        columns = integer("CacheHandle.allocate", "blocks_per_request", blocks_per_request, 0)
         device = state.tail_len.device
         with torch.inference_mode(False):  # inference tensors have no version counters
             return cls(

@@ -18,7 +18,7 @@ REPEATS = 15
 
 @dataclass(frozen=True)
 class Ceilings:
-    """copy_bandwidth: bytes a second, read plus written. launch: seconds of a kernel that does nothing to speak of."""
+    """copy_bandwidth: bytes per second, read plus written. launch: seconds per launch of an empty kernel."""
 
     copy_bandwidth: float
     launch: float

@@ -38,7 +38,7 @@ def dense_router_prefill(
         hidden: [tokens, hidden_size] bfloat16.
         weight: [experts, hidden_size] bfloat16, at most 1024 experts. `layers.N.ffn.gate.weight`.
         bias: [experts] float32, for selection only, or None. `layers.N.ffn.gate.bias`.
-        k: experts a token, 1 to 32.
+        k: experts per token, 1 to 32.
         padding_mask: [tokens] bool, true for padding: ids -1 and weights 0.
         renormalize: divide by the sum.
         scale: the model's routed scaling factor.

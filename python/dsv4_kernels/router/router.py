@@ -69,7 +69,7 @@ class Router(torch.nn.Module):
             mode: 'dense' or 'hash'.
             hidden_size: width of the hidden states.
             experts: routed experts.
-            top_k: experts a token.
+            top_k: experts per token.
             vocab_size: token ids; hash mode needs it.
             scale: the model's routed scaling factor.
             renormalize: divide a token's scores by their sum.

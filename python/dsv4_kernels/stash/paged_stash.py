@@ -219,7 +219,7 @@ class PagedStash:
         what = f"PagedStash: {pages} host pages of {self.page_size} x {hidden} {dtype} ({_gibibytes(size)})"
         available = available_host_memory()
         if available is not None and size > available:
-            # Pinned memory cannot be swapped out: asking for more than there is may take the machine down.
+            # Pinned memory cannot be swapped out: allocating more than is available may take the machine down.
             raise MemoryError(f"{what}: the host has {_gibibytes(available)} available; give it fewer host_pages")
         try:
             return torch.empty(pages, self.page_size, hidden, dtype=dtype, pin_memory=True, device="cpu")
@@ -411,9 +411,9 @@ class PagedStash:
             with stash.saved_activations() as saved:
                 y = experts(saved.mark(x, num_tokens))
 
-        A marked tensor is stashed when an operation saves it, once however many do, and popped when backward first asks
-        for it. It then stays until the last of these operations has run backward, or with retain_graph until the graph
-        is gone, whatever the number of times that they ask; a later graph that saves it stashes it anew. Pages of a
+        A marked tensor is stashed when an operation saves it, once however many do, and popped when backward first
+        needs it. It then stays until the last of these operations has run backward, or with retain_graph until the graph
+        is gone, however often they read it; a later graph that saves it stashes it anew. Pages of a
         graph that goes without running backward are given back by the next call of stash() or check(). Rows behind the
         last token come back as zeros, so gradients equal those without the stash, bit for bit, where those rows were
         zeros or count for nothing.

@@ -178,12 +178,12 @@ def baseline_compress_flush(
     row = torch.arange(window, device=device)
     rows_at = position[last, None] + 1 - window + row
     earlier = rows_at < start[last, None]
-    rows_a_page = state.shape[1]
+    rows_per_page = state.shape[1]
     flat_state = state.flatten(0, 1)
 
     def place_of(of_request: Tensor, at: Tensor) -> Tensor:
-        page = state_table[of_request, at.clamp(min=0) // rows_a_page % state_table.shape[1]]
-        return page * rows_a_page + at.clamp(min=0) % rows_a_page
+        page = state_table[of_request, at.clamp(min=0) // rows_per_page % state_table.shape[1]]
+        return page * rows_per_page + at.clamp(min=0) % rows_per_page
 
     place = place_of(request[last, None], rows_at)
     token = torch.where(earlier, 0, first[last, None] + rows_at - start[last, None])

@@ -79,7 +79,7 @@ def hca_compress_case(
 
 
 def append_case(name: str, schema: LayerCacheSchema, requests: int, benched: bool = False) -> Case:
-    """Decode: a token a request, at any phase of its block."""
+    """Decode: one token per request, at any phase of its block."""
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         slots, streams, m = requests + 2, schema.projections, schema.m
@@ -120,7 +120,7 @@ def append_case(name: str, schema: LayerCacheSchema, requests: int, benched: boo
 
 
 def append_tokens_case(name: str, tokens: tuple[int, ...], m: int, round: int) -> Case:
-    """Several tokens a request, some of it padding, no bias, one projection, no indexer."""
+    """Several tokens per request, some of it padding, no bias, one projection, no indexer."""
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         schema = LayerCacheSchema(AttentionType.HCA, m, head_dim=8, rope_dim=4, indexer_head_dim=0)
@@ -141,7 +141,7 @@ def flush_case(
     schema: LayerCacheSchema,
     requests: int,
     valid: float = 1.0,
-    blocks_a_request: int = 2,
+    blocks_per_request: int = 2,
     benched: bool = False,
 ) -> Case:
     """Entries of any number into blocks scattered over the pool; magnitudes differ from row to row. valid: share of the
@@ -149,7 +149,7 @@ def flush_case(
     """
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
-        slots, blocks = requests + 2, blocks_a_request * requests + 3
+        slots, blocks = requests + 2, blocks_per_request * requests + 3
         paged = PagedCache.allocate(schema, blocks, device="cpu")
         for pool in vars(paged).values():  # whatever a pool holds, what no entry goes to must keep it
             pool.view(-1).view(torch.uint8).random_(generator=generator)
@@ -159,13 +159,17 @@ def flush_case(
         rows = torch.randn(requests, schema.width, generator=generator, dtype=torch.float32, device="cpu")
         rows *= 10 ** (6 * torch.rand(requests, 1, generator=generator, dtype=torch.float32, device="cpu") - 3)
         entry, key = rows.to(torch.bfloat16).split((schema.head_dim, schema.indexer_head_dim), dim=1)
-        number = torch.randint(blocks_a_request * schema.entries_per_block, (slots,), generator=generator, device="cpu")
-        table = torch.randperm(blocks, generator=generator, device="cpu")[: requests * blocks_a_request].to(torch.int32)
+        number = torch.randint(
+            blocks_per_request * schema.entries_per_block, (slots,), generator=generator, device="cpu"
+        )
+        table = torch.randperm(blocks, generator=generator, device="cpu")[: requests * blocks_per_request].to(
+            torch.int32
+        )
         where = (
             torch.rand(requests, generator=generator, dtype=torch.float32, device="cpu") < valid,
             request_slots_of(generator, requests, slots),
             (number + 1) * schema.m,
-            table.reshape(requests, blocks_a_request),
+            table.reshape(requests, blocks_per_request),
             paged.entries_fp8,
             paged.entries_rope,
             paged.inv_scale,

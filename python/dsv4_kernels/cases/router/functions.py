@@ -131,7 +131,7 @@ def baseline_lookup_scored(
 
 
 def baseline_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """bfloat16 operands, float32 result: what the models ask for, in one library call where there is one."""
+    """bfloat16 operands, float32 result: what the models compute, in one library call where there is one."""
     if hidden.is_cuda:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return hidden.to(torch.float32) @ weight.to(torch.float32).T

@@ -55,7 +55,7 @@ class State:
 
     rows: Tensor
     table: Tensor
-    rows_a_page: int
+    rows_per_page: int
 
     @classmethod
     def of(cls, state: Tensor, table: Tensor) -> State:
@@ -64,14 +64,14 @@ class State:
     @property
     def capacity(self) -> int:
         """Positions until a place comes again."""
-        return self.rows_a_page * int(self.table.shape[1])
+        return self.rows_per_page * int(self.table.shape[1])
 
     def places(self, request: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of rows, and whether there is such a row."""
         position = position.clamp(min=0)
-        page = self.table[request, position // self.rows_a_page % self.table.shape[1]]
-        valid = (page >= 0) & (page < self.rows.shape[0] // self.rows_a_page)
-        return torch.where(valid, page * self.rows_a_page + position % self.rows_a_page, 0), valid
+        page = self.table[request, position // self.rows_per_page % self.table.shape[1]]
+        valid = (page >= 0) & (page < self.rows.shape[0] // self.rows_per_page)
+        return torch.where(valid, page * self.rows_per_page + position % self.rows_per_page, 0), valid
 
 
 def window_rows(
