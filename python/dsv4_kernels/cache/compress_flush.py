@@ -72,7 +72,7 @@ def compress_flush(
 ) -> None:
     """Stores the rows of new tokens, compresses the blocks that they complete, and writes the entries to pages.
 
-    One launch, for decode, prefill and both in one call, for any number of tokens a request. Which blocks complete is
+    One launch, for decode, prefill and both in one call, for any number of tokens per request. Which blocks complete is
     decided on the device, so that a call captured in a CUDA graph is right for every replay.
 
         entry[c] = sum over rows of softmax(score)[c] * kv[c]
@@ -108,7 +108,7 @@ def compress_flush(
             block_table[r, i // entries_per_page]; -1 for none.
         slot_mapping: [tokens] int32 or int64, instead of block_table: page * entries_per_page + slot of the entry that
             the token completes; -1 for none.
-        ratio: tokens a block: 1, 2, 4 or 128.
+        ratio: tokens per block: 1, 2, 4 or 128.
         overlap: whether rows have two streams, as in the models' layers of ratio 4.
         layout: one of PAGE_LAYOUTS; decides d.
         entries_per_page: entries of a page.

@@ -38,7 +38,7 @@ def append(
     """Puts rows of new tokens into the tail buffers, in place.
 
     Token p of a request is row p mod m of block p div m. A call takes the tokens of one block of each request, that of
-    the request's first token plus round; for up to n tokens a request, append and flush are repeated for
+    the request's first token plus round; for up to n tokens per request, append and flush are repeated for
     round 0 to (n + m - 2) // m. Where a request has tokens in the round, tail_len of its slot becomes the number of
     rows that its block then holds, and slot_positions the position after the last of them. What is written follows
     from positions alone, so a call may be repeated, and rejected draft tokens of the current block are simply
@@ -54,11 +54,11 @@ def append(
         tail_za: like tail_ka, the scores.
         tail_len: [slots] int32 to change.
         slot_positions: [slots] int64 to change.
-        m: tokens a block.
+        m: tokens per block.
         next_kb: like tail_ka, for the b columns, with two projections.
         next_zb: like next_kb, the scores.
         token_offsets: [requests + 1] int32, ascending: request r brings tokens [token_offsets[r],
-            token_offsets[r + 1]) of kv. None: one token a request, in order. Tokens beyond are skipped.
+            token_offsets[r + 1]) of kv. None: one token per request, in order. Tokens beyond are skipped.
         indexer_kv: [tokens, width - head_dim], or twice as many columns with two projections; where width exceeds
             head_dim.
         indexer_z: like indexer_kv, the scores.
@@ -122,7 +122,7 @@ def csa_compress_tail(
             -inf the result is 0.
         tail_len: [slots] int32, rows that the current block holds.
         request_slots: [requests] int32.
-        m: tokens a block.
+        m: tokens per block.
         indexer_head_dim: how many of the last columns are the indexer key; 0 for none.
         out_entry: [requests, width - indexer_head_dim] bfloat16 to write to.
         out_indexer_key: [requests, indexer_head_dim] bfloat16 to write to.
@@ -192,7 +192,7 @@ def hca_compress_tail(
         tail_za: like tail_ka, the scores. Where all scores of a column are -inf the result is 0.
         tail_len: [slots] int32, rows that the current block holds.
         request_slots: [requests] int32.
-        m: tokens a block.
+        m: tokens per block.
         out_entry: [requests, width] bfloat16 to write to.
         out_valid_mask: [requests] bool to write to: whose tail was full.
 

@@ -1,9 +1,9 @@
 """Run what exists of one DeepSeek-V4 layer outside attention, on real shapes.
 
 A batch of tokens goes through the seam behind attention, the router of a hash layer and of a dense layer, the experts
-that the first of them chose and the seam behind those, and through the compressed cache of a CSA and of an HCA layer, a
-token a request in decode and a prompt in prefill, by the ops that count tails and by the fused one. Weights are random
-(seeded); a router's may be read from a safetensors checkpoint by the models' tensor names.
+that the first of them chose and the seam behind those, and through the compressed cache of a CSA and of an HCA layer,
+one token per request in decode and a prompt in prefill, by the ops that count tails and by the fused one. Weights are
+random (seeded); a router's may be read from a safetensors checkpoint by the models' tensor names.
 Token ids are random, or a text's by any Hugging Face tokenizer.json. Every result is checked against float64; the table
 says what ran where, how long it took, and how far it is from the floor, which is the time to move the fewest bytes at
 the bandwidth of a large copy. Exit status 0 if all is right.
@@ -77,7 +77,7 @@ class Step:
         return self.router(self.hidden, self.token_ids)  # type: ignore[no-any-return]
 
     def problem(self) -> tuple[Baseline, tuple[Any, ...]]:
-        """What the batch asks for, whichever function answers: what to compare it with, and the arguments."""
+        """The batch's problem, whichever function solves it: what to compare results with, and the arguments."""
         gate, weighing = self.router, (self.router.renormalize, self.router.scale, self.router.epsilon)
         if gate.mode == "hash":
             arguments = (self.token_ids, gate.tid2eid, self.hidden, gate.weight, None, *weighing)
@@ -140,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def read_token_ids(options: argparse.Namespace, preset: Preset, generator: torch.Generator) -> Tensor:
-    """[tokens] int64: a text's, or random. ValueError if the options ask for neither."""
+    """[tokens] int64: a text's, or random. ValueError if the options give neither."""
     if (options.text is None) != (options.tokenizer is None):
         raise ValueError("--text and --tokenizer go together")
     if options.text is None:

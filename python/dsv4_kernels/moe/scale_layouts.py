@@ -152,7 +152,7 @@ def _stack(function: str, scales: Sequence[Tensor]) -> Tensor:
     shapes = {tuple(scale.shape) for scale in scales}
     if len(shapes) != 1:
         raise InvalidArgumentError(
-            f"{function}: scales: expected one matrix an expert, all of one shape, got {sorted(shapes) or 'none'}"
+            f"{function}: scales: expected one matrix per expert, all of one shape, got {sorted(shapes) or 'none'}"
         )
     # As bytes: torch does not stack every one-byte dtype.
     return torch.stack([scale.view(torch.uint8) for scale in scales]).view(scales[0].dtype)

@@ -163,7 +163,7 @@ def dense_router_decode(
             each aligned to 16 bytes.
         weight: [experts, hidden_size] bfloat16, at most 512 experts; rows likewise. `layers.N.ffn.gate.weight`.
         bias: [experts] float32, for selection only, or None. `layers.N.ffn.gate.bias`.
-        k: experts a token, 1 to 32.
+        k: experts per token, 1 to 32.
         renormalize: divide by the sum.
         scale: the model's routed scaling factor.
         epsilon: added to the sum.
@@ -232,7 +232,7 @@ def activation_topk(
     Args:
         logits: [tokens, experts] float32 or bfloat16, at most 1024 experts: hidden . weight^T; rows may be strided.
         bias: [experts] float32, for selection only, or None. `layers.N.ffn.gate.bias`.
-        k: experts a token, 1 to 32, at most experts.
+        k: experts per token, 1 to 32, at most experts.
         score_function: "sqrt_softplus" (DeepSeek-V4), "sigmoid" or "softmax" (over the experts whose logit is not
             NaN).
         renormalize: divide by the sum.

@@ -412,11 +412,11 @@ class PagedStash:
                 y = experts(saved.mark(x, num_tokens))
 
         A marked tensor is stashed when an operation saves it, once however many do, and popped when backward first
-        needs it. It then stays until the last of these operations has run backward, or with retain_graph until the graph
-        is gone, however often they read it; a later graph that saves it stashes it anew. Pages of a
-        graph that goes without running backward are given back by the next call of stash() or check(). Rows behind the
-        last token come back as zeros, so gradients equal those without the stash, bit for bit, where those rows were
-        zeros or count for nothing.
+        needs it. It then stays until the last of these operations has run backward, or with retain_graph until the
+        graph is gone, however often they read it; a later graph that saves it stashes it anew. Pages of a graph that
+        goes without running backward are given back by the next call of stash() or check(). Rows behind the last token
+        come back as zeros, so gradients equal those without the stash, bit for bit, where those rows were zeros or
+        count for nothing.
 
         Args:
             select: asked about every other tensor that is saved: its num_tokens, True for all rows, None to leave it.

@@ -28,7 +28,7 @@ def dequantize(codes: Tensor, scale: Tensor | None) -> Tensor:
     return values.to(torch.float64) * factor.repeat_interleave(values.shape[-1] // factor.shape[-1], dim=-1)
 
 
-def widen_interleaved(words: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+def decode_interleaved(words: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """One expert's interleaved weights as bfloat16: codes times 2^-126 [N, blocks, 2, 2, 4, 8] and what they are to be
     multiplied by, but for 2^8, in the same shape.
 
@@ -53,7 +53,7 @@ def expert_weights(weight: Tensor, weight_scale: Tensor) -> Tensor:
     """One expert's weights in float64, [N, K], of either layout."""
     if weight.dtype != torch.int32:
         return dequantize(weight, weight_scale)
-    codes, factors = widen_interleaved(weight, weight_scale)
+    codes, factors = decode_interleaved(weight, weight_scale)
     return (codes.to(torch.float64) * factors.to(torch.float64) * 2.0**8).flatten(1)
 
 
