@@ -31,7 +31,7 @@ def bfloat16_error(got: Tensor, exact: Tensor, magnitude: Tensor) -> float:
 def check_csa_compress_tail(
     arguments: tuple[Any, ...], results: tuple[Tensor, ...], baseline: tuple[Tensor, ...]
 ) -> Verdict:
-    """Rows against float64; what no full tail asks for must still be poisoned."""
+    """Rows against float64; rows of tails that are not full must still be poisoned."""
     ka, za, kb, zb, tail_len, request_slots, m, _ = to_cpu(arguments)
     full = definitions.full_tails(tail_len, request_slots, m)
     slots = request_slots[full].to(torch.int64)

@@ -22,7 +22,7 @@ FLIPS = 0.01
 
 
 def quantization_of(given: Any) -> Quantization:
-    """What a call of compress_flush asks for."""
+    """The rounding rules of a call of compress_flush."""
     return Quantization(given.amax_floor, given.scale_floor, given.fp4_ties_toward_zero, given.exact_scale)
 
 

@@ -28,11 +28,11 @@ def bfloat16_weights(weight: Tensor, scale: Tensor) -> Tensor:
     """One expert's weights of either layout, [N, K] bfloat16."""
     if weight.dtype != torch.int32:
         return bfloat16_values(weight, scale)
-    codes, factors = widened_words(weight, scale)
+    codes, factors = decoded_words(weight, scale)
     return (codes * factors * 2.0**8).flatten(1)
 
 
-def widened_words(words: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+def decoded_words(words: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """One expert's interleaved weights as bfloat16: codes times 2^-126 [N, blocks, 2, 2, 4, 8] and what they are to be
     multiplied by, but for 2^8, in the same shape. With masks and rotations, as kernels do it.
 

@@ -86,7 +86,7 @@ def check_finalize(arguments: tuple[Any, ...], results: tuple[Tensor, ...], base
     exact = definitions.finalized(rows, slot_to_row, weights, shared)
     sizes_of = [None if value is None else value.abs() for value in (weights, shared)]
     sizes = definitions.finalized(rows.abs(), slot_to_row, *sizes_of)
-    # A product and a sum a slot, each rounded to 2^-24, and the rounding to bfloat16, 2^-8 of the result.
+    # Per slot a product and a sum, each rounded to 2^-24, and the rounding to bfloat16, 2^-8 of the result.
     allowed = exact.abs() * 2.0**-8 + sizes * (slot_to_row.shape[1] + 2) * 2.0**-23 + 2.0**-133
     error = (results[0].to(torch.float64) - exact).abs() / allowed
     return Verdict(float(error.max()) if error.numel() else 0.0, 1.0, "error over what rounding allows")
