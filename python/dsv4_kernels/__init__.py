@@ -4,7 +4,7 @@
     weights, ids = router.hash_router(token_ids, hash_lut)
 
 Families: `router`, `cache`, `moe`, `stash`, `mhc`. Importing this package imports neither torch nor a compiler and
-needs no driver; the first use of a family imports torch and registers `torch.ops.dsv4.*`.
+needs no driver; the first use of a family imports torch and registers its ops as `torch.ops.dsv4.*`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The binding's functions for type checkers, python/dsv4_kernels/_native.pyi.
 
-    python -m tests.package.stub        writes the ops anew, from the op table of the installed package
+    python -m tests.package.stub        writes the ops anew, from the declarations of the installed package
 
 Other functions are written by hand; test_interfaces.py holds all of it to what the module has.
 """
@@ -17,7 +17,7 @@ STUB = Path(__file__).resolve().parents[2] / "python" / "dsv4_kernels" / "_nativ
 BINDING = Path(__file__).resolve().parents[2] / "csrc" / "python"
 MARK = "# The ops, "
 
-# From torch's schema language, as it is parsed.
+# Of a parameter's type in torch's terms.
 TYPES = {"Tensor": "Tensor", "Optional[Tensor]": "Tensor | None", "int": "int", "bool": "bool", "float": "float"}
 
 

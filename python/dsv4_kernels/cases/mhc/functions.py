@@ -208,26 +208,26 @@ BASELINES = {
 
 
 def random_streams(generator: torch.Generator, tokens: int, hidden: int) -> Tensor:
-    return torch.randn(tokens, 4, hidden, generator=generator).to(torch.bfloat16)
+    return torch.randn(tokens, 4, hidden, generator=generator, dtype=torch.float32, device="cpu").to(torch.bfloat16)
 
 
 def random_update(generator: torch.Generator, tokens: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, streams, post and comb as a seam finds them."""
-    x = torch.randn(tokens, hidden, generator=generator).to(torch.bfloat16)
-    post = 2 * torch.rand(tokens, 4, generator=generator)
-    comb = torch.softmax(2 * torch.randn(tokens, 4, 4, generator=generator), 1)
+    x = torch.randn(tokens, hidden, generator=generator, dtype=torch.float32, device="cpu").to(torch.bfloat16)
+    post = 2 * torch.rand(tokens, 4, generator=generator, dtype=torch.float32, device="cpu")
+    comb = torch.softmax(2 * torch.randn(tokens, 4, 4, generator=generator, dtype=torch.float32, device="cpu"), 1)
     return x, random_streams(generator, tokens, hidden), post, comb
 
 
 def random_projection(generator: torch.Generator, hidden: int, rows: int = 24) -> tuple[Tensor, Tensor, Tensor]:
     """fn, base and scale. Products are of the size of one, and the softmax sees differences of a few."""
-    fn = torch.randn(rows, 4 * hidden, generator=generator) * (4 * hidden) ** -0.5
-    base = torch.randn(rows, generator=generator)
-    return fn, base, 0.5 + torch.rand(3 if rows == 24 else 1, generator=generator)
+    fn = torch.randn(rows, 4 * hidden, generator=generator, dtype=torch.float32, device="cpu") * (4 * hidden) ** -0.5
+    base = torch.randn(rows, generator=generator, dtype=torch.float32, device="cpu")
+    return fn, base, 0.5 + torch.rand(3 if rows == 24 else 1, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def random_weight(generator: torch.Generator, hidden: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return (1 + 0.2 * torch.randn(hidden, generator=generator)).to(dtype)
+    return (1 + 0.2 * torch.randn(hidden, generator=generator, dtype=torch.float32, device="cpu")).to(dtype)
 
 
 def case(
@@ -257,7 +257,7 @@ def case(
         if short == "post":
             return random_update(generator, tokens, hidden)
         if short == "collapse":
-            pre = None if mean else torch.rand(tokens, 4, generator=generator)
+            pre = None if mean else torch.rand(tokens, 4, generator=generator, dtype=torch.float32, device="cpu")
             return random_streams(generator, tokens, hidden), pre, weight, epsilon, norm_unrounded
         if short == "head":
             projection = random_projection(generator, hidden, rows=4)
@@ -266,7 +266,7 @@ def case(
         constants = epsilon, hc_epsilon, factor, iterations
         if short == "coefficients":
             return random_streams(generator, tokens, hidden), *projection, *constants
-        pre_in = torch.rand(tokens, 4, generator=generator) if delayed else None
+        pre_in = torch.rand(tokens, 4, generator=generator, dtype=torch.float32, device="cpu") if delayed else None
         seam = *projection, pre_in, weight, *constants, norm_unrounded
         if short == "pre":
             return random_streams(generator, tokens, hidden), *seam
