@@ -33,6 +33,7 @@ extern "C" dsv4_status dsv4_preload(int32_t device) {
   if (dsv4_status status = dsv4::device_or_current("preload", device, &target)) return status;
   const void* handle = nullptr;
   for (dsv4::Kernel* kernel : dsv4::kernels())
+    // NOLINTNEXTLINE(clang-analyzer-core.NonNullParamChecker): a target that opened has a device
     if (dsv4_status status = dsv4::load_kernel(*kernel, "preload", *target.device, &handle)) return status;
   return DSV4_OK;
 }
