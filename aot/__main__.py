@@ -100,14 +100,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="OP", help="compile the kernels of these ops only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes at a time")
     parser.add_argument("--check", action="store_true", help="compile nothing; fail unless DIR is what would be made")
-    parser.add_argument(
-        "--print-cmake-architectures", action="store_true", help="for CMAKE_CUDA_ARCHITECTURES, then exit"
-    )
     options = parser.parse_args()
-    targets = [architectures.find(name) for name in options.arch] if options.arch else list(architectures.ARCHITECTURES)
-    if options.print_cmake_architectures:
-        print(";".join(target.cmake_name for target in targets), end="")
-        return
+    targets = architectures.select(options.arch)
     if not options.out:
         parser.error("--out is needed")
     if options.check:

@@ -58,6 +58,7 @@ class TritonKernel:
     stages_on: architectures whose shared memory holds fewer stages than num_stages, with the number that fits.
     registers_on: architectures on which a thread may take so many registers at most, so that more blocks fit.
     op: the op that launches it, if that is not the module's name.
+    exports: further numbers that a launch depends on, for C++ to read beside the constants.
     """
 
     function: Any
@@ -72,11 +73,16 @@ class TritonKernel:
     stages_on: dict[str, int] = field(default_factory=dict)
     registers_on: dict[str, int] = field(default_factory=dict)
     op: str = ""
+    exports: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unknown = set(self.aligned) - set(self.arguments)
         if unknown:
             raise ValueError(f"{self.name}: aligned names no argument: {sorted(unknown)}")
+
+    def constants_for(self, arch: str) -> dict[str, object]:
+        """The constants that the image of an architecture is compiled with."""
+        return self.constants | self.constants_on.get(arch, {})
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,7 @@ class CuteKernel:
     threads: threads in a block.
     dynamic_shared: bytes of dynamic shared memory that a launch must pass; static shared memory is not counted.
     op: the op that launches it, if that is not the module's name.
+    exports: further numbers that a launch depends on, for C++ to read beside the constants.
     """
 
     function: Callable[..., Any]
@@ -98,6 +105,23 @@ class CuteKernel:
     threads: int
     dynamic_shared: int = 0
     op: str = ""
+    exports: dict[str, int] = field(default_factory=dict)
+
+    def constants_for(self, arch: str) -> dict[str, object]:
+        """The constants that the image of an architecture is compiled with: the same for all."""
+        return self.constants
+
+
+def exported(kernel: TritonKernel | CuteKernel, arch: str) -> dict[str, bool | int | str]:
+    """What C++ may read of a kernel: constants and exports, under lower-case names. KernelError if a name is taken."""
+    found: dict[str, bool | int | str] = {}
+    for name, value in (*kernel.constants_for(arch).items(), *kernel.exports.items()):
+        if name.lower() in found:
+            raise KernelError(f"{kernel.name}: exports: {name} is a constant's name already")
+        if not isinstance(value, (bool, int, str)):
+            raise KernelError(f"{kernel.name}: constant {name}: expected a number, a flag or a text, got {value!r}")
+        found[name.lower()] = value
+    return found
 
 
 def check_declaration(kernel: TritonKernel | CuteKernel) -> None:

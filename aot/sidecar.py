@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from aot.declare import CompiledKernel, argument_size
@@ -26,6 +26,8 @@ class Sidecar:
     arguments: of an aot kernel, name to type. parameters: [offset, bytes] of each, as the image itself declares them.
     stack, local: bytes of thread-private memory; both 0, or the kernel spills.
     compilers: name to version of what made the image.
+    function: of an aot kernel, the Python function that it is a specialisation of. constants: of an aot kernel, what it
+        was compiled with and what else its launch depends on, by name.
     """
 
     op: str
@@ -46,6 +48,8 @@ class Sidecar:
     arguments: dict[str, str]
     trailing_pointers: int
     compilers: dict[str, str]
+    function: str = ""
+    constants: dict[str, bool | int | str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")

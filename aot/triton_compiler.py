@@ -44,8 +44,7 @@ def compile_kernel(kernel: TritonKernel, arch: str) -> CompiledKernel:
     signature = {name: triton_type(argument_type) for name, argument_type in kernel.arguments.items()}
     signature |= dict.fromkeys(kernel.constants, "constexpr")
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned}
-    constants = kernel.constants | kernel.constants_on.get(arch, {})
-    source = ASTSource(kernel.function, signature, constants, attributes)
+    source = ASTSource(kernel.function, signature, kernel.constants_for(arch), attributes)
     options = {
         "num_warps": kernel.warps_on.get(arch, kernel.num_warps),
         "num_stages": kernel.stages_on.get(arch, kernel.num_stages),

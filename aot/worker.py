@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from aot.declare import KernelError
+from aot.declare import KernelError, exported
 from aot.sidecar import describe
 from aot.sources import compiler_versions
 
@@ -29,10 +30,13 @@ def main(language: str, arch: str, folder: Path, modules: list[str]) -> None:
         _, family, op = module.split(".")
         for kernel in importlib.import_module(module).KERNELS:
             try:
-                compiled = compile_kernel(kernel, arch)
+                compiled, constants = compile_kernel(kernel, arch), exported(kernel, arch)
             except KernelError as error:
                 raise SystemExit(f"aot: {error}") from None
-            sidecar = describe(compiled, kernel.op or op, family, language, compilers)
+            function = getattr(kernel.function, "fn", kernel.function).__name__  # Triton wraps it
+            sidecar = replace(
+                describe(compiled, kernel.op or op, family, language, compilers), function=function, constants=constants
+            )
             (folder / f"{kernel.name}.cubin").write_bytes(compiled.cubin)
             (folder / f"{kernel.name}.ptx").write_text(compiled.ptx)
             sidecar.write(folder / f"{kernel.name}.json")

@@ -5,16 +5,22 @@ set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 set(CMAKE_CXX_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 
-# The aot step: Triton and CuTe DSL kernels to images, and the C++ that embeds and launches them.
+# The architectures, for CMake and as the header that everything includes.
 set(aot_arguments "")
 if(DSV4_ARCHITECTURES)
   set(aot_arguments --arch ${DSV4_ARCHITECTURES})
 endif()
+set(generated_dir ${PROJECT_BINARY_DIR}/generated)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS aot/architectures.py aot/generate.py)
 execute_process(
-  COMMAND ${run_python} aot --print-cmake-architectures ${aot_arguments}
+  COMMAND
+    ${run_python} aot.generate --cmake-architectures --architectures-header ${generated_dir}/architectures.h
+    ${aot_arguments}
   OUTPUT_VARIABLE cuda_architectures
   COMMAND_ERROR_IS_FATAL ANY
 )
+
+# The aot step: Triton and CuTe DSL kernels to images, and the C++ that embeds and launches them.
 file(GLOB_RECURSE aot_sources CONFIGURE_DEPENDS aot/*.py)
 if(DSV4_AOT_DIR)
   set(aot_dir ${DSV4_AOT_DIR})
@@ -34,12 +40,15 @@ else()
 endif()
 add_custom_target(aot DEPENDS ${aot_dir}/kernels.h)
 
-# libdsv4_kernels.so: the C ABI, the CUDA C++ kernels, and the embedded images.
+# libdsv4_kernels.so: the C ABI, the CUDA C++ kernels, and the embedded images. The core knows none of the kernels and is
+# compiled without them.
+file(GLOB core_sources CONFIGURE_DEPENDS csrc/core/*.cpp)
+add_library(core_objects OBJECT ${core_sources})
+target_compile_definitions(core_objects PRIVATE DSV4_VERSION="${PROJECT_VERSION}")
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/*/*.cu)
 file(
   GLOB cpp_sources
   CONFIGURE_DEPENDS
-  csrc/core/*.cpp
   csrc/router/*.cpp
   csrc/cache/*.cpp
   csrc/moe/*.cpp
@@ -72,21 +81,29 @@ add_library(
   dsv4_kernels
   SHARED
   ${cpp_sources}
+  $<TARGET_OBJECTS:core_objects>
   $<TARGET_OBJECTS:cuda_objects>
   ${aot_dir}/kernels.cpp
   ${images_dir}/images.cpp
 )
 add_dependencies(dsv4_kernels aot)
 set_source_files_properties(${aot_dir}/kernels.cpp PROPERTIES COMPILE_OPTIONS -Wa,-I${aot_dir})
-foreach(target cuda_objects dsv4_kernels)
-  target_include_directories(${target} PRIVATE csrc csrc/include ${aot_dir} ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+foreach(target core_objects cuda_objects dsv4_kernels)
+  target_include_directories(
+    ${target}
+    PRIVATE csrc csrc/include ${generated_dir} ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES}
+  )
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
 endforeach()
-target_compile_options(dsv4_kernels PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
-target_compile_options(dsv4_kernels PRIVATE ${sanitizers})
+foreach(target cuda_objects dsv4_kernels)
+  target_include_directories(${target} PRIVATE ${aot_dir})
+endforeach()
+foreach(target core_objects dsv4_kernels)
+  target_compile_options(${target} PRIVATE ${sanitizers})
+endforeach()
 target_link_options(dsv4_kernels PRIVATE ${sanitizers})
 list(TRANSFORM sanitizers PREPEND "-Xcompiler=" OUTPUT_VARIABLE host_sanitizers)
 target_compile_options(cuda_objects PRIVATE ${host_sanitizers})
-target_compile_definitions(dsv4_kernels PRIVATE DSV4_VERSION="${PROJECT_VERSION}")
 target_link_libraries(dsv4_kernels PRIVATE dl rt pthread)
 target_link_options(
   dsv4_kernels

@@ -35,10 +35,18 @@ from cutlass import Float32, Int32, Int64, Uint32
 from aot.declare import CuteKernel
 from aot.router.device.activation import sqrt_softplus
 from aot.router.device.arrays import CHUNK_BYTES, LANES, shared_array
-from aot.router.device.gate_product import multiply_part, stage_bytes, stages_for, threads_for, tile_experts_for
+from aot.router.device.gate_product import (
+    UNIT,
+    multiply_part,
+    stage_bytes,
+    stages_for,
+    threads_for,
+    tile_experts_for,
+)
 from aot.router.device.presence import (
     FIELD,
     LOOKED,
+    MARKS,
     STARTED,
     add_presence,
     decide_to_wait,
@@ -46,11 +54,14 @@ from aot.router.device.presence import (
     load_presence,
 )
 from aot.router.device.selection import KEY_NONE, kept_score, select_experts, selection_key
-from aot.router.device.sums import store_sums, take_logit
+from aot.router.device.sums import MAX_SPLITS, store_sums, take_logit
 
 # The kernel is compiled for each of these. A thread for each expert.
 MAX_EXPERTS = (256, 384, 512)
 MAX_TOKENS = (16, 32, 64)
+
+# What `presence` takes of the workspace: a mark per token's block, rounded up so that the sums behind stay aligned.
+PRESENCE_BYTES = -(-(MARKS + max(MAX_TOKENS)) * 4 // 256) * 256
 
 
 @cute.kernel
@@ -193,6 +204,12 @@ KERNELS = [
         constants={"max_experts": max_experts, "max_tokens": max_tokens},
         threads=threads_for(max_experts),
         dynamic_shared=stages_for(max_experts, max_tokens) * stage_bytes(max_experts, max_tokens),
+        exports={
+            "tile_experts": tile_experts_for(max_experts),
+            "unit": UNIT,
+            "max_splits": MAX_SPLITS,
+            "presence_bytes": PRESENCE_BYTES,
+        },
     )
     for max_experts in MAX_EXPERTS
     for max_tokens in MAX_TOKENS

@@ -4,18 +4,17 @@
 
 #include <algorithm>
 
+#include "cache/compress_flush_policy.h"
 #include "core/check.h"
 #include "core/dtype.h"
 #include "core/launch.h"
 #include "device/cluster.cuh"
-#include "kernels.h"
 
 namespace dsv4 {
 
 constexpr int kMaxHeadDim = 512;
 constexpr int kMaxThreads = kMaxHeadDim / kChannels;
 
-constexpr int kShortWindow = 8;
 constexpr int kShortRows = 4;  // rows in flight per thread
 
 // The partial sums of the second group of threads; see PooledRows.
@@ -111,11 +110,9 @@ __global__ void __launch_bounds__(Groups* kMaxThreads, Groups == 1 ? 3 : 1)
 constexpr int kRowsAtOnce = 2;  // rows in flight per group: few, so that several blocks fit on a multiprocessor
 constexpr int kSliceThreads = 256;
 
-// Resident blocks per multiprocessor, by major compute capability: the kernel's launch bounds, and what the host counts
-// on. Three would spill registers on sm_100 and later.
-constexpr int long_blocks(int major) { return major >= 10 ? 2 : 3; }
+// Resident blocks per multiprocessor: the launch bounds, and what the host counts on.
 #if defined(__CUDA_ARCH__)
-constexpr int kLongBlocks = long_blocks(__CUDA_ARCH__ / 100);
+constexpr int kLongBlocks = kCompressFlushTuning.of_major(__CUDA_ARCH__ / 100).long_blocks;
 #else
 constexpr int kLongBlocks = 1;  // the host compilation pass compiles no kernel
 #endif
@@ -224,35 +221,27 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kSliceThreads, 
   if (!started) __cluster_barrier_wait();
 }
 
-constexpr int64_t kShortBlocks = 16;  // blocks per multiprocessor, enough to balance the load
-
 template <int Value>
 using Constant = std::integral_constant<int, Value>;
 
 template <typename T>
 static dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
-  if (call.window() <= kShortWindow) {
-    const int64_t multiprocessors = target.device->multiprocessors;
-    call.tokens_per_task = static_cast<int32_t>(blocks_for(call.tokens, multiprocessors * kShortBlocks));
-    const uint32_t blocks = blocks_for(call.tokens, call.tokens_per_task), threads = call.head_dim / kChannels;
-    if (int64_t{blocks} * threads <= multiprocessors * kMaxThreads)  // one wave
-      return launch<compress_flush_kernel<T, 2>>(target, {blocks, 2 * threads}, call);
-    return launch<compress_flush_kernel<T, 1>>(target, {blocks, threads}, call);
+  const int64_t threads = call.head_dim / kChannels;
+  const CompressFlushPolicy policy = compress_flush_policy(
+      *target.device, {call.tokens, call.tokens_per_request.value, call.window(), call.ratio(), call.head_dim, threads});
+  call.tokens_per_task = policy.tokens_per_task;
+  if (policy.groups) {
+    const Geometry geometry = {policy.tasks, static_cast<uint32_t>(policy.groups * threads)};
+    return policy.groups == 2 ? launch<compress_flush_kernel<T, 2>>(target, geometry, call)
+                              : launch<compress_flush_kernel<T, 1>>(target, geometry, call);
   }
-  // A cluster takes the tokens of one request, at most `ratio` of them, so that it completes at most one entry.
-  call.tokens_per_task = std::min(static_cast<int32_t>(call.tokens_per_request.value), call.ratio());
-  const uint32_t clusters = blocks_for(call.tokens, call.tokens_per_task);
   const auto launch_long = [&](auto blocks, auto head_dim) {
     constexpr int kBlocks = decltype(blocks)::value;
     return launch<compress_flush_long_kernel<T, kBlocks, decltype(head_dim)::value>>(
-        target, {clusters * kBlocks, kSliceThreads}, call);
+        target, {policy.tasks * kBlocks, kSliceThreads}, call);
   };
-  if (call.head_dim != kMaxHeadDim) return launch_long(Constant<2>(), Constant<128>());
-  // Eight blocks per entry are fastest while all clusters fit in one wave. Beyond that their launch costs more than
-  // they gain, most of all for steps in which no entry completes.
-  const int64_t resident =
-      int64_t{target.device->multiprocessors} * long_blocks(kArchitectures[target.device->architecture].major);
-  if (clusters * int64_t{8} <= resident) return launch_long(Constant<8>(), Constant<kMaxHeadDim>());
+  if (policy.cluster == 2) return launch_long(Constant<2>(), Constant<128>());
+  if (policy.cluster == 8) return launch_long(Constant<8>(), Constant<kMaxHeadDim>());
   return launch_long(Constant<4>(), Constant<kMaxHeadDim>());
 }
 

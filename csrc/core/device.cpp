@@ -8,7 +8,6 @@
 #include <string>
 
 #include "core/observer.h"
-#include "kernels.h"
 
 namespace dsv4 {
 namespace {
@@ -18,6 +17,13 @@ std::string list_architectures() {
   for (const Architecture& architecture : kArchitectures)
     names += (names.empty() ? "" : ", ") + std::string(architecture.name);
   return names;
+}
+
+// The index in kArchitectures of what runs on that compute capability, or -1.
+int find_architecture(int major, int minor) {
+  for (int i = 0; i < kArchitectureCount; ++i)
+    if (kArchitectures[i].major == major && kArchitectures[i].minor == minor) return i;
+  return -1;
 }
 
 dsv4_status read_device(const char* op, int ordinal, Device* device) {
@@ -78,12 +84,6 @@ const Contexts& contexts() {
 }
 
 }  // namespace
-
-int find_architecture(int major, int minor) {
-  for (int i = 0; i < kArchitectureCount; ++i)
-    if (kArchitectures[i].major == major && kArchitectures[i].minor == minor) return i;
-  return -1;
-}
 
 dsv4_status find_device(const char* op, int ordinal, const Device** device) {
   static Device devices[kMaxDevices];

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "architectures.h"
 #include "core/error.h"
 
 namespace dsv4 {
@@ -15,6 +16,8 @@ struct Device {
   int multiprocessors;   // for grids that fill the chip
   int shared_per_block;  // bytes of shared memory that a block can opt in to
 };
+
+constexpr const Architecture& architecture_of(const Device& device) { return kArchitectures[device.architecture]; }
 
 // The properties of a device, read once. DSV4_ERROR_NO_IMAGE if the library holds nothing for it.
 dsv4_status find_device(const char* op, int ordinal, const Device** device);

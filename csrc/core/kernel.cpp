@@ -2,8 +2,6 @@
 
 #include <mutex>
 
-#include "kernels.h"
-
 namespace dsv4 {
 namespace {
 

@@ -1,7 +1,6 @@
 #include "core/launch.h"
 
 #include "core/observer.h"
-#include "kernels.h"
 
 namespace dsv4 {
 namespace {
@@ -15,11 +14,10 @@ const char* symbol_of(const Kernel& kernel, int architecture) {
 
 dsv4_status observe(const Observer& watching, const Kernel& kernel, const LaunchTarget& target,
                     const Geometry& geometry, void** parameters, const uint32_t* sizes, uint32_t count) {
-  const int architecture = target.device->architecture;
   dsv4_launch record = {};
-  record.symbol = symbol_of(kernel, architecture);
+  record.symbol = symbol_of(kernel, target.device->architecture);
   record.language = kernel.language;
-  record.architecture = kArchitectures[architecture].name;
+  record.architecture = architecture_of(*target.device).name;
   const dim3 dims[] = {geometry.grid, geometry.block, dim3(geometry.cluster)};  // or the cluster is compiled in
   uint32_t* const fields[] = {record.grid, record.block, record.cluster};
   for (int i = 0; i < 3; ++i) {
@@ -40,6 +38,7 @@ dsv4_status observe(const Observer& watching, const Kernel& kernel, const Launch
 dsv4_status launch_kernel(Kernel& kernel, const LaunchTarget& target, const Geometry& geometry, void** parameters,
                           const uint32_t* sizes, uint32_t count) {
   if (const Observer* watching = observer()) {
+    if (!watching->call) return DSV4_OK;
     const dsv4_status status = observe(*watching, kernel, target, geometry, parameters, sizes, count);
     if (status || watching->emulating) return status;
   }

@@ -59,6 +59,8 @@ dsv4_status launch(const LaunchTarget& target, const Geometry& geometry, Values&
 }
 
 // Number of blocks of `block` items that cover `count`, as a grid dimension.
-inline uint32_t blocks_for(int64_t count, int64_t block) { return static_cast<uint32_t>((count + block - 1) / block); }
+constexpr uint32_t blocks_for(int64_t count, int64_t block) {
+  return static_cast<uint32_t>((count + block - 1) / block);
+}
 
 }  // namespace dsv4

@@ -2,7 +2,6 @@
 #include "core/check.h"
 #include "core/images.h"
 #include "core/kernel.h"
-#include "kernels.h"
 
 namespace dsv4 {
 namespace {

@@ -4,12 +4,8 @@
 #include <cstring>
 #include <mutex>
 
-#include "kernels.h"
-
 namespace dsv4 {
 namespace {
-
-constexpr int kEmulatedSharedPerBlock = 227 * 1024;  // as on sm_90 and sm_100
 
 std::atomic<const Observer*> active{nullptr};
 
@@ -25,7 +21,7 @@ extern "C" dsv4_status dsv4_observe_launches(const char* architecture, int32_t m
   static int next = 0;
   static std::mutex mutex;
   std::lock_guard<std::mutex> lock(mutex);
-  if (!observer) {
+  if (!observer && !architecture) {
     dsv4::active.store(nullptr, std::memory_order_release);
     return DSV4_OK;
   }
@@ -38,7 +34,7 @@ extern "C" dsv4_status dsv4_observe_launches(const char* architecture, int32_t m
     if (found < 0)
       return dsv4::fail(DSV4_ERROR_NO_IMAGE, "observe_launches", "architecture", "this library holds no images for %s",
                         architecture);
-    slot.device = {0, found, multiprocessors, dsv4::kEmulatedSharedPerBlock};
+    slot.device = {0, found, multiprocessors, dsv4::kArchitectures[found].shared_per_block};
   }
   next = 1 - next;
   dsv4::active.store(&slot, std::memory_order_release);

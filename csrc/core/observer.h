@@ -8,7 +8,7 @@
 namespace dsv4 {
 
 struct Observer {
-  dsv4_launch_observer call;
+  dsv4_launch_observer call;  // null: launches are left out
   void* user;
   Device device;  // used only if emulating
   bool emulating;

@@ -110,9 +110,7 @@ extern "C" dsv4_status dsv4_dequantize_blocks(const dsv4_dequantize_blocks_args*
                          args.reciprocal_global_scale != 0};
   const Divisor row_items(static_cast<uint32_t>(columns * out_bytes / kStoreBytes));
   const auto items = static_cast<uint32_t>(rows * row_items.value);
-  const uint32_t blocks =
-      std::min(blocks_for(items, kQuantizeThreads),
-               static_cast<uint32_t>(launch_target.device->multiprocessors) * kQuantizeBlocksPerMultiprocessor);
+  const uint32_t blocks = quantize_blocks(*launch_target.device, items);
   const auto run = [&](auto type) {
     using T = decltype(type);
     const auto* const data = static_cast<const uint8_t*>(args.data.data);

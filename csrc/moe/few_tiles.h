@@ -1,4 +1,4 @@
-// The grouped product of few tiles: what its kernel is given, and when it is used.
+// The grouped product of few tiles: what its kernel is given, and what it can take. When it is used, the policy says.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,14 +10,10 @@ namespace dsv4 {
 constexpr int32_t kTileRows = 16;
 constexpr int32_t kInnerBlock = 128;  // inner positions that lie together in the weights
 
-// When the kernel is used: of tiles of 16 rows and bfloat16 x, at most so many, and no more than there are experts. The
-// other kernel's blocks have 64 weight rows, and 528 of them run on an H100 at a time: six tiles of as many weight rows
-// as kManyWeightRows leave few for a second turn, and where all blocks are fewer than multiprocessors, some have none.
-constexpr int64_t kFewTiles = 12;
-constexpr int64_t kManyWeightRows = 6144;
-constexpr int64_t kFewWeightRows = 132 * 64;    // of all tiles together
+constexpr int64_t kFewTiles = 12;               // at most
 constexpr int64_t kFewTilesInner = 8192;        // at most: rows of this size fit in any device's shared memory
 constexpr int64_t kFewTilesWeightRows = 65536;  // at most: so that an expert's words are counted in 32 bits
+constexpr int kFewTilesBlocks = 2;              // of a multiprocessor: what the kernel is compiled for
 
 struct FewTiles {
   const __nv_bfloat16* x;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <string_view>
 #include <utility>
 
 #include "core/check.h"
@@ -18,20 +19,33 @@ constexpr int64_t kInterleavedBlock = 128;  // inner positions that lie together
                                             // may be padding in part
 constexpr int64_t kInterleavedWords = kInterleavedBlock / 8;
 
-// One aot kernel: its function, and the columns of a block (aot/moe).
-template <typename Launch>
-struct ProductChoice {
-  Launch launch;
-  int32_t columns;
-  int32_t columns_widened = 0;  // where quantised x is widened, on sm_90a, if others
+enum Operands { kBfloat16Mxfp4, kBfloat16Nvfp4, kNvfp4, kMxfp8Mxfp4, kOperandsCount };
 
-  int32_t columns_on(const LaunchTarget& target) const {
-    const bool widens = columns_widened != 0 && kArchitectures[target.device->architecture].major == 9;
-    return widens ? columns_widened : columns;
-  }
+// As the aot kernels name them: of x, and the positions that share a scale of the weights.
+constexpr Operands operands_of(std::string_view x_format, int32_t group) {
+  return x_format == "bf16" ? (group == 16 ? kBfloat16Nvfp4 : kBfloat16Mxfp4)
+                            : (x_format == "e2m1" ? kNvfp4 : kMxfp8Mxfp4);
+}
+
+constexpr int kTileSizes = 3;
+constexpr int tile_size_index(int64_t rows) { return rows == 16 ? 0 : rows == 64 ? 1 : rows == 128 ? 2 : -1; }
+
+// The aot kernels of one function, by operands, whether SwiGLU follows, and rows of a tile; null where there is none.
+template <typename Kernel>
+struct ProductKernels {
+  const Kernel* of[kOperandsCount][2][kTileSizes];
 };
 
-enum Operands { kBfloat16Mxfp4, kBfloat16Nvfp4, kNvfp4, kMxfp8Mxfp4, kOperandsCount };
+// Sorted out by their constants: whatever the aot step compiles is found here.
+template <typename Kernel, size_t Count>
+constexpr ProductKernels<Kernel> product_kernels(const Kernel* const (&kernels)[Count]) {
+  ProductKernels<Kernel> found = {};
+  for (const Kernel* kernel : kernels) {
+    const auto& is = kernel->constants[0];
+    found.of[operands_of(is.x_format, is.group)][is.swiglu][tile_size_index(is.rows)] = kernel;
+  }
+  return found;
+}
 
 constexpr DtypeSet kPackedFp4 = one_of(DSV4_UINT8, DSV4_FLOAT4_E2M1FN_X2);
 constexpr DtypeSet kE8m0Bytes = one_of(DSV4_UINT8, DSV4_FLOAT8_E8M0FNU);
@@ -44,12 +58,11 @@ struct GroupedProduct {
   int64_t x_rows, experts, inner, weight_rows;
   int64_t columns;  // of the result
   int64_t tiles, rows;
-  int size;  // index of the rows of a tile, 16, 64 or 128
+  int64_t tile_rows;
+  int size;  // index of tile_rows: 16, 64 or 128
   int32_t alphas;
   float limit;  // infinity for none
 };
-
-inline int tile_size_index(int64_t rows) { return rows == 16 ? 0 : rows == 64 ? 1 : rows == 128 ? 2 : -1; }
 
 // The checks of all that is read. x_dtypes: of weights that are not interleaved, which are bfloat16's alone.
 template <typename Args>
@@ -139,6 +152,7 @@ GroupedProduct check_grouped_product(Check& check, const Args& args, DtypeSet x_
   product.columns = swiglu ? weight_rows / 2 : weight_rows;
   product.tiles = tiles;
   product.rows = rows;
+  product.tile_rows = tile_size;
   product.size = size;
   product.alphas = present(args.alpha) ? static_cast<int32_t>(alphas) : 0;
   product.limit = args.limit > 0 ? args.limit : INFINITY;

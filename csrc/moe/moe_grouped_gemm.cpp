@@ -1,69 +1,29 @@
 #include <dsv4/moe.h>
 
-#include <algorithm>
-
 #include "kernels.h"
-#include "moe/few_tiles.h"
 #include "moe/grouped_product.h"
+#include "moe/moe_grouped_gemm_policy.h"
 
 namespace dsv4 {
 namespace {
 
-using Choice = ProductChoice<decltype(&aot::moe_gemm_bf16_mxfp4_plain_16)>;
+constexpr auto kKernels = product_kernels(aot::kMoeGroupedGemmKernels);
 
-// By operands, whether SwiGLU follows, and rows of a tile: 16, 64, 128.
-constexpr Choice kChoices[kOperandsCount][2][3] = {
-    {{{aot::moe_gemm_bf16_mxfp4_plain_16, 128},
-      {aot::moe_gemm_bf16_mxfp4_plain_64, 64},
-      {aot::moe_gemm_bf16_mxfp4_plain_128, 128}},
-     {{aot::moe_gemm_bf16_mxfp4_swiglu_16, 64},
-      {aot::moe_gemm_bf16_mxfp4_swiglu_64, 64},
-      {aot::moe_gemm_bf16_mxfp4_swiglu_128, 64}}},
-    {{{aot::moe_gemm_bf16_nvfp4_plain_16, 64},
-      {aot::moe_gemm_bf16_nvfp4_plain_64, 64},
-      {aot::moe_gemm_bf16_nvfp4_plain_128, 128}},
-     {{aot::moe_gemm_bf16_nvfp4_swiglu_16, 64},
-      {aot::moe_gemm_bf16_nvfp4_swiglu_64, 64},
-      {aot::moe_gemm_bf16_nvfp4_swiglu_128, 64}}},
-    {{{aot::moe_gemm_e2m1_nvfp4_plain_16, 128, 64},
-      {aot::moe_gemm_e2m1_nvfp4_plain_64, 128},
-      {aot::moe_gemm_e2m1_nvfp4_plain_128, 64}},
-     {{aot::moe_gemm_e2m1_nvfp4_swiglu_16, 128, 64},
-      {aot::moe_gemm_e2m1_nvfp4_swiglu_64, 128, 64},
-      {aot::moe_gemm_e2m1_nvfp4_swiglu_128, 64}}},
-    {{{aot::moe_gemm_e4m3_mxfp4_plain_16, 128}, {nullptr, 0}, {aot::moe_gemm_e4m3_mxfp4_plain_128, 64, 128}},
-     {{aot::moe_gemm_e4m3_mxfp4_swiglu_16, 128, 64}, {nullptr, 0}, {aot::moe_gemm_e4m3_mxfp4_swiglu_128, 64}}},
+// Of interleaved weights (MXFP4, NVFP4), by whether SwiGLU follows, and rows of a tile.
+struct InterleavedKernels {
+  const aot::MoeGroupedGemmInterleavedKernel* of[2][2][kTileSizes];
 };
 
-using InterleavedLaunch = decltype(&aot::moe_gemm_interleaved_mxfp4_plain_16);
-
-struct InterleavedChoice {
-  InterleavedLaunch launch;
-  int32_t weight_rows;  // of a block
-};
-
-// By weights (MXFP4, NVFP4), whether SwiGLU follows, and rows of a tile.
-constexpr InterleavedChoice kInterleavedChoices[2][2][3] = {
-    {{{aot::moe_gemm_interleaved_mxfp4_plain_16, 64},
-      {aot::moe_gemm_interleaved_mxfp4_plain_64, 128},
-      {aot::moe_gemm_interleaved_mxfp4_plain_128, 256}},
-     {{aot::moe_gemm_interleaved_mxfp4_swiglu_16, 64},
-      {aot::moe_gemm_interleaved_mxfp4_swiglu_64, 128},
-      {aot::moe_gemm_interleaved_mxfp4_swiglu_128, 256}}},
-    {{{aot::moe_gemm_interleaved_nvfp4_plain_16, 64},
-      {aot::moe_gemm_interleaved_nvfp4_plain_64, 128},
-      {aot::moe_gemm_interleaved_nvfp4_plain_128, 256}},
-     {{aot::moe_gemm_interleaved_nvfp4_swiglu_16, 64},
-      {aot::moe_gemm_interleaved_nvfp4_swiglu_64, 128},
-      {aot::moe_gemm_interleaved_nvfp4_swiglu_128, 256}}},
-};
-
-// Whether the kernel for few tiles takes this product: by shapes alone, so that a captured launch fits any routes.
-bool has_few_tiles(const GroupedProduct& product) {
-  return product.interleaved && product.size == 0 && product.tiles <= std::min(kFewTiles, product.experts) &&
-         (product.weight_rows >= kManyWeightRows || product.tiles * product.weight_rows <= kFewWeightRows) &&
-         product.inner <= kFewTilesInner && product.weight_rows <= kFewTilesWeightRows;
+constexpr InterleavedKernels interleaved_kernels() {
+  InterleavedKernels found = {};
+  for (const auto* kernel : aot::kMoeGroupedGemmInterleavedKernels) {
+    const auto& is = kernel->constants[0];
+    found.of[is.groups == 4][is.swiglu][tile_size_index(is.rows)] = kernel;
+  }
+  return found;
 }
+
+constexpr InterleavedKernels kInterleavedKernels = interleaved_kernels();
 
 FewTiles few_tiles(const dsv4_moe_grouped_gemm_args& args, const GroupedProduct& product) {
   FewTiles few = {};
@@ -105,26 +65,34 @@ extern "C" dsv4_status dsv4_moe_grouped_gemm(const dsv4_moe_grouped_gemm_args* g
   if (dsv4_status status = check.open(stream, &target)) return status;
 
   if (product.tiles == 0 || product.x_rows == 0) return DSV4_OK;
-  if (has_few_tiles(product))
+  const auto& by_words = *kInterleavedKernels.of[product.nvfp4_weights][args.swiglu][product.size];
+  const auto& kernel = *kKernels.of[product.operands][args.swiglu][product.size];
+  const int32_t block_rows = by_words.on(*target.device).columns;
+  const GroupedGemmPolicy policy = moe_grouped_gemm_policy(
+      *target.device,
+      {product.interleaved, product.tile_rows, product.tiles, product.experts, product.weight_rows, product.inner},
+      block_rows);
+  if (policy.few_tiles)
     return launch_few_tiles(target, few_tiles(args, product), product.nvfp4_weights, args.swiglu != 0);
-  const Choice& choice = kChoices[product.operands][args.swiglu][product.size];
-  const InterleavedChoice& by_words = kInterleavedChoices[product.nvfp4_weights][args.swiglu][product.size];
-  const uint32_t column_blocks = product.interleaved ? blocks_for(product.weight_rows, by_words.weight_rows)
-                                                     : blocks_for(product.columns, choice.columns_on(target));
+  const uint32_t column_blocks = product.interleaved ? blocks_for(product.weight_rows, block_rows)
+                                                     : blocks_for(product.columns, kernel.on(*target.device).columns);
   const int64_t blocks = product.tiles * column_blocks;
   if (dsv4_status status = check_product_blocks("moe_grouped_gemm", blocks)) return status;
   if (product.interleaved)
-    return by_words.launch(target, dim3(static_cast<uint32_t>(blocks)), args.x.data, args.weight.data,
-                           args.weight_scale.data, args.tile_to_expert.data, args.row_to_slot.data, args.alpha.data,
-                           args.slot_weights.data, args.out.data, args.x.stride[0], args.out.stride[0],
-                           static_cast<int32_t>(product.weight_rows), static_cast<int32_t>(product.inner),
-                           static_cast<int32_t>(product.experts), static_cast<int32_t>(product.x_rows), args.top_k,
-                           product.alphas, present(args.slot_weights), static_cast<int32_t>(column_blocks),
-                           product.limit);
-  return choice.launch(target, dim3(static_cast<uint32_t>(blocks)), args.x.data, args.x_scale.data, args.weight.data,
-                       args.weight_scale.data, args.tile_to_expert.data, args.row_to_slot.data, args.alpha.data,
-                       args.slot_weights.data, args.out.data, args.x.stride[0], args.out.stride[0],
-                       static_cast<int32_t>(product.columns), static_cast<int32_t>(product.inner),
-                       static_cast<int32_t>(product.experts), static_cast<int32_t>(product.x_rows), args.top_k,
-                       product.alphas, present(args.slot_weights), static_cast<int32_t>(column_blocks), product.limit);
+    return by_words(target, dim3(static_cast<uint32_t>(blocks)), args.x.data, args.weight.data, args.weight_scale.data,
+                    args.tile_to_expert.data, args.row_to_slot.data, args.alpha.data, args.slot_weights.data,
+                    args.out.data, args.x.stride[0], args.out.stride[0], static_cast<int32_t>(product.weight_rows),
+                    static_cast<int32_t>(product.inner), static_cast<int32_t>(product.experts),
+                    static_cast<int32_t>(product.x_rows), args.top_k, product.alphas, present(args.slot_weights),
+                    static_cast<int32_t>(column_blocks), product.limit);
+  return kernel(target, dim3(static_cast<uint32_t>(blocks)), args.x.data, args.x_scale.data, args.weight.data,
+                args.weight_scale.data, args.tile_to_expert.data, args.row_to_slot.data, args.alpha.data,
+                args.slot_weights.data, args.out.data, args.x.stride[0], args.out.stride[0],
+                static_cast<int32_t>(product.columns), static_cast<int32_t>(product.inner),
+                static_cast<int32_t>(product.experts), static_cast<int32_t>(product.x_rows), args.top_k, product.alphas,
+                present(args.slot_weights), static_cast<int32_t>(column_blocks), product.limit);
+}
+
+extern "C" int64_t dsv4_moe_tile_max_slots_per_expert(int32_t tile_size) {
+  return dsv4::max_slots_per_expert(tile_size);
 }

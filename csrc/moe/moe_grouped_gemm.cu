@@ -1,10 +1,7 @@
-#include <algorithm>
-
 #include "moe/few_tiles.cuh"
+#include "moe/moe_grouped_gemm_policy.h"
 
 namespace dsv4 {
-
-constexpr int kFewTilesBlocks = 2;  // of a multiprocessor
 
 // Warps of a block. NVFP4 has twice the factors in flight: 6 warps have registers enough for them.
 template <int Factors>
@@ -13,9 +10,8 @@ constexpr int kFewTilesWarps = Factors == 4 ? 6 : 8;
 template <int Factors, bool SwiGlu>
 static dsv4_status launch_as(const LaunchTarget& target, const FewTiles& product) {
   const int64_t groups = int64_t{product.tiles} * product.weight_rows / kGroupRows;
-  const bool two = 2 * kFewTilesShared <= static_cast<uint32_t>(target.device->shared_per_block);
-  const int64_t blocks = std::min(int64_t{target.device->multiprocessors} * (two ? kFewTilesBlocks : 1), groups);
-  const Geometry geometry = {static_cast<uint32_t>(blocks), kFewTilesWarps<Factors> * kWarpLanes, kFewTilesShared};
+  const uint32_t blocks = few_tiles_blocks(*target.device, groups, kFewTilesShared);
+  const Geometry geometry = {blocks, kFewTilesWarps<Factors> * kWarpLanes, kFewTilesShared};
   return launch<moe_few_tiles_kernel<Factors, SwiGlu, kFewTilesWarps<Factors>, kFewTilesBlocks>>(target, geometry,
                                                                                                  product);
 }

@@ -6,15 +6,7 @@
 namespace dsv4 {
 namespace {
 
-using Choice = ProductChoice<decltype(&aot::moe_gemm_quantized_e2m1_nvfp4_16)>;
-
-// By the format (NVFP4, MXFP8), and rows of a tile: 16, 64, 128.
-constexpr Choice kChoices[2][3] = {
-    {{aot::moe_gemm_quantized_e2m1_nvfp4_16, 128, 64},
-     {aot::moe_gemm_quantized_e2m1_nvfp4_64, 128, 64},
-     {aot::moe_gemm_quantized_e2m1_nvfp4_128, 64}},
-    {{aot::moe_gemm_quantized_e4m3_mxfp4_16, 128, 64}, {nullptr, 0}, {aot::moe_gemm_quantized_e4m3_mxfp4_128, 64}},
-};
+constexpr auto kKernels = product_kernels(aot::kMoeGroupedGemmQuantizedKernels);
 
 constexpr DtypeSet kXDtypes = kPackedFp4 | one_of(DSV4_FLOAT8_E4M3FN);
 
@@ -53,18 +45,18 @@ extern "C" dsv4_status dsv4_moe_grouped_gemm_quantized(const dsv4_moe_grouped_ge
   if (dsv4_status status = check.open(stream, &target)) return status;
 
   if (product.tiles == 0 || (product.x_rows == 0 && !args.swizzle)) return DSV4_OK;
-  const Choice& choice = kChoices[!nvfp4][product.size];
+  const auto& kernel = *kKernels.of[product.operands][true][product.size];
   // With a swizzle, blocks also write the zeros of the padding's columns.
   const int64_t columns = args.swizzle ? swizzled_columns(scales) * (nvfp4 ? 16 : 32) : product.columns;
-  const uint32_t column_blocks = blocks_for(columns, choice.columns_on(target));
+  const uint32_t column_blocks = blocks_for(columns, kernel.on(*target.device).columns);
   const int64_t blocks = product.tiles * column_blocks;
   if (dsv4_status status = check_product_blocks("moe_grouped_gemm_quantized", blocks)) return status;
   // Without rows of x there is nothing to multiply: no expert's tiles.
   const int64_t experts = product.x_rows ? product.experts : 0;
-  return choice.launch(target, dim3(static_cast<uint32_t>(blocks)), args.x.data, args.x_scale.data, args.weight.data,
-                       args.weight_scale.data, args.tile_to_expert.data, args.row_to_slot.data, args.alpha.data,
-                       args.slot_weights.data, args.global_scale.data, args.out.data, args.out_scale.data,
-                       args.x.stride[0], static_cast<int32_t>(product.columns), static_cast<int32_t>(product.inner),
-                       static_cast<int32_t>(experts), static_cast<int32_t>(product.x_rows), args.top_k, product.alphas,
-                       present(args.slot_weights), static_cast<int32_t>(column_blocks), product.limit, args.swizzle);
+  return kernel(target, dim3(static_cast<uint32_t>(blocks)), args.x.data, args.x_scale.data, args.weight.data,
+                args.weight_scale.data, args.tile_to_expert.data, args.row_to_slot.data, args.alpha.data,
+                args.slot_weights.data, args.global_scale.data, args.out.data, args.out_scale.data, args.x.stride[0],
+                static_cast<int32_t>(product.columns), static_cast<int32_t>(product.inner),
+                static_cast<int32_t>(experts), static_cast<int32_t>(product.x_rows), args.top_k, product.alphas,
+                present(args.slot_weights), static_cast<int32_t>(column_blocks), product.limit, args.swizzle);
 }

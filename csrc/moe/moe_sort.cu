@@ -7,12 +7,12 @@
 #include "core/launch.h"
 #include "device/reduce.cuh"
 #include "device/scan.cuh"
+#include "moe/moe_sort_policy.h"
 
 namespace dsv4 {
 
-constexpr int kItems = 6;               // slots per thread and round
-constexpr int kClusterBlocks = 8;       // as many as every device grants
-constexpr int kSlotsOfOneBlock = 1024;  // up to here a block is done sooner than a cluster
+constexpr int kItems = 6;          // slots per thread and round
+constexpr int kClusterBlocks = 8;  // as many as every device grants
 
 struct Route {
   int32_t* tile_to_expert;
@@ -329,6 +329,8 @@ __global__ void __launch_bounds__(kFewWarps* kWarpLanes) moe_sort_few_kernel(con
 constexpr int64_t kMaxExperts = 1024;
 constexpr int64_t kMaxSlots = int64_t{1} << 30;  // rows with their padding still fit in 31 bits
 
+constexpr MoeSortLimits kLimits = {kFewSlots, kItems, kWarpLanes, kClusterBlocks};
+
 static bool is_tile_size(int64_t rows) { return rows == 16 || rows == 32 || rows == 64 || rows == 128; }
 
 template <int Warps, int ExpertsOfThread, bool OneRound>
@@ -382,20 +384,20 @@ extern "C" dsv4_status dsv4_moe_sort(const dsv4_moe_sort_args* given, dsv4_strea
   route.tile_size = args.tile_size;
   while (1 << route.tile_shift < args.tile_size) ++route.tile_shift;
   route.first_expert = static_cast<uint64_t>(args.experts_start_idx);
-  const uint32_t blocks = route.slots <= kSlotsOfOneBlock ? 1 : kClusterBlocks;
-  route.part = static_cast<int32_t>(blocks_for(route.slots, int64_t{blocks} * kWarpLanes)) * kWarpLanes;
-  if (route.slots <= kFewSlots)
+  const MoeSortPolicy policy = moe_sort_policy(*target.device, kLimits, route.slots, args.local_experts);
+  route.part = policy.part;
+  if (policy.few)
     return with_index_type(args.topk_ids.dtype, [&](auto id) {
       using Id = decltype(id);
       return launch<moe_sort_few_kernel<Id>>(target, {1, kFewWarps * kWarpLanes},
                                              static_cast<const Id*>(args.topk_ids.data), route);
     });
-  const auto one_round = [&](int warps) { return route.part <= warps * kWarpLanes * kItems; };
-  if (args.local_experts <= 256 && one_round(8)) return launch_sort<8, 1, true>(target, args.topk_ids, route, blocks);
-  if (args.local_experts <= 512) {
-    if (one_round(16)) return launch_sort<16, 1, true>(target, args.topk_ids, route, blocks);
-    return launch_sort<16, 1, false>(target, args.topk_ids, route, blocks);
+  const dsv4_tensor& ids = args.topk_ids;
+  if (policy.thread_experts == 1) {
+    if (policy.warps == 8) return launch_sort<8, 1, true>(target, ids, route, policy.blocks);
+    return policy.one_round ? launch_sort<16, 1, true>(target, ids, route, policy.blocks)
+                            : launch_sort<16, 1, false>(target, ids, route, policy.blocks);
   }
-  if (one_round(8)) return launch_sort<8, 4, true>(target, args.topk_ids, route, blocks);
-  return launch_sort<8, 4, false>(target, args.topk_ids, route, blocks);
+  return policy.one_round ? launch_sort<8, 4, true>(target, ids, route, policy.blocks)
+                          : launch_sort<8, 4, false>(target, ids, route, policy.blocks);
 }

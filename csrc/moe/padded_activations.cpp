@@ -2,36 +2,37 @@
 // of aot/moe/padded_activations.py.
 #include <dsv4/moe.h>
 
-#include <algorithm>
 #include <cmath>
 
 #include "core/check.h"
 #include "core/launch.h"
 #include "device/swizzle.cuh"
 #include "kernels.h"
+#include "moe/padded_activations_policy.h"
 
 namespace dsv4 {
 
 constexpr int64_t kVector = 16;   // what the arguments of aligned kernels are multiples of: elements, and bytes
 constexpr int64_t kMxGroup = 32;  // values that share a scale
 
-// What the ops differ in. blocks_per_multiprocessor: of the grid, at most: several times what is resident, so that the
-// hardware balances them, and few enough to be gone at once where n_used is small.
+// What the ops differ in.
 struct PaddedActivation {
-  decltype(&aot::padded_swiglu_any) aligned, any;
-  bool gated;  // SwiGLU: x has gate and up
-  bool mxfp8;
-  int64_t tile_rows, tile_columns;
-  int64_t blocks_per_multiprocessor;
+  const aot::PaddedActivationKernel *aligned, *any;
+  int64_t PaddedActivationsTuning::* blocks_per_multiprocessor;
+
+  constexpr bool gated() const { return any->constants[0].swiglu; }  // x has gate and up
+  constexpr bool mxfp8() const { return any->constants[0].mxfp8; }
 };
 
-constexpr PaddedActivation kSquaredRelu = {
-    aot::padded_squared_relu_aligned, aot::padded_squared_relu_any, false, false, 16, 256, 24};
-constexpr PaddedActivation kSwiglu = {aot::padded_swiglu_aligned, aot::padded_swiglu_any, true, false, 8, 256, 32};
-constexpr PaddedActivation kSquaredReluMxfp8 = {
-    aot::squared_relu_and_quantize_mxfp8_aligned, aot::squared_relu_and_quantize_mxfp8_any, false, true, 8, 256, 24};
-constexpr PaddedActivation kSwigluMxfp8 = {
-    aot::swiglu_and_quantize_mxfp8_aligned, aot::swiglu_and_quantize_mxfp8_any, true, true, 8, 256, 24};
+constexpr PaddedActivation kSquaredRelu = {&aot::padded_squared_relu_aligned, &aot::padded_squared_relu_any,
+                                           &PaddedActivationsTuning::squared_relu};
+constexpr PaddedActivation kSwiglu = {&aot::padded_swiglu_aligned, &aot::padded_swiglu_any,
+                                      &PaddedActivationsTuning::swiglu};
+constexpr PaddedActivation kSquaredReluMxfp8 = {&aot::squared_relu_and_quantize_mxfp8_aligned,
+                                                &aot::squared_relu_and_quantize_mxfp8_any,
+                                                &PaddedActivationsTuning::squared_relu_mxfp8};
+constexpr PaddedActivation kSwigluMxfp8 = {&aot::swiglu_and_quantize_mxfp8_aligned, &aot::swiglu_and_quantize_mxfp8_any,
+                                           &PaddedActivationsTuning::swiglu_mxfp8};
 
 // The ops' arguments in one form.
 struct PaddedArguments {
@@ -61,15 +62,6 @@ static void check_mxfp8(Check& check, int64_t rows, int64_t columns, const dsv4_
                 reinterpret_cast<uintptr_t>(scale.data) % kVector);
 }
 
-// Columns on axis 0, groups of rows on axis 1; the same whatever n_used is.
-static dim3 padded_grid(const LaunchTarget& target, int64_t rows, int64_t columns, const PaddedActivation& op) {
-  constexpr int64_t kMaxGridY = 65535;
-  const uint32_t across = blocks_for(columns, op.tile_columns);
-  const int64_t most = int64_t{target.device->multiprocessors} * op.blocks_per_multiprocessor / across;
-  const int64_t down = std::clamp<int64_t>(most, 1, kMaxGridY);
-  return dim3(across, static_cast<uint32_t>(std::min<int64_t>(blocks_for(rows, op.tile_rows), down)));
-}
-
 // Whether a kernel may read and write 16 bytes at a time.
 static bool is_aligned(const dsv4_tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data) % kVector == 0 && tensor.stride[0] % kVector == 0 &&
@@ -77,31 +69,32 @@ static bool is_aligned(const dsv4_tensor& tensor) {
 }
 
 static dsv4_status run(Check& check, const PaddedArguments& args, const PaddedActivation& op, dsv4_stream stream) {
-  const int halves = op.gated ? 2 : 1;
+  const int halves = op.gated() ? 2 : 1;
   const int64_t rows = extent(args.x, 0);
   const int64_t columns = extent(args.x, 1) / halves;
   check.tensor("x", args.x, one_of(DSV4_BFLOAT16), {kAny, kAny}, Layout::kStridedRows);
-  check.multiple(op.gated ? "x columns (gate, up)" : "x columns", extent(args.x, 1),
-                 halves * (op.mxfp8 ? kMxGroup : 1));
+  check.multiple(op.gated() ? "x columns (gate, up)" : "x columns", extent(args.x, 1),
+                 halves * (op.mxfp8() ? kMxGroup : 1));
   // Kernels count rows in 32 bits, and look as many rows ahead as the grid has in it.
   check.range("x rows", rows, 0, INT32_MAX - (1 << 21));
   check.range("x columns", columns, 0, INT32_MAX / 2);
   check_padding(check, rows, args.permutation_map, args.n_used);
-  if (op.gated) check.number("limit", args.limit, 0.0f);
-  if (op.mxfp8) {
+  if (op.gated()) check.number("limit", args.limit, 0.0f);
+  if (op.mxfp8()) {
     check_mxfp8(check, rows, columns, args.out, args.out_scale);
   } else {
     check.tensor("out", args.out, one_of(DSV4_BFLOAT16), {rows, columns}, Layout::kStridedRows);
-    if (!op.gated) check.in_place(args.out, args.x);
+    if (!op.gated()) check.in_place(args.out, args.x);
   }
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 
   if (rows == 0 || columns == 0) return DSV4_OK;
-  const auto kernel = is_aligned(args.x) && (op.mxfp8 || is_aligned(args.out)) ? op.aligned : op.any;
-  return kernel(target, padded_grid(target, op.mxfp8 ? swizzled_rows(rows) : rows, columns, op), args.x.data,
-                args.permutation_map.data, args.n_used.data, args.out.data, args.out_scale.data,
-                args.limit > 0.0f ? args.limit : INFINITY, args.x.stride[0], args.out.stride[0],
+  const auto& kernel = *(is_aligned(args.x) && (op.mxfp8() || is_aligned(args.out)) ? op.aligned : op.any);
+  const dim3 grid = padded_grid(*target.device, op.blocks_per_multiprocessor, op.mxfp8() ? swizzled_rows(rows) : rows,
+                                columns, kernel.on(*target.device));
+  return kernel(target, grid, args.x.data, args.permutation_map.data, args.n_used.data, args.out.data,
+                args.out_scale.data, args.limit > 0.0f ? args.limit : INFINITY, args.x.stride[0], args.out.stride[0],
                 static_cast<int32_t>(columns), static_cast<int32_t>(rows));
 }
 

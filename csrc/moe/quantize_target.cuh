@@ -7,14 +7,10 @@
 #include "core/launch.h"
 #include "device/divide.cuh"
 #include "device/swizzle.cuh"
+#include "moe/quantize_policy.h"
 #include "moe/quantize_source.cuh"
 
 namespace dsv4 {
-
-constexpr int kQuantizeThreads = 256;
-// Ten times what is resident: blocks that end early make room for others, and few enough that their start is no cost.
-// Measured on an H100, 4 to all: 64 is best for every op (docs/decisions/0007).
-constexpr int kQuantizeBlocksPerMultiprocessor = 64;
 
 struct Target {
   uint8_t* data;
@@ -138,12 +134,9 @@ void check_global_scale(Check& check, const Args& args, int64_t rows) {
   check.flag("reciprocal_global_scale", args.reciprocal_global_scale);
 }
 
-// A grid that fills the device, of at least one block.
 inline uint32_t quantize_blocks(const LaunchTarget& launch_target, const Target& target) {
   const int64_t rows = target.swizzle ? swizzled_rows(target.rows) : target.rows;
-  const int64_t needed = blocks_for(rows * target.row_items.value, kQuantizeThreads);
-  const int64_t fill = int64_t{launch_target.device->multiprocessors} * kQuantizeBlocksPerMultiprocessor;
-  return static_cast<uint32_t>(std::clamp<int64_t>(needed, 1, fill));
+  return quantize_blocks(*launch_target.device, rows * target.row_items.value);
 }
 
 }  // namespace dsv4

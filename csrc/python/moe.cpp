@@ -36,6 +36,7 @@ void bind_moe(py::module_& module) {
          &A::out_tile_to_expert, &A::out_tile_rows, &A::out_row_to_slot, &A::out_slot_to_row, &A::out_counts);
   }
   module.def("moe_sort_max_tiles", &dsv4_moe_sort_max_tiles);
+  module.def("moe_tile_max_slots_per_expert", &dsv4_moe_tile_max_slots_per_expert);
   {
     using A = dsv4_moe_grouped_gemm_args;
     bind(module, "moe_grouped_gemm", dsv4_moe_grouped_gemm, &A::x, &A::weight, &A::weight_scale, &A::tile_to_expert,

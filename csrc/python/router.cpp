@@ -29,6 +29,7 @@ void bind_router(py::module_& module) {
   }
 
   module.def("dense_router_decode_workspace_size", &dsv4_dense_router_decode_workspace_size);
+  module.def("hash_router_fused_max_bytes", &dsv4_hash_router_fused_max_bytes);
   {
     using A = dsv4_dense_router_decode_args;
     bind(module, "dense_router_decode", dsv4_dense_router_decode, &A::hidden, &A::weight, &A::bias, &A::top_k,

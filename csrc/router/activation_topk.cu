@@ -8,6 +8,7 @@
 #include "device/reduce.cuh"
 #include "device/row.cuh"
 #include "device/top_k.cuh"
+#include "router/activation_topk_policy.h"
 #include "router/weigh_slot.cuh"
 
 namespace dsv4 {
@@ -135,9 +136,6 @@ __global__ void __launch_bounds__(kThreads, Lanes == kWarpLanes ? 1 : 8)
     static_cast<int32_t*>(gate.ids)[out] = static_cast<int32_t>(id);
 }
 
-// Up to this many tokens latency dominates, which is lower with one warp per token; beyond, instruction issue.
-constexpr int64_t kFewTokens = 2048;
-
 template <typename Logit, int Lanes, int Slots, bool Whole>
 static dsv4_status route(const LaunchTarget& target, const Logit* logits, const Gate& gate) {
   return launch<activation_topk_kernel<Logit, Lanes, Slots, Whole>>(
@@ -149,7 +147,8 @@ template <typename Logit>
 static dsv4_status route(const LaunchTarget& target, const Logit* logits, const Gate& gate) {
   const bool whole = gate.logits_in_fours && gate.bias_in_fours;
   // The softmax sum depends on the number of lanes, which must not change with the batch.
-  const bool many = gate.tokens > kFewTokens && gate.top_k <= kFewResults && gate.score_function != DSV4_SOFTMAX;
+  const bool can_halve = gate.top_k <= kFewResults && gate.score_function != DSV4_SOFTMAX;
+  const bool many = activation_topk_policy(*target.device, {gate.tokens, can_halve}).lanes == 16;
   if (whole && gate.experts == 256)
     return many ? route<Logit, 16, 16, true>(target, logits, gate) : route<Logit, 32, 8, true>(target, logits, gate);
   if (whole && gate.experts == 384)

@@ -1,53 +1,20 @@
 #include <dsv4/router.h>
 
 #include <algorithm>
-#include <iterator>
 
 #include "core/check.h"
-#include "kernels.h"
+#include "router/dense_router_decode_policy.h"
 
 namespace dsv4 {
 namespace {
 
-constexpr int64_t kMaxTokens = 64;
-constexpr int64_t kMaxExperts = 512;
-constexpr int64_t kHiddenMultiple = 64;
+constexpr int64_t kMaxTokens = largest_of(&DecodeConstants::max_tokens);
+constexpr int64_t kMaxExperts = largest_of(&DecodeConstants::max_experts);
+constexpr int64_t kHiddenMultiple = kDecode.unit;
+constexpr int64_t kMaxHiddenSplits = kDecode.max_splits;
+constexpr size_t kPresenceBytes = kDecode.presence_bytes;
 constexpr int64_t kLoadBytes = 16;
-
-// Of aot/router/dense_router_decode.py.
-constexpr int64_t kExpertTiles = 8;  // that the most experts of a specialisation are spread over
-constexpr int64_t kMaxHiddenSplits = 16;
-constexpr size_t kPresenceBytes = 512;  // 65 words, padded so that the sums behind stay aligned
 constexpr int64_t kWorkspaceAlignment = 64;
-
-using DecodeKernel = decltype(&aot::dense_router_decode_experts256_tokens16);
-
-struct Specialisation {
-  int64_t experts;  // at most
-  int64_t tokens;   // at most
-  DecodeKernel kernel;
-};
-
-constexpr Specialisation kSpecialisations[] = {
-    {256, 16, aot::dense_router_decode_experts256_tokens16}, {256, 32, aot::dense_router_decode_experts256_tokens32},
-    {256, 64, aot::dense_router_decode_experts256_tokens64}, {384, 16, aot::dense_router_decode_experts384_tokens16},
-    {384, 32, aot::dense_router_decode_experts384_tokens32}, {384, 64, aot::dense_router_decode_experts384_tokens64},
-    {512, 16, aot::dense_router_decode_experts512_tokens16}, {512, 32, aot::dense_router_decode_experts512_tokens32},
-    {512, 64, aot::dense_router_decode_experts512_tokens64},
-};
-
-// The smallest specialisation that takes these experts and tokens.
-const Specialisation& specialisation_for(int64_t experts, int64_t tokens) {
-  return *std::find_if(std::begin(kSpecialisations), std::end(kSpecialisations),
-                       [&](const Specialisation& s) { return experts <= s.experts && tokens <= s.tokens; });
-}
-
-// Number of splits of hidden_size: the largest with at most one block per multiprocessor. Depends on shapes and the
-// device alone, so that the order of the sums does not change between calls.
-uint32_t hidden_splits(const Device& device, int64_t hidden_size, int64_t expert_tiles) {
-  const int64_t most = std::min(kMaxHiddenSplits, hidden_size / kHiddenMultiple);
-  return static_cast<uint32_t>(std::clamp<int64_t>(device.multiprocessors / expert_tiles, 1, most));
-}
 
 }  // namespace
 }  // namespace dsv4
@@ -88,13 +55,11 @@ extern "C" dsv4_status dsv4_dense_router_decode(const dsv4_dense_router_decode_a
 
   if (tokens == 0) return DSV4_OK;
   auto* const workspace = static_cast<unsigned char*>(args.workspace.data);
-  const Specialisation& chosen = specialisation_for(experts, tokens);
-  const uint32_t expert_tiles = blocks_for(experts, chosen.experts / kExpertTiles);
-  const uint32_t splits = hidden_splits(*target.device, hidden_size, expert_tiles);
+  const DenseRouterDecodePolicy policy = dense_router_decode_policy(*target.device, tokens, experts, hidden_size);
   const int32_t units = static_cast<int32_t>(hidden_size / kHiddenMultiple);
-  return chosen.kernel(target, {expert_tiles, splits}, args.hidden.data, args.weight.data, args.bias.data,
-                       workspace + kPresenceBytes, workspace, args.out_weights.data, args.out_ids.data,
-                       args.hidden.stride[0], args.weight.stride[0], static_cast<int32_t>(tokens), units / splits,
-                       units % splits, static_cast<int32_t>(experts), args.top_k, args.renormalize, args.scale,
-                       args.epsilon);
+  return (*policy.kernel)(target, {policy.expert_tiles, policy.splits}, args.hidden.data, args.weight.data,
+                          args.bias.data, workspace + kPresenceBytes, workspace, args.out_weights.data,
+                          args.out_ids.data, args.hidden.stride[0], args.weight.stride[0], static_cast<int32_t>(tokens),
+                          units / policy.splits, units % policy.splits, static_cast<int32_t>(experts), args.top_k,
+                          args.renormalize, args.scale, args.epsilon);
 }

@@ -5,12 +5,13 @@
 #include "device/indices.cuh"
 #include "device/reduce.cuh"
 #include "router/hash_lookup.cuh"
+#include "router/hash_router_fused_policy.h"
 #include "router/weigh_slot.cuh"
 
 namespace dsv4 {
 
-// A token is computed by 512 threads in 1 to 8 blocks; see blocks_per_token(). The assignment of products to threads
-// and the order of the sums do not depend on the number of blocks: results are batch-invariant.
+// A token is computed by 512 threads in 1 to 8 blocks; see hash_router_fused_policy(). The assignment of products to
+// threads and the order of the sums do not depend on the number of blocks: results are batch-invariant.
 constexpr int kTokenThreads = 512;
 constexpr int kTokenWarps = kTokenThreads / kWarpLanes;
 constexpr int kSlots = 6;                 // rows read at once; the models choose 6 experts, more take more passes
@@ -124,13 +125,6 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kTokenThreads /
   weights[token * top_k + lane] = routing_weight;
 }
 
-// Blocks per token: several in small batches, to use all multiprocessors.
-static int blocks_per_token(const Device& device, int64_t tokens) {
-  for (int blocks : {8, 4, 2})
-    if (tokens * blocks <= device.multiprocessors) return blocks;
-  return 1;
-}
-
 template <typename Function>
 static dsv4_status with_constant(int blocks, Function&& function) {
   switch (blocks) {
@@ -141,6 +135,8 @@ static dsv4_status with_constant(int blocks, Function&& function) {
   }
 }
 }  // namespace dsv4
+
+extern "C" int64_t dsv4_hash_router_fused_max_bytes(void) { return dsv4::kHashRouterFusedMaxBytes; }
 
 extern "C" dsv4_status dsv4_hash_router_fused(const dsv4_hash_router_fused_args* given, dsv4_stream stream) {
   using namespace dsv4;
@@ -170,7 +166,7 @@ extern "C" dsv4_status dsv4_hash_router_fused(const dsv4_hash_router_fused_args*
   if (tokens == 0) return DSV4_OK;
   const int64_t hidden_stride = args.hidden.stride[0] * dtype_bytes(DSV4_BFLOAT16);
   const int64_t chunks = experts > 0 ? hidden_size / kChunk : 0;  // without experts there is no row 0 to read
-  return with_constant(blocks_per_token(*target.device, tokens), [&](auto blocks) {
+  return with_constant(hash_router_fused_policy(*target.device, tokens).blocks, [&](auto blocks) {
     constexpr int kBlocks = decltype(blocks)::value;
     return launch<hash_router_fused_kernel<kBlocks>>(
         target, {static_cast<uint32_t>(tokens * kBlocks), kTokenThreads / kBlocks}, indices_of(args.token_ids),

@@ -8,6 +8,7 @@
 #include "device/row.cuh"
 #include "device/scan.cuh"
 #include "device/top_k.cuh"
+#include "router/topk_select_policy.h"
 
 namespace dsv4 {
 
@@ -442,44 +443,34 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (block == 0) sort_and_write(shared, selection, row_scores, row, search.gathered(), search.selected, column_bits);
 }
 
-constexpr int64_t kMostColumns = kThreads * 64;  // of a block that keeps them in registers
-
-// Blocks for a row: as many as its columns take, and more while multiprocessors would be idle.
-static uint32_t blocks_per_row(const Device& device, int64_t rows, int64_t columns) {
-  constexpr int64_t kFewColumns = 4096;  // a block with fewer would wait for others more than it works
-  uint32_t blocks = 1;
-  while (blocks * kMostColumns < columns) blocks *= 2;
-  while (blocks < kMaxCluster && rows * blocks * 2 <= device.multiprocessors && blocks * 2 * kFewColumns <= columns)
-    blocks *= 2;
-  return blocks;
-}
+constexpr TopkSelectLimits kLimits = {kWarpLanes, kMaxWarpColumns, kThreads, 64, kMaxCluster};
 
 template <typename Function>
-static dsv4_status with_long_slots(int64_t columns_per_block, Function&& function) {
-  if (columns_per_block <= kThreads * 8) return function(std::integral_constant<int, 8>{});
-  if (columns_per_block <= kThreads * 16) return function(std::integral_constant<int, 16>{});
-  if (columns_per_block <= kThreads * 32) return function(std::integral_constant<int, 32>{});
-  return function(std::integral_constant<int, 64>{});
+static dsv4_status with_long_slots(int64_t thread_columns, Function&& function) {
+  switch (thread_columns) {
+    case 8: return function(std::integral_constant<int, 8>{});
+    case 16: return function(std::integral_constant<int, 16>{});
+    case 32: return function(std::integral_constant<int, 32>{});
+    default: return function(std::integral_constant<int, 64>{});
+  }
 }
 
 template <typename Score>
 static dsv4_status select(const LaunchTarget& target, const Score* scores, const Selection& selection) {
-  if (selection.top_k <= kWarpLanes && selection.columns <= kMaxWarpColumns)
+  const TopkSelectPolicy policy =
+      topk_select_policy(*target.device, kLimits, {selection.rows, selection.columns, selection.top_k});
+  if (policy.kernel == TopkSelectKernel::kShort)
     return with_slots(selection.columns, [&](auto slots) {
       return launch<topk_select_short_kernel<Score, decltype(slots)::value>>(
           target, {blocks_for(selection.rows, kRowsPerBlock), kRowsPerBlock * kWarpLanes}, scores, selection);
     });
   int column_bits = 0;
   while (int64_t{1} << column_bits < selection.columns) ++column_bits;
-  if (selection.columns > kMaxCluster * kMostColumns) {
-    Geometry geometry = {static_cast<uint32_t>(selection.rows) * kMaxCluster, kThreads};
-    geometry.cluster = kMaxCluster;
+  Geometry geometry = {static_cast<uint32_t>(selection.rows) * policy.cluster, kThreads};
+  geometry.cluster = policy.cluster;
+  if (policy.kernel == TopkSelectKernel::kStreamed)
     return launch<topk_select_streamed_kernel<Score>>(target, geometry, scores, selection, column_bits);
-  }
-  const uint32_t blocks = blocks_per_row(*target.device, selection.rows, selection.columns);
-  return with_long_slots(blocks_for(selection.columns, blocks), [&](auto slots) {
-    Geometry geometry = {static_cast<uint32_t>(selection.rows) * blocks, kThreads};
-    geometry.cluster = blocks;
+  return with_long_slots(policy.thread_columns, [&](auto slots) {
     return launch<topk_select_long_kernel<Score, decltype(slots)::value>>(target, geometry, scores, selection,
                                                                           column_bits);
   });

@@ -78,15 +78,17 @@ def test_rows_of_all_passes(inner: int, nvfp4: bool, device: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_no_split_changes_a_bit(architecture: str, swiglu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One multiprocessor: a block takes stretches of several tiles in many batches. Many: no block has two groups."""
+    """Many weight rows on one multiprocessor: a block takes stretches of several tiles in many batches. Few of them on
+    500: no block has two groups.
+    """
     ptx_folder()
-    inner = 4096 if swiglu else 1152
-    experts = Experts(4, 256, inner, gate_and_up=swiglu)
+    rows, inner, multiprocessors_of = (256, 4096, (16, 500)) if swiglu else (6144, 128, (1, 20))
+    experts = Experts(4, rows, inner, gate_and_up=swiglu)
     tiles, slots = maps((3, [0, 1, 2, 3, 4, 5]), (1, [6]), (9, [0]), (2, [7]))
     x = torch.randn(8, inner, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
     run = run_fused_swiglu_grouped_gemm if swiglu else run_nvfp4_grouped_gemm
     results = []
-    for multiprocessors in (1, 500):
+    for multiprocessors in multiprocessors_of:
         monkeypatch.setitem(ARCHITECTURES, architecture, multiprocessors)
         with emulated(architecture) as symbols:
             results.append(run(x, *experts.interleaved, tiles, slots, top_k=1))
@@ -121,7 +123,9 @@ def test_no_split_changes_a_bit(architecture: str, swiglu: bool, monkeypatch: py
     ],
 )
 def test_choice(tiles: int, rows: int, experts: int, weight_rows: int, inner: int, few: bool) -> None:
-    """At most 12 tiles of 16 rows, no more than experts, of many weight rows or few in all: by shapes alone."""
+    """At most 12 tiles of 16 rows, no more than experts, of many weight rows, or of fewer blocks of 64 than the device
+    has multiprocessors (132): by shapes alone.
+    """
     words = torch.zeros(experts, inner // 128, weight_rows, 16, dtype=torch.int32)
     factors = torch.zeros(experts, inner // 128, weight_rows, 2, dtype=torch.int32)
     x = torch.zeros(1, inner, dtype=torch.bfloat16)

@@ -94,6 +94,10 @@ DSV4_API dsv4_status dsv4_moe_sort(const dsv4_moe_sort_args* args, dsv4_stream s
  * floor((slots + (tile_size - 1) * local_experts) / tile_size). */
 DSV4_API int64_t dsv4_moe_sort_max_tiles(int64_t slots, int64_t local_experts, int64_t tile_size);
 
+/* The average number of slots per expert up to which tiles of so many rows are the fastest for the grouped products:
+ * a number for 16 and for 64, INT64_MAX for 128, 0 for other sizes. */
+DSV4_API int64_t dsv4_moe_tile_max_slots_per_expert(int32_t tile_size);
+
 /* out[r] = f(x[source(r)] . weight[e]^T * alpha[e]) * slot_weights[slot] for each row r of a tile of expert e =
  * tile_to_expert[r / T] with slot = row_to_slot[r], T = rows / tiles: one of 16, 64, 128. Products and sums in float32.
  * source(r) = slot / top_k, or r itself with top_k 0. f is nothing, or with swiglu

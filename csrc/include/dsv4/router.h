@@ -66,6 +66,10 @@ typedef struct dsv4_hash_router_fused_args {
 
 DSV4_API dsv4_status dsv4_hash_router_fused(const dsv4_hash_router_fused_args* args, dsv4_stream stream);
 
+/* Bytes of gate rows that a batch may read (tokens * top_k * hidden_size * 2) for dsv4_hash_router_fused to be faster
+ * than a product of all experts followed by dsv4_hash_router_scored. */
+DSV4_API int64_t dsv4_hash_router_fused_max_bytes(void);
+
 /* Dense routing of a small batch in one launch: gate GEMM, activation, selection.
  *     logits = hidden . weight^T in float32,  s = sqrt(softplus(logits))
  *     ids = the k largest of s + bias in descending order, ties to the lower id, NaN lowest

@@ -29,9 +29,10 @@ def moe_grouped_gemm(
     """Each tile's rows times its expert's FP4 weights: out[r] = f(x[source] . weight[e]^T * alpha[e]) * slot weight.
 
     The op behind run_nvfp4_grouped_gemm and run_fused_swiglu_grouped_gemm. Sums are float32. The launch depends on
-    shapes alone, so a captured graph follows new routes; a row's result does not depend on the other rows. With
-    interleaved weights, up to 12 tiles of 16 rows, no more than experts, have a kernel of their own where an expert has
-    6144 weight rows or more, or all tiles together at most 8448; its sums have another order than the other kernel's.
+    shapes and the device alone, so a captured graph follows new routes; a row's result does not depend on the other
+    rows. With interleaved weights, up to 12 tiles of 16 rows, no more than experts, have a kernel of their own where an
+    expert has 6144 weight rows or more, or all tiles together at most 64 per multiprocessor; its sums have another
+    order than the other kernel's.
 
     Args:
         x: [x_rows, K] bfloat16; or NVFP4, [x_rows, K / 2] packed codes (uint8 or float4_e2m1fn_x2, low nibble first);
