@@ -28,5 +28,4 @@ PYBIND11_MODULE(_native, module) {
   bind_moe(module);
   bind_stash(module);
   bind_mhc(module);
-  bind_call_cost(module);
 }

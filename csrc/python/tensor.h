@@ -46,7 +46,6 @@ void bind_stash(py::module_& module);
 void bind_mhc(py::module_& module);
 
 void bind_mark_written(py::module_& module);
-void bind_call_cost(py::module_& module);
 
 }  // namespace dsv4::python
 

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dsv4_kernels import _native
 from dsv4_kernels.cases import Case, Composite, all_cases, composites, fresh
+from dsv4_kernels.cli.call_costs import call_costs
 from dsv4_kernels.cli.machine import default_device, describe, image_for
-from dsv4_kernels.cli.timing import Ceilings, ceilings, host_seconds_per_call, seconds_per_call
+from dsv4_kernels.cli.timing import Ceilings, ceilings, seconds_per_call
 from dsv4_kernels.ops import OPS
 
 COLD_BYTES = 256 << 20  # of inputs taken in turn: several times the largest L2
@@ -129,35 +129,6 @@ def calls_of(case: Case, sets: Sequence[tuple[Any, ...]]) -> list[Callable[[], o
         return lambda: op(arguments, out, workspace)
 
     return [call(arguments) for arguments in sets]
-
-
-def call_costs() -> dict[str, float]:
-    """What the host spends on one call of the smallest op, by the way in, in microseconds; on host tensors, with the
-    launch itself left out.
-    """
-    from dsv4_kernels.router import hash_router
-
-    token_ids = torch.zeros(1, dtype=torch.int32, device="cpu")
-    table = torch.zeros(8, 6, dtype=torch.int32, device="cpu")
-    weights, ids = OPS["hash_router"].allocate((token_ids, table, None))
-    ways: dict[str, Callable[[], object]] = {
-        "binding": lambda: _native.hash_router(token_ids, table, None, weights, ids),
-        "python function": lambda: hash_router(token_ids, table, out_weights=weights, out_ids=ids),
-        "python function, allocating": lambda: hash_router(token_ids, table),
-        "torch op": lambda: torch.ops.dsv4.hash_router.out(token_ids, table, None, weights, ids),
-        "torch op, allocating": lambda: torch.ops.dsv4.hash_router(token_ids, table, None),
-        "torch.empty twice": lambda: (
-            torch.empty(1, 6, dtype=torch.float32, device="cpu"),
-            torch.empty(1, 6, dtype=torch.int32, device="cpu"),
-        ),
-        "Tensor.add_": lambda: weights.add_(1.0),
-    }
-    _native.leave_out_launches(True)
-    try:
-        in_c = min(_native.time_hash_router(token_ids, table, weights, ids, 10000) for _ in range(10))
-        return {"C function": in_c * 1e6} | {name: host_seconds_per_call(way) * 1e6 for name, way in ways.items()}
-    finally:
-        _native.leave_out_launches(False)
 
 
 def print_report(console: Console, report: dict[str, Any]) -> None:
