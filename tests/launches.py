@@ -36,6 +36,7 @@ class Launch:
     architecture: str
     grid: tuple[int, ...]
     block: tuple[int, ...]
+    cluster: tuple[int, ...]
     dynamic_shared: int
     parameters: list[bytes] = field(repr=False)
 
@@ -60,7 +61,7 @@ def observed(architecture: str | None = None, multiprocessors: int = 132) -> Ite
         r = record.contents
         values = [ctypes.string_at(r.parameters[i], r.parameter_sizes[i]) for i in range(r.parameter_count)]
         names = [text.decode() for text in (r.symbol, r.language, r.architecture)]
-        launches.append(Launch(*names, tuple(r.grid), tuple(r.block), r.dynamic_shared, values))
+        launches.append(Launch(*names, tuple(r.grid), tuple(r.block), tuple(r.cluster), r.dynamic_shared, values))
         return 0
 
     name = architecture.encode() if architecture else None
