@@ -11,8 +11,8 @@ constexpr int kRingThreads = 64;  // the first warp drives the ring, the last on
 constexpr int kStages = 8;
 constexpr int kStageBytes = 8192;
 constexpr int kRingBytes = kStages * kStageBytes;  // of dynamic shared memory
-constexpr int kRingBlocks = 3;                     // of a multiprocessor with room for them
-constexpr int kAhead = kStages - 1;                // spans that a block has on the way in
+constexpr int kRingBlocks = 3;       // of a multiprocessor with room for them: the kernels are compiled for it
+constexpr int kAhead = kStages - 1;  // spans that a block has on the way in
 
 // A span is the part of a page that one stage holds.
 struct Span {
@@ -140,20 +140,6 @@ __device__ void move_spans(const Spans& spans, uint32_t* drawn, char* stages, ui
     ring.load(moved);
   }
   BulkRing::drain();
-}
-
-// Bulk copies pay where there is enough to move, in pages that fill a stage.
-inline bool bulk_pays(const StashShape& shape) {
-  constexpr int64_t kEnough = int64_t{8} << 20, kTooMuch = int64_t{1} << 43;  // spans are numbered in 32 bits
-  const int64_t page_bytes = shape.page_size * shape.row_bytes, bytes = page_bytes * shape.needed_pages;
-  return page_bytes >= kStageBytes && bytes >= kEnough && bytes < kTooMuch;
-}
-
-// As many blocks as are resident at a time: the counter that they draw from does the rest.
-inline uint32_t ring_blocks(const Device& device) {
-  constexpr int kReserved = 1024;  // bytes of shared memory that a block takes beside its own
-  const int fit = std::max(1, device.shared_per_block / (kRingBytes + 2 * kReserved));
-  return static_cast<uint32_t>(device.multiprocessors * std::min(kRingBlocks, fit));
 }
 
 }  // namespace dsv4

@@ -1,5 +1,5 @@
 #include "core/launch.h"
-#include "stash/bulk_ring.cuh"
+#include "stash/stash_policy.h"
 
 namespace dsv4 {
 
@@ -181,11 +181,9 @@ extern "C" dsv4_status dsv4_paged_stash_copy(const dsv4_paged_stash_copy_args* g
   stash.row_bytes = shape.row_bytes;
   stash.page_size = shape.page_size;
   const bool vectors = vectors_fit(shape, {&args.src, &args.cuda_dst, &args.host_dst});
-  if (vectors && bulk_pays(shape))
-    return launch<paged_stash_copy_bulk>(target, {ring_blocks(*target.device), kRingThreads, kRingBytes}, stash);
+  const StashPolicy policy = stash_policy(*target.device, shape, vectors);
+  if (policy.bulk) return launch<paged_stash_copy_bulk>(target, {policy.blocks, kRingThreads, kRingBytes}, stash);
   return with_unit_word(vectors, shape, [&](auto word) {
-    using Word = decltype(word);
-    const uint32_t blocks = unit_blocks<Word>(*target.device, shape);
-    return launch<paged_stash_copy_units<Word>>(target, {blocks, kUnitThreads}, stash);
+    return launch<paged_stash_copy_units<decltype(word)>>(target, {policy.blocks, kUnitThreads}, stash);
   });
 }

@@ -1,5 +1,5 @@
 #include "core/launch.h"
-#include "stash/bulk_ring.cuh"
+#include "stash/stash_policy.h"
 
 namespace dsv4 {
 
@@ -166,11 +166,9 @@ extern "C" dsv4_status dsv4_paged_stash_pop(const dsv4_paged_stash_pop_args* giv
   stash.page_size = shape.page_size;
   stash.zero_rest = args.zero_rest != 0;
   const bool vectors = vectors_fit(shape, {&args.dst, &args.cuda_src, &args.host_src});
-  if (vectors && bulk_pays(shape))
-    return launch<paged_stash_pop_bulk>(target, {ring_blocks(*target.device), kRingThreads, kRingBytes}, stash);
+  const StashPolicy policy = stash_policy(*target.device, shape, vectors);
+  if (policy.bulk) return launch<paged_stash_pop_bulk>(target, {policy.blocks, kRingThreads, kRingBytes}, stash);
   return with_unit_word(vectors, shape, [&](auto word) {
-    using Word = decltype(word);
-    const uint32_t blocks = unit_blocks<Word>(*target.device, shape);
-    return launch<paged_stash_pop_units<Word>>(target, {blocks, kUnitThreads}, stash);
+    return launch<paged_stash_pop_units<decltype(word)>>(target, {policy.blocks, kUnitThreads}, stash);
   });
 }

@@ -42,14 +42,13 @@ __device__ inline bool arrives_last(uint32_t* arrivals) {
 
 constexpr int kUnitThreads = 256;
 constexpr int kUnitWarps = kUnitThreads / kWarpLanes;
-constexpr int kUnitBlocks = 8;  // per multiprocessor
-
 // A unit is what a warp moves at a time: 16 bytes per access where everything is aligned to that, else an element.
-// kUnitWords: accesses that a lane has in flight.
+constexpr int unit_words(int64_t word_bytes) { return word_bytes == kVectorBytes ? 4 : 16; }  // in flight per lane
+constexpr int64_t unit_bytes(int64_t word_bytes) { return unit_words(word_bytes) * kWarpLanes * word_bytes; }
 template <typename Word>
-constexpr int kUnitWords = sizeof(Word) == kVectorBytes ? 4 : 16;
+constexpr int kUnitWords = unit_words(sizeof(Word));
 template <typename Word>
-constexpr int64_t kUnitBytes = kUnitWords<Word> * kWarpLanes * sizeof(Word);
+constexpr int64_t kUnitBytes = unit_bytes(sizeof(Word));
 
 // The units of a warp: warps take units in turn, so that neighbouring warps move neighbouring bytes. Adds up instead of
 // dividing.
@@ -151,15 +150,6 @@ dsv4_status with_unit_word(bool vectors, const StashShape& shape, Function&& fun
     case 2: return function(static_cast<unsigned short>(0));
     default: return function(static_cast<unsigned char>(0));
   }
-}
-
-// Enough blocks for every unit, or to fill the device. Any number is right.
-template <typename Word>
-uint32_t unit_blocks(const Device& device, const StashShape& shape) {
-  const int64_t units =
-      (shape.page_size * shape.row_bytes + kUnitBytes<Word> - 1) / kUnitBytes<Word> * shape.needed_pages;
-  return static_cast<uint32_t>(
-      std::clamp<int64_t>((units + kUnitWarps - 1) / kUnitWarps, 1, int64_t{device.multiprocessors} * kUnitBlocks));
 }
 
 }  // namespace dsv4
