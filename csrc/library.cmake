@@ -40,8 +40,8 @@ else()
 endif()
 add_custom_target(aot DEPENDS ${aot_dir}/kernels.h)
 
-# libdsv4_kernels.so: the C ABI, the CUDA C++ kernels, and the embedded images. The core knows none of the kernels and is
-# compiled without them.
+# libdsv4_kernels.so: the C ABI, the CUDA C++ kernels, and the embedded images. The core and the CUDA C++ kernels know
+# nothing of the aot step and are compiled beside it.
 file(GLOB core_sources CONFIGURE_DEPENDS csrc/core/*.cpp)
 add_library(core_objects OBJECT ${core_sources})
 target_compile_definitions(core_objects PRIVATE DSV4_VERSION="${PROJECT_VERSION}")
@@ -55,7 +55,6 @@ file(
   csrc/stash/*.cpp
 )
 add_library(cuda_objects OBJECT ${cuda_sources})
-add_dependencies(cuda_objects aot)
 set_target_properties(cuda_objects PROPERTIES CUDA_ARCHITECTURES "${cuda_architectures}")
 target_compile_options(cuda_objects PRIVATE -Xfatbin=--compress-mode=size -Xcompiler=-Wall,-Wextra)
 # char is unsigned on aarch64: images shall be the same whatever machine they are compiled on.
@@ -95,9 +94,7 @@ foreach(target core_objects cuda_objects dsv4_kernels)
   )
   target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
 endforeach()
-foreach(target cuda_objects dsv4_kernels)
-  target_include_directories(${target} PRIVATE ${aot_dir})
-endforeach()
+target_include_directories(dsv4_kernels PRIVATE ${aot_dir})
 foreach(target core_objects dsv4_kernels)
   target_compile_options(${target} PRIVATE ${sanitizers})
 endforeach()
