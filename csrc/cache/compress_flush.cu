@@ -228,7 +228,8 @@ template <typename T>
 static dsv4_status launch_for(const LaunchTarget& target, CompressFlush& call) {
   const int64_t threads = call.head_dim / kChannels;
   const CompressFlushPolicy policy = compress_flush_policy(
-      *target.device, {call.tokens, call.tokens_per_request.value, call.window(), call.ratio(), call.head_dim, threads});
+      *target.device,
+      {call.tokens, call.tokens_per_request.value, call.window(), call.ratio(), call.head_dim, threads});
   call.tokens_per_task = policy.tokens_per_task;
   if (policy.groups) {
     const Geometry geometry = {policy.tasks, static_cast<uint32_t>(policy.groups * threads)};
