@@ -46,14 +46,7 @@ file(GLOB core_sources CONFIGURE_DEPENDS csrc/core/*.cpp)
 add_library(core_objects OBJECT ${core_sources})
 target_compile_definitions(core_objects PRIVATE DSV4_VERSION="${PROJECT_VERSION}")
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/*/*.cu)
-file(
-  GLOB cpp_sources
-  CONFIGURE_DEPENDS
-  csrc/router/*.cpp
-  csrc/cache/*.cpp
-  csrc/moe/*.cpp
-  csrc/stash/*.cpp
-)
+file(GLOB cpp_sources CONFIGURE_DEPENDS csrc/router/*.cpp csrc/cache/*.cpp csrc/moe/*.cpp csrc/stash/*.cpp)
 add_library(cuda_objects OBJECT ${cuda_sources})
 set_target_properties(cuda_objects PROPERTIES CUDA_ARCHITECTURES "${cuda_architectures}")
 target_compile_options(cuda_objects PRIVATE -Xfatbin=--compress-mode=size -Xcompiler=-Wall,-Wextra)
