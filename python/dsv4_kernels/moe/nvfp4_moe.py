@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_exporting
 
+from dsv4_kernels import _native
 from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.moe.expert_weights import LARGEST_NVFP4, ExpertWeights, as_number, check_int, refuse
 from dsv4_kernels.moe.grouped_gemm import (
@@ -25,9 +26,9 @@ from dsv4_kernels.moe.routing import SortedRoutes, max_tiles, moe_finalize, moe_
 from dsv4_kernels.moe.weight_layouts import gate_and_up
 from dsv4_kernels.presets import Preset, find_preset
 
-# Rows per expert up to which tiles of 16 and of 64 rows are the fastest on an H100; see docs/decisions/0017.
-ROWS_FOR_TILES_OF_16 = 12
-ROWS_FOR_TILES_OF_64 = 56
+# Rows per expert up to which tiles of 16 and of 64 rows are the fastest: numbers, as a trace can branch on those alone.
+ROWS_FOR_TILES_OF_16 = _native.moe_tile_max_slots_per_expert(16)
+ROWS_FOR_TILES_OF_64 = _native.moe_tile_max_slots_per_expert(64)
 
 
 class Nvfp4MoE(ExpertWeights):

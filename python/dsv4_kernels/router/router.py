@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from dsv4_kernels import _native
 from dsv4_kernels.checkpoint import CheckpointError, Source, check_tensor, load_gate
 from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.presets import Preset, find_preset
@@ -23,9 +24,9 @@ _DECODE_TOKENS = 64
 _DECODE_EXPERTS = 512
 _DECODE_HIDDEN_MULTIPLE = 64
 
-# hash_router_fused reads k rows of the gate for each token; the library's product reads every row once, but takes 6 to
-# 7 us before the weighing starts, whatever the batch. In that time the L2 cache hands out about so many bytes of rows.
-_FUSED_BYTES = 16 << 20
+# hash_router_fused reads k rows of the gate per token; the library's product reads every row once, but takes 6 to 7 us
+# before the weighing starts, whatever the batch. In that time the L2 cache delivers about so many bytes of rows.
+_FUSED_BYTES = _native.hash_router_fused_max_bytes()
 
 # What a checkpoint may hold for each tensor.
 _DTYPES = {
