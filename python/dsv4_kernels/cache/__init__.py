@@ -1,17 +1,10 @@
 """The compressed key-value cache: state, compression, quantised entries in pages."""
 
 from dsv4_kernels import torch_ops
+from dsv4_kernels.cache import functions
 from dsv4_kernels.cache.compress_flush import compress_flush, unpack_entries
 from dsv4_kernels.cache.flush import append_and_flush, maybe_flush_csa, maybe_flush_hca
-from dsv4_kernels.cache.functions import (
-    append,
-    csa_compress_tail,
-    csa_rotate_state,
-    flush_write_csa,
-    flush_write_hca,
-    hca_compress_tail,
-    hca_reset_state,
-)
+from dsv4_kernels.cache.functions import *
 from dsv4_kernels.cache.page_layouts import PAGE_LAYOUTS, PageLayout
 from dsv4_kernels.cache.prepare import (
     BlockAllocator,
@@ -38,18 +31,12 @@ __all__ = [
     "PageLayout",
     "PagedCache",
     "Request",
-    "append",
     "append_and_flush",
     "compress_flush",
-    "csa_compress_tail",
-    "csa_rotate_state",
-    "flush_write_csa",
-    "flush_write_hca",
-    "hca_compress_tail",
-    "hca_reset_state",
     "maybe_flush_csa",
     "maybe_flush_hca",
     "prepare_forward",
     "release",
     "unpack_entries",
 ]
+__all__ += functions.__all__

@@ -14,6 +14,16 @@ from torch import Tensor
 from dsv4_kernels import _native
 from dsv4_kernels.op import InOut, op, output
 
+__all__ = [
+    "append",
+    "csa_compress_tail",
+    "csa_rotate_state",
+    "flush_write_csa",
+    "flush_write_hca",
+    "hca_compress_tail",
+    "hca_reset_state",
+]
+
 
 @op(_native.append)
 def append(

@@ -29,6 +29,16 @@ from torch import Tensor
 from dsv4_kernels import _native
 from dsv4_kernels.op import op, output
 
+__all__ = [
+    "hyper_connection_coefficients",
+    "hyper_connection_collapse",
+    "hyper_connection_head",
+    "hyper_connection_post",
+    "hyper_connection_post_pre",
+    "hyper_connection_pre",
+    "mean_head",
+]
+
 
 def _hidden(streams: Tensor, out: Tensor | None) -> Tensor:
     """[tokens, hidden] bfloat16."""

@@ -10,6 +10,8 @@ from dsv4_kernels.moe.mxfp8_tensor import MXFP8Tensor
 from dsv4_kernels.moe.scale_layouts import swizzled_shape
 from dsv4_kernels.op import op, output
 
+__all__ = ["padded_squared_relu", "padded_swiglu", "squared_relu_and_quantize_mxfp8", "swiglu_and_quantize_mxfp8"]
+
 
 def _mxfp8(x: Tensor, columns: int, out_data: Tensor | None, out_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes of so many columns for the rows of x, and their swizzled scales, as bytes: torch's tools for ops know no

@@ -9,6 +9,8 @@ from dsv4_kernels import _native
 from dsv4_kernels.moe.quantize import block_outputs
 from dsv4_kernels.op import op, output
 
+__all__ = ["moe_grouped_gemm", "moe_grouped_gemm_quantized", "run_fused_swiglu_grouped_gemm", "run_nvfp4_grouped_gemm"]
+
 
 @op(_native.moe_grouped_gemm)
 def moe_grouped_gemm(

@@ -35,6 +35,24 @@ from dsv4_kernels.moe.scale_layouts import swizzled_shape
 from dsv4_kernels.op import op, output
 from dsv4_kernels.workspace import Workspace
 
+__all__ = [
+    "deinterleave_amax_quantize_nvfp4_fused",
+    "deinterleave_quantize_nvfp4",
+    "dequantize_blocks",
+    "dequantize_fp8_per_token",
+    "dequantize_mxfp4",
+    "dequantize_mxfp8",
+    "dequantize_nvfp4",
+    "quantize_activation_nvfp4",
+    "quantize_fp8_per_token",
+    "quantize_mx",
+    "quantize_mxfp4",
+    "quantize_mxfp8",
+    "quantize_nvfp4",
+    "quantize_nvfp4_gpu_fused",
+    "quantize_weight_to_nvfp4",
+]
+
 _SOURCES = {"plain": formats.PLAIN, "deinterleave": formats.DEINTERLEAVE, "swiglu": formats.SWIGLU}
 _ELEMENT_FORMATS = {"e4m3": formats.E4M3, "e2m1": formats.E2M1}
 _SCALE_FORMATS = {"e4m3": formats.SCALE_E4M3, "e8m0": formats.SCALE_E8M0, "float32": formats.SCALE_FLOAT32}

@@ -10,6 +10,8 @@ from torch import Tensor
 from dsv4_kernels import _native
 from dsv4_kernels.op import op, output
 
+__all__ = ["SortedRoutes", "max_tiles", "moe_finalize", "moe_sort"]
+
 
 class SortedRoutes(NamedTuple):
     """Where each routed slot goes; see moe_sort."""

@@ -21,6 +21,16 @@ from dsv4_kernels import _native
 from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.op import op, output
 
+__all__ = [
+    "assemble_raw_scales_2d3d_2d_side",
+    "assemble_raw_scales_2d3d_3d_side",
+    "assemble_scales_2d_side",
+    "assemble_scales_3d_side",
+    "blackwell_swizzle_32_4_4",
+    "blackwell_unswizzle_32_4_4",
+    "pad_and_swizzle_single",
+]
+
 ROWS = 128  # what rows are padded to
 COLUMNS = 4
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.moe.interleaved_weights import PAIR_ROWS
 
+__all__ = ["InterleavedWeights", "deinterleave_l1_weights", "interleave_l1_weights", "make_b_k_major"]
+
 GRANULARITY = 4  # the described system's; DeepGEMM interleaves by 8, FlashInfer and TensorRT-LLM by 64
 
 

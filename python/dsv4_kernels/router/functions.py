@@ -15,6 +15,16 @@ from dsv4_kernels import _native
 from dsv4_kernels.op import op, output
 from dsv4_kernels.workspace import Workspace
 
+__all__ = [
+    "activation_topk",
+    "dense_router_decode",
+    "dense_router_decode_workspace_size",
+    "hash_router",
+    "hash_router_fused",
+    "hash_router_scored",
+    "topk_select",
+]
+
 # dsv4_score_function of csrc/include/dsv4/router.h
 _SCORE_FUNCTIONS = {"sqrt_softplus": 0, "sigmoid": 1, "softmax": 2}
 

@@ -2,7 +2,8 @@
 
 from dsv4_kernels import torch_ops
 from dsv4_kernels._native import paged_stash_workspace_size
-from dsv4_kernels.stash.functions import paged_stash_copy, paged_stash_pop
+from dsv4_kernels.stash import functions
+from dsv4_kernels.stash.functions import *
 from dsv4_kernels.stash.paged_stash import PagedStash, PoolReport, PoolSize, StashHandle, StashReport, pages_for
 from dsv4_kernels.stash.saved import SavedActivations
 
@@ -15,8 +16,7 @@ __all__ = [
     "SavedActivations",
     "StashHandle",
     "StashReport",
-    "paged_stash_copy",
-    "paged_stash_pop",
     "paged_stash_workspace_size",
     "pages_for",
 ]
+__all__ += functions.__all__

@@ -14,6 +14,8 @@ from dsv4_kernels import _native
 from dsv4_kernels.op import InOut, op
 from dsv4_kernels.workspace import Workspace
 
+__all__ = ["paged_stash_copy", "paged_stash_pop"]
+
 # What the C interface has a name for. Of every other dtype it is shown the bytes.
 _NAMED = frozenset(
     {
