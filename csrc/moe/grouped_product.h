@@ -123,9 +123,9 @@ GroupedProduct check_grouped_product(Check& check, const Args& args, DtypeSet x_
   const int64_t tile_size = tiles ? rows / tiles : 16;
   const int size = tiles * tile_size == rows ? tile_size_index(tile_size) : -1;
   if (operands == kMxfp8Mxfp4)
-    check.require(size == 0 || size == 2, "row_to_slot", "16 or 128 rows a tile (MXFP8 x)", rows);
+    check.require(size == 0 || size == 2, "row_to_slot", "16 or 128 rows per tile (MXFP8 x)", rows);
   else
-    check.require(size >= 0, "row_to_slot", "16, 64 or 128 rows a tile", rows);
+    check.require(size >= 0, "row_to_slot", "16, 64 or 128 rows per tile", rows);
   check.range("top_k", args.top_k, 0, DSV4_MAX_TOP_K);
   if (args.alpha.rank == 2)
     check.optional_tensor("alpha", args.alpha, one_of(DSV4_FLOAT32), {experts, swiglu ? 2 : 1});

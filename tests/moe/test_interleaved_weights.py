@@ -171,7 +171,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"weight": torch.zeros(1, 1, 128, 16)}, r"weight: expected dtype int32, got float32"),
     ({"weight_scale": torch.zeros(1, 1, 128, 3, dtype=torch.int32)}, r"weight_scale: expected shape \[1, 1, 128, 2\]"),
     ({"weight_scale": torch.zeros(1, 128, 4, dtype=torch.uint8)}, r"weight_scale: expected dtype int32"),
-    ({"row_to_slot": torch.zeros(32, dtype=torch.int32)}, r"row_to_slot: expected 16, 64 or 128 rows a tile, got 32"),
+    ({"row_to_slot": torch.zeros(32, dtype=torch.int32)}, r"row_to_slot: expected 16, 64 or 128 rows per tile, got 32"),
 ]
 
 

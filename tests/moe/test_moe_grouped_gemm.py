@@ -165,7 +165,7 @@ def test_no_tiles(device: str) -> None:
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.zeros(5, 32, dtype=torch.bfloat16)}, r"x columns: expected 64, got 32"),
-    ({"row_to_slot": torch.zeros(64, dtype=torch.int32)}, r"row_to_slot: expected 16, 64 or 128 rows a tile, got 64"),
+    ({"row_to_slot": torch.zeros(64, dtype=torch.int32)}, r"row_to_slot: expected 16, 64 or 128 rows per tile, got 64"),
     ({"x": torch.zeros(5, 64).to(torch.float8_e4m3fn)}, r"x_scale: expected a tensor, got none"),
     ({"x_scale": torch.zeros(5, 2, dtype=torch.uint8)}, r"x_scale: must be omitted when x is bfloat16"),
     ({"weight_scale": torch.zeros(2, 64, 3, dtype=torch.uint8)}, r"weight_scale: expected shape \[2, 64, 2\]"),

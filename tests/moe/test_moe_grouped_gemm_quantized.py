@@ -215,7 +215,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("nvfp4", {"global_scale": None}, r"global_scale: expected a tensor, got none"),
     ("nvfp4", {"global_scale": torch.ones(2)}, r"global_scale: expected shape \[1\], got \[2\]"),
     ("mxfp8", {"global_scale": torch.ones(1)}, r"global_scale: must be omitted when x is MXFP8"),
-    ("mxfp8", {"row_to_slot": torch.zeros(128, dtype=torch.int32)}, r"row_to_slot: expected 16 or 128 rows a tile"),
+    ("mxfp8", {"row_to_slot": torch.zeros(128, dtype=torch.int32)}, r"row_to_slot: expected 16 or 128 rows per tile"),
     ("nvfp4", {"out": torch.zeros(32, COLUMNS, dtype=torch.uint8)}, r"out: expected shape \[32, 96\], got \[32, 192\]"),
     ("nvfp4", {"swizzle": True}, r"out_scale: expected shape \[128, 12\], got \[32, 12\]"),
     ("mxfp8", {"swizzle": True}, r"out_scale: expected shape \[128, 8\], got \[32, 6\]"),
