@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from dsv4_kernels import cache, moe, router, stash
+from dsv4_kernels import cache, mhc, moe, router, stash
 from dsv4_kernels.images import read_images
 from dsv4_kernels.presets import PRESETS, Preset
 from torch import Tensor
@@ -243,6 +243,31 @@ def stash_cases() -> Iterator[Case]:
         yield f"paged_stash_pop, {rows} rows", pop
 
 
+def seam_cases() -> Iterator[Case]:
+    """Hyper-connections: the ops whose tokens per cluster are a policy."""
+    for sizes in mhc.HYPER_CONNECTIONS.values():
+        hidden = sizes.hidden_size
+        for tokens in TOKENS:
+
+            def seam(room: Room, tokens: int = tokens, hidden: int = hidden) -> None:
+                mhc.hyper_connection_post_pre(
+                    room.tensor(tokens, hidden), room.tensor(tokens, 4, hidden), room.floats(tokens, 4),
+                    room.floats(tokens, 4, 4), room.floats(24, 4 * hidden), room.floats(24), room.floats(3),
+                    norm_weight=room.floats(hidden), out_streams=room.tensor(tokens, 4, hidden),
+                    out_layer_input=room.tensor(tokens, hidden),
+                )  # fmt: skip
+
+            def head(room: Room, tokens: int = tokens, hidden: int = hidden) -> None:
+                mhc.hyper_connection_head(
+                    room.tensor(tokens, 4, hidden), room.floats(4, 4 * hidden), room.floats(4), room.floats(1),
+                    out_hidden=room.tensor(tokens, hidden),
+                )  # fmt: skip
+
+            yield f"{sizes.name}, {tokens} tokens: hyper_connection_post_pre", seam
+            if sizes.head == "projection":
+                yield f"{sizes.name}, {tokens} tokens: hyper_connection_head", head
+
+
 def cases() -> Iterator[Case]:
     """Every case, by name."""
     for preset in PRESETS.values():
@@ -252,6 +277,7 @@ def cases() -> Iterator[Case]:
                     yield f"{preset.name}, {tokens} tokens: {name}", call
     yield from selection_cases()
     yield from stash_cases()
+    yield from seam_cases()
 
 
 def launched_by(call: Callable[[Room], object], architecture: str) -> list[Launch]:
@@ -265,7 +291,9 @@ def readable(symbols: list[str]) -> dict[str, str]:
     printed = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
     found = {}
     for symbol, text in zip(symbols, printed.splitlines(), strict=True):
-        found[symbol] = re.sub(r"\(anonymous namespace\)::|dsv4::|^void |\(.*", "", text.replace("(bool)", ""))
+        found[symbol] = re.sub(
+            r"\(anonymous namespace\)::|dsv4::|^void |\(.*", "", re.sub(r"\((bool|dsv4::\w+)\)", "", text)
+        )
     return found
 
 
