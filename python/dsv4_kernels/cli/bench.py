@@ -55,20 +55,18 @@ def run(options: argparse.Namespace) -> int:
         return 2
     console = Console()
     best = ceilings(device)
-    rows = [
-        measure(c, device, best, not options.no_compile)
-        for c in track(cases, "timing", console=console, transient=True)
-    ]
-    calls = call_costs()
+    rows: list[dict[str, Any]] = []
     report = {
         "machine": describe(device),
         "copy_bandwidth": best.copy_bandwidth,
         "launch_us": best.launch * 1e6,
         "rows": rows,
-        "calls_us": calls,
+        "calls_us": call_costs(),
     }
-    if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    for case in track(cases, "timing", console=console, transient=True):
+        rows.append(measure(case, device, best, not options.no_compile))
+        if options.json:  # after every row: a run that is stopped leaves what it has measured
+            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:
         plot(report, Path(options.plot))
     print_report(console, report)
