@@ -41,6 +41,20 @@ def report_of(options: argparse.Namespace, cases: list[Case], monkeypatch: pytes
     return status, json.loads(Path(options.json).read_text())
 
 
+def test_a_run_that_is_stopped_leaves_its_rows(options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = bench.measure
+
+    def stop_at_the_second(case: Case, *rest: Any) -> dict[str, Any]:
+        if case.op == "moe_sort":
+            raise KeyboardInterrupt
+        return measured(case, *rest)
+
+    monkeypatch.setattr(bench, "measure", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        report_of(options, [small_case("hash_router"), small_case("moe_sort")], monkeypatch)
+    assert [row["op"] for row in json.loads(Path(options.json).read_text())["rows"]] == ["hash_router"]
+
+
 def test_a_baseline_that_fails_costs_its_own_time_only(
     options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
