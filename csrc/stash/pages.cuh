@@ -43,7 +43,8 @@ __device__ inline bool arrives_last(uint32_t* arrivals) {
 constexpr int kUnitThreads = 256;
 constexpr int kUnitWarps = kUnitThreads / kWarpLanes;
 // A unit is what a warp moves at a time: 16 bytes per access where everything is aligned to that, else an element.
-constexpr int unit_words(int64_t word_bytes) { return word_bytes == kVectorBytes ? 4 : 16; }  // in flight per lane
+// In flight per lane: 64 bytes, or 16 words where they are shorter than 4 bytes.
+constexpr int unit_words(int64_t word_bytes) { return word_bytes >= 4 ? static_cast<int>(64 / word_bytes) : 16; }
 constexpr int64_t unit_bytes(int64_t word_bytes) { return unit_words(word_bytes) * kWarpLanes * word_bytes; }
 template <typename Word>
 constexpr int kUnitWords = unit_words(sizeof(Word));
