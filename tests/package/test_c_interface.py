@@ -32,10 +32,10 @@ def test_version_is_the_packages(library: ctypes.CDLL) -> None:
 
 
 @pytest.mark.usefixtures("without_driver")
-@pytest.mark.parametrize("device", [-1, 0, 7])
+@pytest.mark.parametrize("ordinal", [-1, 0, 7])
 @pytest.mark.parametrize("function", ["preload", "device_status"])
-def test_no_driver_is_said_so(library: ctypes.CDLL, function: str, device: int) -> None:
-    assert getattr(library, "dsv4_" + function)(device) == c_abi.NO_DRIVER
+def test_no_driver_is_said_so(library: ctypes.CDLL, function: str, ordinal: int) -> None:
+    assert getattr(library, "dsv4_" + function)(ordinal) == c_abi.NO_DRIVER
     text = last_error(library)
     assert text.startswith(f"{function}: needs a CUDA "), text
     assert "found no" in text, text
