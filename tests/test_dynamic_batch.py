@@ -49,6 +49,12 @@ TOKENS: dict[str, tuple[str, ...]] = {
     "dequantize_blocks": ("data", "scale", "expert_ids"),
     "paged_stash_copy": ("src",),
     "paged_stash_pop": ("dst",),
+    "hyper_connection_pre": ("streams", "pre_in"),
+    "hyper_connection_post": ("x", "streams", "post", "comb"),
+    "hyper_connection_post_pre": ("x", "streams", "post", "comb", "pre_in"),
+    "hyper_connection_coefficients": ("streams",),
+    "hyper_connection_collapse": ("streams", "pre"),
+    "hyper_connection_head": ("streams",),
 }
 WITHOUT = {"blackwell_unswizzle_32_4_4": "its rows are a number that the caller gives"}
 # Their cases have few tiles, which may be repeated.
