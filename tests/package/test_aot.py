@@ -15,9 +15,11 @@ import pytest
 
 ARCH = "sm_90a"
 OTHER_ARCH = "sm_100a"
-TRITON_OP = "padded_squared_relu"
-CUTE_OP = "dense_router_decode"
-KERNELS = f"aot/moe/{TRITON_OP}.py"
+TRITON_MODULE = "padded_activations"
+TRITON_OPS = ("padded_squared_relu", "padded_swiglu", "squared_relu_and_quantize_mxfp8", "swiglu_and_quantize_mxfp8")
+TRITON_KERNELS = {f"{op}_{kind}" for op in TRITON_OPS for kind in ("aligned", "any")}
+CUTE_MODULE = "dense_router_decode"
+KERNELS = f"aot/moe/{TRITON_MODULE}.py"
 
 
 class Tree:
@@ -94,10 +96,10 @@ def test_two_runs_in_two_folders_are_identical(root: Path, tmp_path: Path, built
     other = tmp_path / "somewhere" / "else, with a longer name"
     other.mkdir(parents=True)
     tree = Tree(root, other / "tree", built[0].python)
-    tree.build(other / "out", "--jobs", "1", "--only", TRITON_OP, CUTE_OP, arch=(ARCH, OTHER_ARCH))
+    tree.build(other / "out", "--jobs", "1", "--only", TRITON_MODULE, CUTE_MODULE, arch=(ARCH, OTHER_ARCH))
     one, two = contents(first), contents(other / "out")
     images = [name for name in two if name.endswith((".cubin", ".ptx", ".json")) and "stamps" not in name]
-    assert len([name for name in images if name.endswith(".cubin")]) >= 2 * (2 + 9)
+    assert len([name for name in images if name.endswith(".cubin")]) >= 2 * (8 + 9)
     assert [name for name in images if one[name] != two[name]] == []
 
 
@@ -118,14 +120,15 @@ def test_changed_kernel_is_compiled_alone(tmp_path: Path, root: Path, built: tup
     tree = Tree(root, tmp_path / "tree", built[0].python)
     out = tmp_path / "out"
     shutil.copytree(built[1], out)
-    tree.replace(KERNELS, "squared_relu(value)", "squared_relu(value * 2.0)")
+    tree.replace(KERNELS, "activation(gate, up, limit, SWIGLU)", "activation(gate * 2.0, up, limit, SWIGLU)")
     before, old = times(out), contents(out)
     printed = tree.build(out, arch=(ARCH, OTHER_ARCH))
     assert printed.startswith("aot: 2 compiler processes to run; ")
     after, new = times(out), contents(out)
     rewritten = {Path(name).stem for name in after if after[name] != before[name] and name.endswith(".cubin")}
-    assert rewritten == {f"{TRITON_OP}_aligned", f"{TRITON_OP}_any"}
-    assert all(old[name] != new[name] for name in new if name.endswith(".cubin") and TRITON_OP in name)
+    assert rewritten == TRITON_KERNELS
+    changed = {Path(name).stem for name in new if name.endswith(".cubin") and old[name] != new[name]}
+    assert changed == TRITON_KERNELS
 
 
 def test_removed_kernel_leaves_nothing_behind(tmp_path: Path, root: Path, built: tuple[Tree, Path]) -> None:
@@ -134,15 +137,16 @@ def test_removed_kernel_leaves_nothing_behind(tmp_path: Path, root: Path, built:
     shutil.copytree(built[1], out)
     (tree.folder / KERNELS).unlink()
     tree.build(out, arch=(ARCH, OTHER_ARCH))
-    assert [name for name in contents(out) if TRITON_OP in name] == []
-    assert TRITON_OP not in (out / "kernels.h").read_text() + (out / "kernels.cpp").read_text()
+    assert [name for name in contents(out) if name.split("/")[-1].startswith(TRITON_OPS)] == []
+    generated = (out / "kernels.h").read_text() + (out / "kernels.cpp").read_text()
+    assert [op for op in TRITON_OPS if op in generated] == []
 
 
 def test_lost_image_is_made_again(tmp_path: Path, root: Path, built: tuple[Tree, Path]) -> None:
     out = tmp_path / "out"
     shutil.copytree(built[1], out)
     wanted = contents(out)
-    lost = out / ARCH / f"{TRITON_OP}_any.cubin"
+    lost = out / ARCH / "padded_swiglu_any.cubin"
     lost.unlink()
     built[0].build(out, arch=(ARCH, OTHER_ARCH))
     assert differing(contents(out), wanted) == []
@@ -163,14 +167,14 @@ def test_unknown_op(tree: Tree, tmp_path: Path) -> None:
 
 def test_missing_compiler(tree: Tree, tmp_path: Path) -> None:
     """The environment of the tests has none."""
-    text = tree.refusal(tmp_path / "out", "--only", TRITON_OP, python=Path(sys.executable))
+    text = tree.refusal(tmp_path / "out", "--only", TRITON_MODULE, python=Path(sys.executable))
     assert re.search(r"aot: the triton kernels need triton==[\d.]+, which is not installed; pip install", text), text
     assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(
     ("distribution", "op", "language"),
-    [("triton", TRITON_OP, "triton"), ("nvidia-cutlass-dsl", CUTE_OP, "cute")],
+    [("triton", TRITON_MODULE, "triton"), ("nvidia-cutlass-dsl", CUTE_MODULE, "cute")],
 )
 def test_compiler_of_another_version(tree: Tree, tmp_path: Path, distribution: str, op: str, language: str) -> None:
     tree.replace("pyproject.toml", f'"{distribution}==', f'"{distribution}==0.0.')
@@ -211,8 +215,8 @@ def test_kernel_that_spills(tree: Tree, tmp_path: Path) -> None:
 def test_two_kernels_of_one_name(tree: Tree, tmp_path: Path) -> None:
     shutil.copy(tree.folder / KERNELS, tree.folder / "aot" / "moe" / "another.py")
     for _ in range(2):
-        text = tree.refusal(tmp_path / "out", "--only", TRITON_OP, "another")
-        assert f"aot: two kernels are named {TRITON_OP}_a" in text
+        text = tree.refusal(tmp_path / "out", "--only", TRITON_MODULE, "another")
+        assert "aot: two kernels are named padded_squared_relu_a" in text
         assert "Traceback" not in text
 
 
@@ -220,45 +224,45 @@ def test_declared_type_that_is_not_the_kernels(tree: Tree, tmp_path: Path) -> No
     """A declaration in another order than the function's parameters: a launch would pass one as the other."""
     tree.replace(
         KERNELS,
-        '    "permutation_map": "const int32*",\n    "n_used": "const int32*",\n',
-        '    "n_used": "const int32*",\n    "permutation_map": "const int32*",\n',
+        '"permutation_map": "const int32*",\n            "n_used": "const int32*",\n',
+        '"n_used": "const int32*",\n            "permutation_map": "const int32*",\n',
     )
-    text = tree.refusal(tmp_path / "out", "--only", TRITON_OP)
+    text = tree.refusal(tmp_path / "out", "--only", TRITON_MODULE)
     assert "permutation_map" in text
     assert "Traceback" not in text
 
 
 def test_declared_argument_that_the_kernel_lacks(tree: Tree, tmp_path: Path) -> None:
-    tree.replace(KERNELS, '    "columns": "int32",\n', '    "columns": "int32",\n    "colour": "int32",\n')
-    text = tree.refusal(tmp_path / "out", "--only", TRITON_OP)
+    tree.replace(KERNELS, '"columns": "int32",\n', '"columns": "int32",\n            "colour": "int32",\n')
+    text = tree.refusal(tmp_path / "out", "--only", TRITON_MODULE)
     assert "colour" in text
     assert "Traceback" not in text
 
 
 def test_declared_type_that_is_none(tree: Tree, tmp_path: Path) -> None:
     tree.replace(KERNELS, '"columns": "int32"', '"columns": "int33"')
-    text = tree.refusal(tmp_path / "out", "--only", TRITON_OP)
+    text = tree.refusal(tmp_path / "out", "--only", TRITON_MODULE)
     assert "int33" in text
     assert "Traceback" not in text
 
 
 def test_kernel_that_does_not_compile(tree: Tree, tmp_path: Path) -> None:
     tree.replace(KERNELS, "tl.num_programs(1)", "tl.no_such_function(1)")
-    text = tree.refusal(tmp_path / "out", "--only", TRITON_OP)
-    assert text.startswith(f"aot: compiling {TRITON_OP} (triton, {ARCH}) failed:")
+    text = tree.refusal(tmp_path / "out", "--only", TRITON_MODULE)
+    assert text.startswith(f"aot: compiling {TRITON_MODULE} (triton, {ARCH}) failed:")
     assert "no_such_function" in text
 
 
 @pytest.mark.thorough
 def test_interrupted_run_is_finished_by_the_next(tmp_path: Path, built: tuple[Tree, Path]) -> None:
     """Stamps are written when a batch is done: without them, whatever lies there is made again."""
-    images = {name: data for name, data in contents(built[1] / ARCH).items() if name.startswith(TRITON_OP)}
+    images = {name: data for name, data in contents(built[1] / ARCH).items() if name.startswith(TRITON_OPS)}
     folder = tmp_path / "out" / ARCH
     folder.mkdir(parents=True)
     for name, data in images.items():
         (folder / name).write_bytes(data)
-    (folder / f"{TRITON_OP}_any.cubin").write_bytes(b"half")
-    built[0].build(tmp_path / "out", "--only", TRITON_OP)
+    (folder / "padded_swiglu_any.cubin").write_bytes(b"half")
+    built[0].build(tmp_path / "out", "--only", TRITON_MODULE)
     assert differing(contents(folder), images) == ["stamps.json"]
 
 
