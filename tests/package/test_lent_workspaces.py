@@ -21,6 +21,8 @@ def build_and_run(build_python: Path, folder: Path, source: Path) -> subprocess.
     copy = folder / "core" / "workspace.cpp"
     copy.parent.mkdir(exist_ok=True)
     copy.write_text(source.read_text())
+    generate = [build_python, "-m", "aot.generate", "--architectures-header", folder / "architectures.h"]
+    subprocess.run(generate, cwd=ROOT, check=True)
     include = [f"-I{path}" for path in (folder, ROOT / "csrc", ROOT / "csrc" / "include", headers.strip())]
     program = folder / "program"
     subprocess.run(["c++", "-std=c++17", "-g", *include, SOURCE, "-o", program, "-pthread"], check=True)
