@@ -64,7 +64,7 @@ _REFUSED = [(re.compile(pattern.replace(" ", " +")), instead) for pattern, inste
 _BREAK = re.compile(r"\n[ \t]*(?://+|#+|\*(?!/)|;;)?[ \t]*(?=\S)")
 
 # Folders whose texts have not been read again yet. To end empty.
-PENDING: tuple[str, ...] = ("aot/moe/",)
+PENDING: tuple[str, ...] = ()
 # Texts about the wordings.
 ABOUT = ("ci/words.py", "tests/package/test_words.py")
 

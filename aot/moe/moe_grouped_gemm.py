@@ -51,7 +51,7 @@ def moe_grouped_gemm_kernel(
     SWIGLU: tl.constexpr,
     X_PACK: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
-    WIDENS: tl.constexpr,
+    DEQUANTIZES: tl.constexpr,
 ):
     """A block a tile and COLUMNS columns; the columns of a tile run side by side, so that they share its rows."""
     await_previous_grid()
@@ -87,7 +87,7 @@ def moe_grouped_gemm_kernel(
         SWIGLU,
         X_PACK,
         WEIGHTS_FIRST,
-        WIDENS,
+        DEQUANTIZES,
     )
     at = out + row.to(tl.int64)[:, None] * out_stride + column[None, :]
     tl.store(at, value.to(tl.bfloat16), mask=valid[:, None] & (column < columns)[None, :])
@@ -103,9 +103,9 @@ def kernel(
     warps: int,
     stages: int,
     warps_on: dict[str, int] | None = None,
-    widened: Shape | None = None,
+    dequantized: Shape | None = None,
 ) -> TritonKernel:
-    """One specialisation: moe_gemm_<x>_<weights>_<swiglu or plain>_<rows>. widened: where quantised x is."""
+    """One specialisation: moe_gemm_<x>_<weights>_<swiglu or plain>_<rows>. dequantized: where quantised x is."""
     return TritonKernel(
         moe_grouped_gemm_kernel,
         name=f"moe_gemm_{x_format}_{weights}_{'swiglu' if swiglu else 'plain'}_{rows}",
@@ -121,7 +121,7 @@ def kernel(
         aligned=("x", "x_scale", "weight", "weight_scale", "out", "x_stride", "out_stride", "columns", "inner"),
         num_warps=warps,
         num_stages=stages,
-        **on_each(warps_on, widened, rows),
+        **on_each(warps_on, dequantized, rows),
     )
 
 

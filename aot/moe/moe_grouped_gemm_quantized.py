@@ -128,7 +128,7 @@ def moe_grouped_gemm_quantized_kernel(
     SWIGLU: tl.constexpr,
     X_PACK: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
-    WIDENS: tl.constexpr,
+    DEQUANTIZES: tl.constexpr,
     CONVERTS: tl.constexpr,  # whether an instruction makes E2M1
 ):
     """A block a tile and COLUMNS columns; of swizzled scales, the blocks also cover the padding."""
@@ -177,7 +177,7 @@ def moe_grouped_gemm_quantized_kernel(
         SWIGLU,
         X_PACK,
         WEIGHTS_FIRST,
-        WIDENS,
+        DEQUANTIZES,
     )
     # What is not pure is computed here and not before the loop, where it would hold registers: on sm_90a a block fewer
     # would fit.
@@ -213,10 +213,10 @@ def kernel(
     inner: int,
     warps: int,
     stages: int,
-    widened: Shape,
+    dequantized: Shape,
 ) -> TritonKernel:
     """One specialisation: moe_gemm_quantized_<x>_<weights>_<rows>."""
-    on = on_each(None, widened, rows)
+    on = on_each(None, dequantized, rows)
     on["constants_on"]["sm_90a"]["CONVERTS"] = False
     return TritonKernel(
         moe_grouped_gemm_quantized_kernel,

@@ -12,12 +12,12 @@ import triton.language as tl
 
 from aot.moe.device.swiglu import swiglu
 
-# What widened E2M1 rows are to be multiplied by yet.
+# What dequantised E2M1 rows are to be multiplied by yet.
 LEFT_OVER = tl.constexpr(256.0)
 
 
 @triton.jit
-def widen_rows(x, x_scale, LANES: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, X_FORMAT: tl.constexpr):
+def dequantize_rows(x, x_scale, LANES: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, X_FORMAT: tl.constexpr):
     """Quantised rows as bfloat16 [LANES, INNER], which holds each code times its scale; E2M1 over LEFT_OVER."""
     if X_FORMAT == "e2m1":
         # A code's bits, as those of a bfloat16, are its value times 2^-126.
@@ -84,7 +84,7 @@ def grouped_product(
     SWIGLU: tl.constexpr,
     X_PACK: tl.constexpr,  # values in an element of x
     WEIGHTS_FIRST: tl.constexpr,
-    WIDENS: tl.constexpr,  # whether quantised rows become bfloat16 ones as soon as they are loaded
+    DEQUANTIZES: tl.constexpr,  # whether quantised rows become bfloat16 ones as soon as they are loaded
 ):
     """A tile's results for a block of columns, float32 [LANES, COLUMNS]; rows; which of them there are; columns."""
     place = tl.arange(0, LANES)
@@ -108,7 +108,7 @@ def grouped_product(
     up_w = columns.to(tl.int64) * (inner // 2)
     up_scale = columns.to(tl.int64) * groups
 
-    multiplied: tl.constexpr = "bf16" if WIDENS else X_FORMAT
+    multiplied: tl.constexpr = "bf16" if DEQUANTIZES else X_FORMAT
     if WEIGHTS_FIRST:
         sums = tl.zeros((COLUMNS, LANES), dtype=tl.float32)
         up_sums = tl.zeros((COLUMNS, LANES), dtype=tl.float32)
@@ -120,7 +120,7 @@ def grouped_product(
         in_w = w_inner[None, :] < (inner - first) // 2
         in_group = group[None, :] < (inner - first) // GROUP
         x_group = in_group
-        if WIDENS:  # padding loads nothing: all blocks would ask for the same row at the same time
+        if DEQUANTIZES:  # padding loads nothing: all blocks would read the same row at the same time
             in_x &= valid[:, None]
             x_group = in_group & valid[:, None]
         xs = tl.load(x_at, mask=in_x, other=0.0)
@@ -129,8 +129,8 @@ def grouped_product(
         xs_scale = ws_scale
         if X_FORMAT != "bf16":
             xs_scale = tl.load(x_scale_at, mask=x_group, other=0.0)
-        if WIDENS:
-            xs = widen_rows(xs, xs_scale, LANES, INNER, GROUP, X_FORMAT)
+        if DEQUANTIZES:
+            xs = dequantize_rows(xs, xs_scale, LANES, INNER, GROUP, X_FORMAT)
         sums = load_and_multiply(sums, xs, xs_scale, ws, ws_scale, multiplied, WEIGHTS_FIRST)
         if SWIGLU:
             ws = tl.load(w_at + up_w, mask=in_w, other=0)
@@ -141,7 +141,7 @@ def grouped_product(
         w_at += INNER // 2
         w_scale_at += INNER // GROUP
 
-    factor = LEFT_OVER if WIDENS and X_FORMAT == "e2m1" else 1.0
+    factor = LEFT_OVER if DEQUANTIZES and X_FORMAT == "e2m1" else 1.0
     up_factor = factor
     if alphas > 0:
         factor *= tl.load(alpha + expert * alphas)
@@ -207,12 +207,12 @@ def product_constants(
         # Few rows would leave most of a matrix instruction's 64 or 128 idle. Of bfloat16 rows the compiler itself
         # puts the weights first on sm_90a, and then also overlaps the rows' loads.
         "WEIGHTS_FIRST": x_format != "bf16" and rows < 128,
-        "WIDENS": False,
+        "DEQUANTIZES": False,
     }
 
 
 class Shape(NamedTuple):
-    """Of a kernel that widens quantised rows."""
+    """Of a kernel that dequantises rows."""
 
     columns: int
     inner: int
@@ -220,17 +220,17 @@ class Shape(NamedTuple):
     stages: int
 
 
-def on_each(warps_on: dict[str, int] | None, widened: Shape | None, rows: int) -> dict[str, Any]:
+def on_each(warps_on: dict[str, int] | None, dequantized: Shape | None, rows: int) -> dict[str, Any]:
     """TritonKernel's arguments for single architectures.
 
-    widened: on sm_90a, whose tensor cores know no scales. tl.dot_scaled would widen quantised rows by itself, but takes
+    dequantized: on sm_90a, whose tensor cores know no scales. tl.dot_scaled would dequantise rows by itself, but takes
     up to four times as long (docs/decisions/0020).
     """
-    if widened is None:
+    if dequantized is None:
         return {"warps_on": warps_on or {}}
-    constants = {"LANES": rows, "COLUMNS": widened.columns, "INNER": widened.inner, "WEIGHTS_FIRST": False}
+    constants = {"LANES": rows, "COLUMNS": dequantized.columns, "INNER": dequantized.inner, "WEIGHTS_FIRST": False}
     return {
-        "warps_on": (warps_on or {}) | {"sm_90a": widened.warps},
-        "stages_on": {"sm_90a": widened.stages},
-        "constants_on": {"sm_90a": {**constants, "WIDENS": True}},
+        "warps_on": (warps_on or {}) | {"sm_90a": dequantized.warps},
+        "stages_on": {"sm_90a": dequantized.stages},
+        "constants_on": {"sm_90a": {**constants, "DEQUANTIZES": True}},
     }

@@ -1,7 +1,8 @@
 """moe_grouped_gemm for bfloat16 rows and weights that dsv4_kernels.moe.interleave_weights has rearranged.
 
 A 32-bit word holds 8 codes of one weight row: 4 pairs of neighbouring inner positions, the pairs 8 positions apart. So
-the tensor cores' register operand spreads a row over threads: a thread loads whole words and widens them in registers.
+the tensor cores' register operand spreads a row over threads: a thread loads whole words and dequantises them in
+registers.
 Pair by pair, two codes land where bfloat16 has its sign, the low two bits of its exponent and the top bit of its
 mantissa. As bfloat16 that is the value times 2^-126, denormals included, and one multiplication by the scale as
 bfloat16, times 2^118, gives the weight times 2^-8 exactly.
@@ -48,7 +49,7 @@ WIDEN_REGISTERS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,h,h")
 
 
 @triton.jit
-def widen(words, factors, COLUMNS: tl.constexpr, GROUPS: tl.constexpr):
+def dequantize(words, factors, COLUMNS: tl.constexpr, GROUPS: tl.constexpr):
     """[COLUMNS, 64] bfloat16 of [COLUMNS, 4, 2] words and [COLUMNS, GROUPS] factors, bfloat16 in int16.
 
     Nothing but broadcasts, element-wise operations and changes of shape: so the compiler loads words in the operand's
@@ -115,7 +116,7 @@ def multiply_rows(
     slot = tl.load(row_to_slot + row)
     source = tl.where(top_k > 0, slot // tl.maximum(top_k, 1), row)
     valid = (slot >= 0) & (source < x_rows)
-    # Padding loads nothing: all blocks would ask for the same row at the same time.
+    # Padding loads nothing: all blocks would read the same row at the same time.
     source = tl.where(valid, source, 0).to(tl.int64)
     loaded = valid[:, None]
 
@@ -133,14 +134,14 @@ def multiply_rows(
         in_x = loaded & (place < inner - done)[None, :]
         low, high = tl.split(tl.reshape(tl.load(w_at), (COLUMNS, 4, 2, 2)))
         scales = tl.load(f_at)
-        low = widen(low, scales.to(tl.int16), COLUMNS, GROUPS)
+        low = dequantize(low, scales.to(tl.int16), COLUMNS, GROUPS)
         if WHOLE:
-            high = widen(high, (scales >> 16).to(tl.int16), COLUMNS, GROUPS)
+            high = dequantize(high, (scales >> 16).to(tl.int16), COLUMNS, GROUPS)
             both = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (COLUMNS, 128))
             sums = tl.dot(both, tl.load(x_at, mask=in_x, other=0.0).T, sums)
         else:
             sums = tl.dot(low, tl.load(x_at, mask=in_x, other=0.0).T, sums)
-            high = widen(high, (scales >> 16).to(tl.int16), COLUMNS, GROUPS)
+            high = dequantize(high, (scales >> 16).to(tl.int16), COLUMNS, GROUPS)
             in_x = loaded & (place < inner - done - 64)[None, :]
             sums = tl.dot(high, tl.load(x_at + 64, mask=in_x, other=0.0).T, sums)
         x_at += 128

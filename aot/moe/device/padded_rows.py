@@ -76,9 +76,9 @@ def store_scales(out_scale, scale, row, columns, COLUMNS: tl.constexpr):
 def zero_scales(out_scale, from_row, to_row, columns, WORDS: tl.constexpr):
     """Zeros for the tiles of these rows (multiples of 128), which are one piece of memory."""
     words = out_scale.to(tl.pointer_type(tl.int32))
-    words_a_tile_row = tl.cdiv(columns, 128) * 128
-    start = from_row // 128 * words_a_tile_row
-    end = to_row // 128 * words_a_tile_row
+    words_per_tile_row = tl.cdiv(columns, 128) * 128
+    start = from_row // 128 * words_per_tile_row
+    end = to_row // 128 * words_per_tile_row
     block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     step = tl.num_programs(0) * tl.num_programs(1) * WORDS
     for first in tl.range(start + block * WORDS, end, step):
