@@ -11,7 +11,7 @@ import string
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, update_wrapper
+from functools import cache, cached_property, update_wrapper
 from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeAlias, TypeVar
 
@@ -358,7 +358,12 @@ class Op:
 
 def by_name(function: Callable[..., Any], values: dict[str, Any]) -> Any:
     """Calls a function with those of the values that it names as parameters."""
-    return function(**{name: values[name] for name in inspect.signature(function).parameters})
+    return function(**{name: values[name] for name in _parameter_names(function)})
+
+
+@cache
+def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 # Of each annotation that a parameter may have: the type in torch's terms, and whether the op changes it.
@@ -408,7 +413,7 @@ def _generate(declared: Op, function: Callable[P, R], signature: inspect.Signatu
     workspace = ", workspace" if declared.workspace_size else ""
     call = f"op(({inputs}), ({out}){workspace})" + ("[0]" if len(declared.results) == 1 else "")
     body = ", ".join([*positional, *(f"{name}={name}" for name in by_keyword if name != "workspace")])
-    sized = ", ".join(inspect.signature(declared.workspace_size).parameters if declared.workspace_size else ())
+    sized = ", ".join(_parameter_names(declared.workspace_size) if declared.workspace_size else ())
     source = f"""
 def create(op, body, size):
     def {function.__name__}({", ".join([*positional, *(["*", *by_keyword] if by_keyword else [])])}):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dsv4_kernels.errors import InvalidArgumentError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,18 +45,25 @@ PRESETS = {
 }
 
 
-def find_preset(module: str, preset: str | Preset) -> Preset:
-    """A public model's sizes by its name; sizes of one's own are passed through.
+def find_sizes(module: str, preset: str | T, kind: type[T], by_name: Mapping[str, T]) -> T:
+    """A public model's sizes of one kind by its name; sizes of one's own are passed through.
 
     Args:
         module: whose argument it is, for the error's text.
         preset: name or sizes.
+        kind: of the sizes.
+        by_name: the public models'.
 
     Raises:
         InvalidArgumentError: naming the presets there are.
     """
-    if isinstance(preset, Preset):
+    if isinstance(preset, kind):
         return preset
-    if not isinstance(preset, str) or preset not in PRESETS:
-        raise InvalidArgumentError(f"{module}: preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-    return PRESETS[preset]
+    if not isinstance(preset, str) or preset not in by_name:
+        raise InvalidArgumentError(f"{module}: preset: expected one of {', '.join(by_name)}, got {preset!r}")
+    return by_name[preset]
+
+
+def find_preset(module: str, preset: str | Preset) -> Preset:
+    """A model of PRESETS; see find_sizes."""
+    return find_sizes(module, preset, Preset, PRESETS)

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from dsv4_kernels.checkpoint import Checkpoint, Source, check_tensor, find_block
 from dsv4_kernels.errors import InvalidArgumentError
+from dsv4_kernels.fixed_dtypes import FixedDtypes
 from dsv4_kernels.mhc.functions import (
     hyper_connection_coefficients,
     hyper_connection_collapse,
@@ -68,7 +69,7 @@ def round_projection(fn: Tensor, projection: str) -> Tensor:
     return torch.where(fn.isfinite(), ((bits + half) & -0x2000).view(torch.float32), fn)
 
 
-class HyperConnection(torch.nn.Module):
+class HyperConnection(FixedDtypes):
     """The hyper-connection around one sublayer of a model, with the sublayer's RMSNorm.
 
         state, layer_input = connection.pre(streams)
@@ -303,11 +304,3 @@ class HyperConnection(torch.nn.Module):
             dtypes = (torch.float32, torch.bfloat16) if name == "norm_weight" else (torch.float32,)
             check_tensor("HyperConnection", prefix + name, tensor, tuple(parameter.shape), dtypes)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HyperConnection:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        return self

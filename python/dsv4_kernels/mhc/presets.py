@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv4_kernels.errors import InvalidArgumentError
-from dsv4_kernels.presets import PRESETS
+from dsv4_kernels.presets import PRESETS, find_sizes
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,5 @@ HYPER_CONNECTIONS = {
 
 
 def find_hyper_connection(module: str, preset: str | HyperConnectionPreset) -> HyperConnectionPreset:
-    """A public model's hyper-connections by its name; those of one's own are passed through.
-
-    Args:
-        module: whose argument it is, for the error's text.
-        preset: name or sizes.
-
-    Raises:
-        InvalidArgumentError: naming the presets there are.
-    """
-    if isinstance(preset, HyperConnectionPreset):
-        return preset
-    if not isinstance(preset, str) or preset not in HYPER_CONNECTIONS:
-        names = ", ".join(HYPER_CONNECTIONS)
-        raise InvalidArgumentError(f"{module}: preset: expected one of {names}, got {preset!r}")
-    return HYPER_CONNECTIONS[preset]
+    """A model of HYPER_CONNECTIONS; see find_sizes."""
+    return find_sizes(module, preset, HyperConnectionPreset, HYPER_CONNECTIONS)

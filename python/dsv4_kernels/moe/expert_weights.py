@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv4_kernels.checkpoint import Checkpoint, CheckpointError, Source, check_tensor
 from dsv4_kernels.errors import InvalidArgumentError
+from dsv4_kernels.fixed_dtypes import FixedDtypes
 from dsv4_kernels.moe.expert_checkpoint import ExpertReader
 from dsv4_kernels.moe.expert_layout import CODES, GROUPS, MXFP4_SCALES, ExpertTensors, WeightLayout, can_be_interleaved
 from dsv4_kernels.moe.quantize import quantize_mxfp4, quantize_nvfp4_gpu_fused
@@ -24,7 +25,7 @@ LAYOUT_VERSION = 1  # of state dicts: changes when the order of interleaved weig
 _PRODUCTS = ("l1", "l2")
 
 
-class ExpertWeights(nn.Module):
+class ExpertWeights(FixedDtypes):
     """The buffers of Nvfp4MoE, whose documentation describes them; it is the class to use.
 
     For each product, l1 (gate and up) and l2 (down):
@@ -325,14 +326,6 @@ class ExpertWeights(nn.Module):
                 setattr(self, f"{product}_alpha", None)
         if all(f"{product}_{name}" in given for product in _PRODUCTS for name in ("weight", "scale")):
             self._prepared = True
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertWeights:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def _fill(self, weights: str, expert_tensors: Callable[[int], ExpertTensors]) -> None:
         """Writes all experts' weights into the layer's buffers. Until that is done, the layer counts as unprepared."""

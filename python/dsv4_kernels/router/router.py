@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn import Parameter
 from dsv4_kernels import _native
 from dsv4_kernels.checkpoint import CheckpointError, Source, check_tensor, load_gate
 from dsv4_kernels.errors import InvalidArgumentError
+from dsv4_kernels.fixed_dtypes import FixedDtypes
 from dsv4_kernels.presets import Preset, find_preset
 from dsv4_kernels.router.functions import dense_router_decode, hash_router_fused, hash_router_scored
 from dsv4_kernels.router.prefill import check_operand, dense_router_prefill, gate_logits
@@ -36,7 +36,7 @@ _DTYPES = {
 }
 
 
-class Router(torch.nn.Module):
+class Router(FixedDtypes):
     """Which experts each token of a layer goes to, and with which weight, as the DeepSeek-V4 models route.
 
     A dense layer chooses by its gate's scores; a hash layer looks the experts up by token id and weighs them by those
@@ -214,11 +214,3 @@ class Router(torch.nn.Module):
                 )
             check_tensor("Router", prefix + name, tensor, tuple(parameter.shape), dtypes)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        return self
