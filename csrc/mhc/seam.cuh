@@ -11,8 +11,8 @@
 // products. Of fn, it loads the same columns of three rows and splits each value in three bfloat16 terms: the upper 8
 // bits of its significand, the next 8, the rest. So the products are those of float32; the sums are the tensor cores'.
 //
-// The order of all sums depends on `hidden` alone: 16 segments of the columns, in each up to 8 warps with every
-// so-manieth unit of 32 columns. Warps are added in order, then segments.
+// The order of all sums depends on `hidden` alone: 16 segments of the columns, in each up to 7 warps that take units of
+// 32 columns in turn. Warps are added in order, then segments.
 #pragma once
 
 #include "device/async_copy.cuh"

@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "core/launch.h"
+#include "device/mma.cuh"
 #include "device/reduce.cuh"
 #include "device/swiglu.cuh"
 #include "moe/few_tiles.h"
@@ -50,15 +51,6 @@ __device__ __forceinline__ void dequantize(uint32_t word, uint32_t first, uint32
       "}"
       : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
       : "r"(word), "r"(first), "r"(second));
-}
-
-// sums [16 x 8] += weights [16 x 16] * x [16 x 8], from this lane's fragments.
-__device__ __forceinline__ void multiply_add(float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                             uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ uint4 load_once(const uint4* from) {
