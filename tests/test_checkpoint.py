@@ -121,12 +121,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
         f": expected a .safetensors file, or a folder with {INDEX} or model.safetensors",
     ),
     "dtype of the gate": (
-        lambda f: edit_shard(f, FIRST, lambda t: t.update({GATE: t[GATE].float()})), "gate",
-        rf"{FIRST}: {GATE}: expected bfloat16 \[2, 128\], got float32 \[2, 128\]",
+        lambda f: edit_shard(f, FIRST, lambda t: t.update({GATE: t[GATE].half()})), "gate",
+        rf"{FIRST}: {GATE}: expected bfloat16 or float32 \[2, 128\], got float16 \[2, 128\]",
     ),
     "shape of the gate": (
         lambda f: edit_shard(f, FIRST, lambda t: t.update({GATE: t[GATE][:1]})), "gate",
-        rf"{FIRST}: {GATE}: expected bfloat16 \[2, 128\], got bfloat16 \[1, 128\]",
+        rf"{FIRST}: {GATE}: expected bfloat16 or float32 \[2, 128\], got bfloat16 \[1, 128\]",
     ),
     "dtype of a scale": (
         lambda f: edit_shard(f, SECOND, lambda t: t.update({EXPERT: t[EXPERT].float()})), "experts",

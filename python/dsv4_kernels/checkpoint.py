@@ -17,12 +17,85 @@ from torch import Tensor
 from dsv4_kernels.errors import CheckpointError, InvalidArgumentError
 from dsv4_kernels.presets import Preset
 
-__all__ = ["Checkpoint", "CheckpointError", "Gate", "TensorInfo", "check_tensor", "find_block", "load_gate"]
+__all__ = [
+    "EXPERT_LAYERS",
+    "EXPERT_MATRICES",
+    "EXPERT_SCHEMES",
+    "GATE_NAMES",
+    "HYPER_CONNECTIONS",
+    "STACKED_EXPERTS",
+    "STACKED_SCALE",
+    "SUBLAYER_NORMS",
+    "Checkpoint",
+    "CheckpointError",
+    "ExpertNames",
+    "Gate",
+    "TensorInfo",
+    "check_table",
+    "check_tensor",
+    "find_block",
+    "load_gate",
+]
 
 # A .safetensors file, a folder with one or with shards and their index, or the tensors themselves by name.
 Source: TypeAlias = str | Path | Mapping[str, Tensor]
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+# What the tensors of a block are called behind its prefix (find_block): by the models' own checkpoints first, then by
+# transformers, vLLM, SGLang and the tools that quantise.
+
+# The layer of experts with its gate.
+EXPERT_LAYERS = ("ffn", "mlp")
+
+# A gate's tensors behind `ffn.gate.` or `mlp.gate.`; SGLang has the table in a module of its own.
+GATE_NAMES = {
+    "weight": ("gate.weight",),
+    "bias": ("gate.bias", "gate.e_score_correction_bias"),
+    "bias_vl": ("gate.bias_vl", "gate.e_score_correction_bias_vl"),
+    "tid2eid": ("gate.tid2eid", "topk.tid2eid"),
+}
+
+# Gate, up and down of an expert behind `ffn.experts.E.` or `mlp.experts.E.`
+EXPERT_MATRICES = {"ffn": ("w1", "w3", "w2"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """The names of the tensors of an expert's matrix.
+
+    factor, activation_scale: of NVFP4 weights, the per-tensor scale and the static scale of the product's activations:
+    amax / 2688, or its reciprocal.
+    """
+
+    codes: str
+    scale: str
+    factor: str | None = None
+    activation_scale: str | None = None
+    reciprocal: bool = False
+
+
+# By the tensor that tells the schemes apart; the first one that is there counts.
+EXPERT_SCHEMES = {
+    "scale": ExpertNames("weight", "scale"),  # the models' own
+    "weight_packed": ExpertNames(  # compressed-tensors
+        "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", reciprocal=True
+    ),
+    "weight_scale": ExpertNames("weight", "weight_scale", "weight_scale_2", "input_scale"),  # modelopt
+    "weight_scale_inv": ExpertNames("weight", "weight_scale_inv"),  # SGLang
+}
+
+# All experts in one tensor each, behind `ffn.experts.` or `mlp.experts.`, as transformers' modules hold them: gate's
+# and up's rows one behind the other, and down's.
+STACKED_EXPERTS = ("gate_up_proj", "down_proj")
+STACKED_SCALE = "_scale_inv"
+
+# The hyper-connection around each sublayer: what `fn`, `base` and `scale` follow, and the sublayer's norm.
+HYPER_CONNECTIONS = {"attn": ("hc_attn_", "attn_hc."), "ffn": ("hc_ffn_", "ffn_hc.")}
+SUBLAYER_NORMS = {
+    "attn": ("attn_norm.weight", "input_layernorm.weight"),
+    "ffn": ("ffn_norm.weight", "post_attention_layernorm.weight"),
+}
 
 # The names that safetensors gives to dtypes.
 _DTYPES = {
@@ -137,6 +210,10 @@ class Checkpoint:
             return tensor[part] if part else tensor
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self._place(name)}: {name}: cannot be read: {error}") from error
+
+    def find(self, prefix: str, endings: tuple[str, ...]) -> str | None:
+        """The first of these names behind a prefix that there is, or None."""
+        return next((prefix + ending for ending in endings if prefix + ending in self), None)
 
     def read_number(self, name: str, need: str, least: float = 0.0, *, above: bool = False) -> float:
         """A float32 tensor of one element. CheckpointError unless it is finite and at least (or above) `least`.
@@ -253,15 +330,18 @@ def find_block(tensors: Checkpoint, layer: int | str, endings: tuple[str, ...]) 
 
 @dataclass(frozen=True)
 class Gate:
-    """weight [experts, hidden_size] bfloat16; bias [experts] float32 if dense; tid2eid [vocab, k] if hash."""
+    """weight [experts, hidden_size] bfloat16 or float32; tid2eid [vocab, k] of a hash layer, else None; bias [experts]
+    float32 of a dense layer, else None; bias_vl [experts] float32, or None: the bias of image tokens.
+    """
 
     weight: Tensor
     bias: Tensor | None
+    bias_vl: Tensor | None
     tid2eid: Tensor | None
 
 
 def load_gate(source: Source, layer: int | str, preset: Preset) -> Gate:
-    """The gate of a layer. A layer with `tid2eid` is a hash layer, one with a bias a dense layer.
+    """The gate of a layer. A layer with `tid2eid` is a hash layer, whatever bias vision checkpoints keep beside it.
 
     Args:
         source: a file, a folder or a mapping; see Checkpoint.
@@ -269,21 +349,45 @@ def load_gate(source: Source, layer: int | str, preset: Preset) -> Gate:
         preset: the model's sizes.
 
     Raises:
-        CheckpointError: naming the tensor, its shape and what was expected.
+        CheckpointError: naming the tensor, its shape and what was expected; a table that check_table refuses.
     """
     with Checkpoint(source) as tensors:
-        prefix, ending = find_block(tensors, layer, ("ffn.gate.weight", "mlp.gate.weight"))
-        gate = prefix + ending.removesuffix(".weight")
-        weight = tensors.read(f"{gate}.weight", (preset.experts, preset.hidden_size), (torch.bfloat16,))
+        first = GATE_NAMES["weight"][0]
+        prefix, ending = find_block(tensors, layer, tuple(f"{name}.{first}" for name in EXPERT_LAYERS))
+        block = prefix + ending.removesuffix(first)
 
-        def read(names: tuple[str, ...], shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor | None:
-            """The first of these that there is."""
-            there = next((name for name in names if f"{gate}.{name}" in tensors), None)
-            return None if there is None else tensors.read(f"{gate}.{there}", shape, dtypes)
+        def read(key: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor | None:
+            name = tensors.find(block, GATE_NAMES[key])
+            if name is None:
+                return None
+            tensor = tensors.read(name, shape, dtypes)
+            if key == "tid2eid":
+                check_table(tensors.where, name, tensor, preset.experts)
+            return tensor
 
-        bias = read(("bias", "e_score_correction_bias"), (preset.experts,), torch.float32)
-        tid2eid = read(("tid2eid",), (preset.vocab_size, preset.top_k), torch.int32, torch.int64)
-    if (bias is None) == (tid2eid is None):
-        found = "both" if bias is not None else "neither"
-        raise CheckpointError(f"{tensors.where}: {gate}: expected either .bias (dense) or .tid2eid (hash), got {found}")
-    return Gate(weight, bias, tid2eid)
+        weight = tensors.read(block + first, (preset.experts, preset.hidden_size), (torch.bfloat16, torch.float32))
+        tid2eid = read("tid2eid", (preset.vocab_size, preset.top_k), torch.int32, torch.int64)
+        bias = read("bias", (preset.experts,), torch.float32)
+        bias_vl = read("bias_vl", (preset.experts,), torch.float32)
+    if bias is None and tid2eid is None:
+        raise CheckpointError(
+            f"{tensors.where}: {block}gate: expected .bias (dense) or .tid2eid (hash), got neither; looked for "
+            f"{', '.join((*GATE_NAMES['bias'], *GATE_NAMES['tid2eid']))}"
+        )
+    return Gate(weight, bias if tid2eid is None else None, bias_vl, tid2eid)
+
+
+def check_table(where: str, name: str, table: Tensor, experts: int) -> None:
+    """CheckpointError unless the entries of a hash layer's table are experts, and not all of them 0, as in a table that
+    no checkpoint has filled. Synchronises; a table without values (of the meta device) is not looked at.
+    """
+    if table.is_meta or not table.numel():
+        return
+    lowest, highest = (int(value) for value in table.aminmax())
+    if lowest < 0 or highest >= experts:
+        got = lowest if lowest < 0 else highest
+        raise CheckpointError(f"{where}: {name}: expected experts from 0 to {experts - 1}, got {got}")
+    if highest == 0 and experts > 1:
+        raise CheckpointError(
+            f"{where}: {name}: expected the experts of each token, got 0 in every entry; was the table ever loaded?"
+        )

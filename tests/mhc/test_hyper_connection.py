@@ -192,6 +192,10 @@ def test_names_of_both_kinds_of_checkpoints(tmp_path: Path) -> None:
         assert torch.equal(a.norm_weight, official[f"layers.0.{sublayer}_norm.weight"].float())
         assert a.state_dict().keys() == {"fn", "base", "scale", "norm_weight"}
         assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+    # SGLang's modules have the models' names beside transformers' norms.
+    sglang = {name.replace(".ffn_norm.", ".post_attention_layernorm."): tensor for name, tensor in official.items()}
+    mixed = HyperConnection.from_checkpoint(sglang, 0, "ffn", SMALL)
+    assert all(torch.equal(value, mixed.state_dict()[name]) for name, value in a.state_dict().items())
     without = HyperConnection.from_checkpoint(official, 0, "attn", SMALL, norm=False)
     assert without.norm_weight is None
 

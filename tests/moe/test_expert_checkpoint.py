@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,8 @@ def checkpoint(scheme: str, block: str = "ffn", prefix: str = f"layers.{LAYER}."
             tensors |= {f"{name}.weight_global_scale": 1 / factor[None], f"{name}.input_global_scale": 1 / static[None]}
         elif scheme == "mxfp4 of modelopt":
             tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": scale}
+        elif scheme == "mxfp4 of SGLang":
+            tensors |= {f"{name}.weight": codes.view(torch.int8), f"{name}.weight_scale_inv": scale}
         else:
             assert scheme == "mxfp4 of compressed-tensors"
             tensors |= {f"{name}.weight_packed": codes, f"{name}.weight_scale": scale}
@@ -66,6 +69,7 @@ SCHEMES = (
     "models, torch's FP4",
     "mxfp4 of modelopt",
     "mxfp4 of compressed-tensors",
+    "mxfp4 of SGLang",
     "nvfp4 of modelopt",
     "nvfp4 of compressed-tensors",
 )
@@ -81,6 +85,67 @@ def test_every_naming(scheme: str, block: str, tmp_path: Path) -> None:
         layer = Nvfp4MoE(EXPERTS, HIDDEN, INNER, top_k=TOP_K)
         layer.prepare_weights_from_checkpoint(source, LAYER)
         assert close(layer.run(*routed(6)), expected(random_layer(nvfp4), *routed(6), 10.0))
+
+
+def stacked(first: int = 0) -> Tensors:
+    """FP4 experts as in the state dict of a transformers model: all in one tensor each, gate's rows before up's.
+    Experts below `first` are of other ranks.
+    """
+    l1, l1_scale, _, l2, l2_scale, _ = random_layer(False)
+    tensors = {
+        "gate_up_proj": l1.view(torch.int8),
+        "gate_up_proj_scale_inv": l1_scale.view(torch.float8_e8m0fnu),
+        "down_proj": l2.view(torch.int8),
+        "down_proj_scale_inv": l2_scale.view(torch.float8_e8m0fnu),
+    }
+    return {
+        f"model.layers.{LAYER}.mlp.experts.{name}": torch.cat(
+            (torch.full((first, *tensor.shape[1:]), 0x7F, dtype=torch.uint8), tensor.view(torch.uint8))
+        ).view(tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_experts_in_one_tensor(first: int, tmp_path: Path) -> None:
+    """Whole and halves of the inner width, of a state dict and of a file."""
+    save_file(stacked(first), tmp_path / "model.safetensors")
+    want = expected(random_layer(False), *routed(6), 10.0)
+    options: dict[str, int] = {"top_k": TOP_K, "experts_start_idx": first, "total_experts": first + EXPERTS}
+    hidden, weights, ids = routed(6)
+    for source in (tmp_path, stacked(first)):
+        layer = Nvfp4MoE(EXPERTS, HIDDEN, INNER, **options)
+        layer.prepare_weights_from_checkpoint(source, LAYER)
+        assert close(layer.run(hidden, weights, ids + first), want)
+    total = torch.zeros(6, HIDDEN)
+    for rank in range(2):
+        layer = Nvfp4MoE(
+            EXPERTS, HIDDEN, INNER // 2, **options, tensor_parallel_rank=rank, tensor_parallel_size=2
+        )  # fmt: skip
+        layer.prepare_weights_from_checkpoint(tmp_path, LAYER)
+        total += layer.run(hidden, weights, ids + first).float()
+    assert close(total, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "text"),
+    [
+        ("gate_up_proj", lambda t: t[:, 1:], r"expected .* \[5, 256, 64\], got int8 \[5, 255, 64\]"),
+        ("down_proj", lambda t: t[:3], r"expected .* \[5, 128, 64\], got int8 \[3, 128, 64\]"),
+        ("down_proj_scale_inv", lambda t: t.float(), r"expected uint8 or float8_e8m0fnu .*, got float32"),
+        ("gate_up_proj_scale_inv", None, "no such tensor"),
+        ("gate_up_proj", lambda t: t.bfloat16(), r"got bfloat16 \[5, 256, 64\]"),
+    ],
+)
+def test_experts_in_one_tensor_that_do_not_fit(name: str, change: Any, text: str) -> None:
+    name = f"model.layers.{LAYER}.mlp.experts.{name}"
+    tensors = stacked()
+    tensor = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(tensor)
+    layer = Nvfp4MoE(EXPERTS, HIDDEN, INNER, top_k=TOP_K)
+    with pytest.raises(CheckpointError, match=f"state dict: {name}: .*{text}"):
+        layer.prepare_weights_from_checkpoint(tensors, LAYER)
 
 
 @pytest.mark.parametrize("scheme", ["nvfp4 of modelopt", "nvfp4 of compressed-tensors"])

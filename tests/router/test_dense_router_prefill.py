@@ -104,7 +104,7 @@ def test_refuses_operands_that_do_not_fit(device: str) -> None:
     hidden = torch.zeros(70, 64, dtype=torch.bfloat16, device=device)
     weight = torch.zeros(16, 64, dtype=torch.bfloat16, device=device)
     for arguments, text in [
-        ((hidden.float(), weight), "hidden: expected dtype bfloat16, got float32"),
+        ((hidden.double(), weight), "hidden: expected dtype bfloat16 or float32 or float16, got float64"),
         ((hidden[0], weight), "hidden: expected shape [any, any], got [64]"),
         ((hidden, weight[:, :32]), "weight: expected shape [any, 64], got [16, 32]"),
     ]:

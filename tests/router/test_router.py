@@ -183,12 +183,31 @@ def test_tables_of_either_index_type_load() -> None:
 @pytest.mark.parametrize(
     ("mode", "changes", "text"),
     [
-        ("dense", {"weight": torch.zeros(32, 250)}, "weight: expected bfloat16 [32, 256], got float32 [32, 250]"),
-        ("dense", {"weight": torch.zeros(32, 256)}, "weight: expected bfloat16 [32, 256], got float32 [32, 256]"),
+        (
+            "dense",
+            {"weight": torch.zeros(32, 250)},
+            "weight: expected bfloat16 or float32 [32, 256], got float32 [32, 250]",
+        ),
+        (
+            "dense",
+            {"weight": torch.zeros(32, 256, dtype=torch.float16)},
+            "weight: expected bfloat16 or float32 [32, 256], got float16 [32, 256]",
+        ),
+        (
+            "dense",
+            {"weight": torch.full((32, 256), 0.1)},
+            "weight: expected values that bfloat16 holds, got float32 ones that it does not; "
+            "weight_dtype=torch.float32 keeps them",
+        ),
+        (
+            "dense",
+            {"bias_vl": torch.zeros(32)},
+            "bias_vl: expected no such tensor in dense mode, got [32]; image_bias=True makes room for it",
+        ),
         ("dense", {"bias": torch.zeros(31)}, "bias: expected float32 [32], got float32 [31]"),
         (
             "hash",
-            {"tid2eid": torch.zeros(500, 8, dtype=torch.int64)},
+            {"tid2eid": torch.ones(500, 8, dtype=torch.int64)},
             "tid2eid: expected int64 or int32 [500, 6], got int64 [500, 8]",
         ),
         (
@@ -202,7 +221,16 @@ def test_tables_of_either_index_type_load() -> None:
             "bias: expected no such tensor in hash mode, got [32]; it is the other mode's",
         ),
     ],
-    ids=["shape and dtype", "dtype", "bias", "table", "a hash layer's tensors", "a dense layer's tensors"],
+    ids=[
+        "shape and dtype",
+        "dtype",
+        "float32",
+        "bias of images",
+        "bias",
+        "table",
+        "a hash layer's tensors",
+        "a dense layer's tensors",
+    ],
 )
 def test_load_errors_name_tensor_shape_and_need(mode: str, changes: dict[str, torch.Tensor | None], text: str) -> None:
     tensors = {name: tensor for name, tensor in (gate_tensors(mode) | changes).items() if tensor is not None}
@@ -261,7 +289,7 @@ def test_checkpoint_errors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"layers\.7\.ffn\.gate\.weight: no such tensor"):
         Router.from_checkpoint(path, 7, FLASH)
     with pytest.raises(
-        CheckpointError, match=r"gate\.weight: expected bfloat16 \[384, 7168\], got bfloat16 \[32, 256\]"
+        CheckpointError, match=r"gate\.weight: expected bfloat16 or float32 \[384, 7168\], got bfloat16 \[32, 256\]"
     ):
         Router.from_checkpoint(path, 0, "v4-pro")
     with pytest.raises(InvalidArgumentError, match="preset: expected one of v4-flash, v4-pro, v41-flash, got 'v5'"):

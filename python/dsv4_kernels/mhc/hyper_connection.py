@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dsv4_kernels.checkpoint import Checkpoint, Source, check_tensor, find_block
+from dsv4_kernels.checkpoint import HYPER_CONNECTIONS, SUBLAYER_NORMS, Checkpoint, Source, check_tensor, find_block
 from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.fixed_dtypes import FixedDtypes
 from dsv4_kernels.mhc.functions import (
@@ -22,13 +22,6 @@ from dsv4_kernels.mhc.functions import (
 from dsv4_kernels.mhc.presets import HyperConnectionPreset, find_hyper_connection
 
 _ROWS, _SCALES = 24, 3
-
-# What fn, base and scale are called, and the sublayer's norm: in the models' own checkpoints, and as transformers saves
-# them.
-_NAMES = {
-    "attn": (("hc_attn_", "attn_norm.weight"), ("attn_hc.", "input_layernorm.weight")),
-    "ffn": (("hc_ffn_", "ffn_norm.weight"), ("ffn_hc.", "post_attention_layernorm.weight")),
-}
 
 _PROJECTIONS = ("float32", "tf32", "tf32_rounded", "bfloat16")
 
@@ -170,20 +163,21 @@ class HyperConnection(FixedDtypes):
         Raises:
             CheckpointError: naming file and tensor, what was expected and what there is.
         """
-        if sublayer not in _NAMES:
+        if sublayer not in HYPER_CONNECTIONS:
             raise InvalidArgumentError(f"HyperConnection: sublayer: expected 'attn' or 'ffn', got {sublayer!r}")
         connection = cls.from_preset(preset, **options)
         float32 = (torch.float32,)
         with Checkpoint(path) as tensors:
-            prefix, ending = find_block(tensors, layer, tuple(f"{names[0]}fn" for names in _NAMES[sublayer]))
-            name, norm = next(names for names in _NAMES[sublayer] if f"{names[0]}fn" == ending)
+            prefix, ending = find_block(tensors, layer, tuple(f"{name}fn" for name in HYPER_CONNECTIONS[sublayer]))
+            name = prefix + ending.removesuffix("fn")
             read: dict[str, Tensor] = {
-                key: tensors.read(f"{prefix}{name}{key}", tuple(getattr(connection, key).shape), float32)
+                key: tensors.read(name + key, tuple(getattr(connection, key).shape), float32)
                 for key in ("fn", "base", "scale")
             }
             if connection.norm_weight is not None:
                 shape, dtypes = (connection.hidden_size,), (torch.bfloat16, torch.float32)
-                read["norm_weight"] = tensors.read(prefix + norm, shape, dtypes).to(torch.float32)
+                norm = tensors.find(prefix, SUBLAYER_NORMS[sublayer]) or prefix + SUBLAYER_NORMS[sublayer][0]
+                read["norm_weight"] = tensors.read(norm, shape, dtypes).to(torch.float32)
         read["fn"] = round_projection(read["fn"], projection)
         connection.load_state_dict(read)
         return connection

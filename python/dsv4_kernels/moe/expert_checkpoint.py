@@ -1,40 +1,25 @@
-"""Reads the experts of a layer from a checkpoint, by the names of the models, of modelopt and of compressed-tensors."""
+"""Reads the experts of a layer from a checkpoint, by the names that dsv4_kernels.checkpoint lists."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsv4_kernels.checkpoint import Checkpoint, CheckpointError, find_block
+from dsv4_kernels.checkpoint import (
+    EXPERT_MATRICES,
+    EXPERT_SCHEMES,
+    STACKED_EXPERTS,
+    STACKED_SCALE,
+    Checkpoint,
+    CheckpointError,
+    ExpertNames,
+    find_block,
+)
 from dsv4_kernels.moe.expert_layout import CODES, GROUPS, MXFP4_SCALES, NVFP4_SCALES, ExpertTensors
 
-
-@dataclass(frozen=True)
-class _Names:
-    """The names of a matrix's tensors.
-
-    factor, activation_scale: of NVFP4 weights, the per-tensor scale and the static scale of the product's activations:
-    amax / 2688, or its reciprocal.
-    """
-
-    codes: str
-    scale: str
-    factor: str | None = None
-    activation_scale: str | None = None
-    reciprocal: bool = False
-
-
-# By the tensor that tells the schemes apart; the first one that is there counts.
-_SCHEMES = {
-    "scale": _Names("weight", "scale"),  # the models' own
-    "weight_packed": _Names("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", True),
-    "weight_scale": _Names("weight", "weight_scale", "weight_scale_2", "input_scale"),  # modelopt
-}
 _GATE, _UP, _DOWN = range(3)
-_MATRICES = {"ffn": ("w1", "w3", "w2"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
 
 class ExpertReader:
@@ -69,20 +54,16 @@ class ExpertReader:
         self._hidden, self._inner, self._rank, self._ranks = hidden_size, intermediate_size, rank, ranks
         first = experts.start
         endings = {
-            f"{block}.experts.{first}.{matrices[_GATE]}.{scheme.codes}": (block, key)
-            for key, scheme in _SCHEMES.items()
-            for block, matrices in _MATRICES.items()
+            f"{block}.experts.{first}.{matrices[_GATE]}.{scheme.codes}": block
+            for scheme in EXPERT_SCHEMES.values()
+            for block, matrices in EXPERT_MATRICES.items()
         }
+        endings |= {f"{block}.experts.{STACKED_EXPERTS[0]}": block for block in EXPERT_MATRICES}
         prefix, ending = find_block(tensors, layer, tuple(endings))
-        block, _ = endings[ending]
-        self.prefix, self._matrices = f"{prefix}{block}.experts.", _MATRICES[block]
-        marks = [mark for mark in _SCHEMES if self._name(first, _GATE, mark) in tensors]
-        if not marks:
-            raise CheckpointError(
-                f"{tensors.where}: {self._name(first, _GATE, 'scale')}: no such tensor, nor any of "
-                f"{', '.join(mark for mark in _SCHEMES if mark != 'scale')}: without scales these are no FP4 weights"
-            )
-        self._names = _SCHEMES[marks[0]]
+        block = endings[ending]
+        self.prefix, self._matrices = f"{prefix}{block}.experts.", EXPERT_MATRICES[block]
+        self._stacked = ending.endswith(STACKED_EXPERTS[0])
+        self._names = ExpertNames("", STACKED_SCALE) if self._stacked else self._find_scheme(first)
         nvfp4 = tensors.info(self._name(first, _GATE, self._names.scale)).dtype in NVFP4_SCALES
         self.format = "nvfp4" if nvfp4 and self._names.factor is not None else "mxfp4"
         self._factors: dict[tuple[int, int], Tensor] = {}
@@ -96,10 +77,7 @@ class ExpertReader:
     def __call__(self, expert: int) -> ExpertTensors:
         """Reads an expert, counted from the first one that is wanted."""
         expert = self.experts[expert]
-        parts = [
-            [self.tensors.read(*part).view(torch.uint8) for part in self._parts(expert, matrix)]
-            for matrix in (_GATE, _UP, _DOWN)
-        ]
+        parts = [[self._read(*part) for part in self._parts(expert, matrix)] for matrix in (_GATE, _UP, _DOWN)]
         l1_codes, l1_scale = (torch.cat(pair) for pair in zip(parts[_GATE], parts[_UP], strict=True))
         l2_codes, l2_scale = parts[_DOWN]
         if self.format == "mxfp4":
@@ -107,6 +85,13 @@ class ExpertReader:
         gate, up, down = (self._factors[expert, matrix] for matrix in (_GATE, _UP, _DOWN))
         l1_scale, l2_scale = l1_scale.view(torch.float8_e4m3fn), l2_scale.view(torch.float8_e4m3fn)
         return ExpertTensors(l1_codes, l1_scale, torch.cat((gate, up)), l2_codes, l2_scale, down)
+
+    def _read(
+        self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], part: tuple[slice, ...]
+    ) -> Tensor:
+        """The bytes of a matrix's codes or scales."""
+        read = self.tensors.read(name, shape, dtypes, part).view(torch.uint8)
+        return read[0] if self._stacked else read
 
     def activation_scales(self) -> tuple[float, float] | None:
         """The static scales of both products' activations, the largest over the experts; None if there are none."""
@@ -119,7 +104,19 @@ class ExpertReader:
         ]
         return largest[0], largest[1]
 
+    def _find_scheme(self, expert: int) -> ExpertNames:
+        marks = [mark for mark in EXPERT_SCHEMES if self._name(expert, _GATE, mark) in self.tensors]
+        if not marks:
+            others = ", ".join(mark for mark in EXPERT_SCHEMES if mark != "scale")
+            raise CheckpointError(
+                f"{self.tensors.where}: {self._name(expert, _GATE, 'scale')}: no such tensor, nor any of {others}: "
+                "without scales these are no FP4 weights"
+            )
+        return EXPERT_SCHEMES[marks[0]]
+
     def _name(self, expert: int, matrix: int, part: str) -> str:
+        if self._stacked:
+            return f"{self.prefix}{STACKED_EXPERTS[matrix == _DOWN]}{part}"
         return f"{self.prefix}{expert}.{self._matrices[matrix]}.{part}"
 
     def _parts(
@@ -128,17 +125,33 @@ class ExpertReader:
         """Codes and scales of a matrix: name, shape in the checkpoint, dtypes, and this rank's part of it."""
         inner, whole, start = self._inner, self._inner * self._ranks, self._inner * self._rank
         scales = NVFP4_SCALES if self.format == "nvfp4" else MXFP4_SCALES
-        for name, pack, dtypes in (
+        for kind, pack, dtypes in (
             (self._names.codes, 2, CODES),
             (self._names.scale, GROUPS[self.format], scales),
         ):
             if matrix == _DOWN:
-                shape = self._hidden, whole // pack
-                part = slice(None), slice(start // pack, (start + inner) // pack)
+                shape: tuple[int, ...] = self._hidden, whole // pack
+                part: tuple[slice, ...] = slice(None), slice(start // pack, (start + inner) // pack)
             else:
                 shape = whole, self._hidden // pack
                 part = slice(start, start + inner), slice(None)
-            yield self._name(expert, matrix, name), shape, dtypes, part if self._ranks > 1 else ()
+            name = self._name(expert, matrix, kind)
+            if self._stacked:
+                yield name, self._stacked_shape(name, shape, matrix), dtypes, self._stacked_part(expert, matrix, part)
+            else:
+                yield name, shape, dtypes, part if self._ranks > 1 else ()
+
+    def _stacked_shape(self, name: str, shape: tuple[int, ...], matrix: int) -> tuple[int, ...]:
+        """Of all experts' tensor: at least as many as are wanted, and gate's and up's rows together."""
+        experts = max(self.experts.stop, *self.tensors.info(name).shape[:1])
+        return (experts, shape[0] * (1 if matrix == _DOWN else 2), shape[1])
+
+    def _stacked_part(self, expert: int, matrix: int, part: tuple[slice, ...]) -> tuple[slice, ...]:
+        rows, columns = part
+        if matrix == _UP:
+            whole = self._inner * self._ranks
+            rows = slice(rows.start + whole, rows.stop + whole)
+        return slice(expert, expert + 1), rows, columns
 
     def _check(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
         try:

@@ -184,7 +184,10 @@ class ExpertWeights(FixedDtypes):
         Names are the models' (`layers.N.ffn.experts.E.w1.weight`, `.scale`: MXFP4), modelopt's (`.weight`,
         `.weight_scale`, `.weight_scale_2`, `.input_scale`: NVFP4) or compressed-tensors' (`.weight_packed`,
         `.weight_scale`, `.weight_global_scale`, `.input_global_scale`); `mlp` with `gate_proj`, `up_proj` and
-        `down_proj` may stand for `ffn` with `w1`, `w3` and `w2`. Memory beyond the layer's is a few experts'.
+        `down_proj` may stand for `ffn` with `w1`, `w3` and `w2`. A model of transformers gives its experts in its state
+        dict, all in one tensor (`mlp.experts.gate_up_proj`, `.gate_up_proj_scale_inv`, `.down_proj`,
+        `.down_proj_scale_inv`: MXFP4). dsv4_kernels.checkpoint lists all names. Memory beyond the layer's is a few
+        experts'.
 
         Args:
             checkpoint: a .safetensors file, a folder with one or with an index of shards, or the tensors by name.
