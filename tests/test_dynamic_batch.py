@@ -37,6 +37,7 @@ TOKENS: dict[str, tuple[str, ...]] = {
     "squared_relu_and_quantize_mxfp8": ("x", "permutation_map"),
     "swiglu_and_quantize_mxfp8": ("x", "permutation_map"),
     "moe_sort": ("topk_ids",),
+    "moe_tiles_from_counts": ("counts",),
     "moe_finalize": ("slot_to_row", "weights", "shared"),
     "moe_grouped_gemm": ("tile_to_expert", "row_to_slot"),
     "moe_grouped_gemm_quantized": ("tile_to_expert", "row_to_slot"),

@@ -8,6 +8,7 @@
 #include "device/reduce.cuh"
 #include "device/scan.cuh"
 #include "moe/moe_sort_policy.h"
+#include "moe/tiles.h"
 
 namespace dsv4 {
 
@@ -25,8 +26,10 @@ struct Route {
   int32_t tiles;  // room in the tile tables
   uint32_t experts;
   int32_t tile_size;
-  int32_t tile_shift;  // its logarithm
-  uint64_t first_expert;
+  int32_t tile_shift;         // its logarithm
+  uint64_t first_expert;      // 0 with a map
+  const int32_t* expert_map;  // local experts of ids
+  int64_t mapped_ids;         // -1: there is no map
 };
 
 constexpr int32_t kNone = -1;
@@ -35,7 +38,11 @@ template <typename Id>
 __device__ int32_t local_expert(const Id* ids, int32_t slot, int32_t end, const Route& route) {
   if (slot >= end) return kNone;
   // Unsigned: an id below the first expert wraps round to a large one.
-  const uint64_t expert = static_cast<uint64_t>(static_cast<int64_t>(ids[slot])) - route.first_expert;
+  uint64_t expert = static_cast<uint64_t>(static_cast<int64_t>(ids[slot])) - route.first_expert;
+  if (route.mapped_ids >= 0) {
+    if (expert >= static_cast<uint64_t>(route.mapped_ids)) return kNone;
+    expert = static_cast<uint64_t>(static_cast<int64_t>(route.expert_map[expert]));
+  }
   return expert < route.experts ? static_cast<int32_t>(expert) : kNone;
 }
 
@@ -331,8 +338,6 @@ constexpr int64_t kMaxSlots = int64_t{1} << 30;  // rows with their padding stil
 
 constexpr MoeSortLimits kLimits = {kFewSlots, kItems, kWarpLanes, kClusterBlocks};
 
-static bool is_tile_size(int64_t rows) { return rows == 16 || rows == 32 || rows == 64 || rows == 128; }
-
 template <int Warps, int ExpertsOfThread, bool OneRound>
 static dsv4_status launch_sort(const LaunchTarget& target, const dsv4_tensor& ids, const Route& route,
                                uint32_t blocks) {
@@ -362,6 +367,9 @@ extern "C" dsv4_status dsv4_moe_sort(const dsv4_moe_sort_args* given, dsv4_strea
   check.range("local_experts", args.local_experts, 1, kMaxExperts);
   check.require(is_tile_size(args.tile_size), "tile_size", "16, 32, 64 or 128", args.tile_size);
   check.range("experts_start_idx", args.experts_start_idx, 0, INT32_MAX);
+  check.optional_tensor("expert_map", args.expert_map, one_of(DSV4_INT32), {kAny});
+  if (present(args.expert_map))
+    check.require(args.experts_start_idx == 0, "experts_start_idx", "0 with expert_map", args.experts_start_idx);
   const int64_t slots = std::min<int64_t>(saturating_product(tokens, top_k), kMaxSlots);
   const int64_t tiles = dsv4_moe_sort_max_tiles(slots, args.local_experts, args.tile_size);
   check.tensor("out_tile_to_expert", args.out_tile_to_expert, one_of(DSV4_INT32), {tiles});
@@ -384,6 +392,8 @@ extern "C" dsv4_status dsv4_moe_sort(const dsv4_moe_sort_args* given, dsv4_strea
   route.tile_size = args.tile_size;
   while (1 << route.tile_shift < args.tile_size) ++route.tile_shift;
   route.first_expert = static_cast<uint64_t>(args.experts_start_idx);
+  route.expert_map = static_cast<const int32_t*>(args.expert_map.data);
+  route.mapped_ids = present(args.expert_map) ? extent(args.expert_map, 0) : -1;
   const MoeSortPolicy policy = moe_sort_policy(*target.device, kLimits, route.slots, args.local_experts);
   route.part = policy.part;
   if (policy.few)

@@ -33,7 +33,13 @@ void bind_moe(py::module_& module) {
   {
     using A = dsv4_moe_sort_args;
     bind(module, "moe_sort", dsv4_moe_sort, &A::topk_ids, &A::local_experts, &A::tile_size, &A::experts_start_idx,
-         &A::out_tile_to_expert, &A::out_tile_rows, &A::out_row_to_slot, &A::out_slot_to_row, &A::out_counts);
+         &A::expert_map, &A::out_tile_to_expert, &A::out_tile_rows, &A::out_row_to_slot, &A::out_slot_to_row,
+         &A::out_counts);
+  }
+  {
+    using A = dsv4_moe_tiles_from_counts_args;
+    bind(module, "moe_tiles_from_counts", dsv4_moe_tiles_from_counts, &A::counts, &A::max_rows, &A::tile_size,
+         &A::out_tile_to_expert, &A::out_row_to_slot);
   }
   module.def("moe_sort_max_tiles", &dsv4_moe_sort_max_tiles);
   module.def("moe_tile_max_slots_per_expert", &dsv4_moe_tile_max_slots_per_expert);

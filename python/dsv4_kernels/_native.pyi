@@ -204,11 +204,15 @@ def moe_sort(
     local_experts: int,
     tile_size: int,
     experts_start_idx: int,
+    expert_map: Tensor | None,
     out_tile_to_expert: Tensor,
     out_tile_rows: Tensor,
     out_row_to_slot: Tensor,
     out_slot_to_row: Tensor,
     out_counts: Tensor,
+) -> bool: ...
+def moe_tiles_from_counts(
+    counts: Tensor, max_rows: int, tile_size: int, out_tile_to_expert: Tensor, out_row_to_slot: Tensor
 ) -> bool: ...
 def moe_finalize(
     rows: Tensor, slot_to_row: Tensor, weights: Tensor | None, shared: Tensor | None, out: Tensor

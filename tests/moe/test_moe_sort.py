@@ -98,6 +98,20 @@ def test_ids_out_of_range_take_no_row(id_type: torch.dtype, device: str) -> None
     check(SortedRoutes(*(tensor.cpu() for tensor in routes)), ids, 4, 16, 4)
 
 
+def test_ids_by_a_map(device: str) -> None:
+    """Ids of both types, in the map and outside of it; invalid experts; several ids with one expert."""
+    expert_map = torch.tensor([2, -1, 0, 4, 2, -(2**31), 2**31 - 1, 3, 1], dtype=torch.int32, device=device)
+    for id_type, tokens in ((torch.int32, 3), (torch.int64, 30)):
+        limits = torch.iinfo(id_type)
+        ids = torch.arange(tokens * 4, dtype=id_type).reshape(tokens, 4) % 12 - 1
+        ids[0] = torch.tensor([limits.max, limits.min, 9, 8], dtype=id_type)
+        local = [[int(expert_map[i]) if 0 <= i < 9 else -1 for i in row] for row in ids.tolist()]
+        routes = moe_sort(ids.to(device), 4, 16, expert_map=expert_map)
+        check(SortedRoutes(*(tensor.cpu() for tensor in routes)), local, 4, 16)
+    nowhere = moe_sort(ids.to(device), 4, 16, expert_map=expert_map[:0])
+    assert nowhere.counts.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("experts", [512, 513, 1024])
 def test_many_experts(experts: int, device: str) -> None:
     """Around the largest number that the block of 1024 threads takes; the last expert and the first."""
@@ -137,6 +151,11 @@ def test_refusals() -> None:
         moe_sort(ids, 1025, 16)
     with pytest.raises(InvalidArgumentError, match=r"moe_sort: topk_ids: expected dtype int32 or int64, got float32"):
         moe_sort(ids.float(), 8, 16)
+    expert_map = torch.zeros(8, dtype=torch.int32)
+    with pytest.raises(InvalidArgumentError, match=r"experts_start_idx: expected 0 with expert_map, got 2"):
+        moe_sort(ids, 8, 16, 2, expert_map)
+    with pytest.raises(InvalidArgumentError, match=r"moe_sort: expert_map: expected dtype int32, got int64"):
+        moe_sort(ids, 8, 16, expert_map=expert_map.long())
     with pytest.raises(InvalidArgumentError, match=r"moe_sort: out_counts: expected shape \[2\], got \[3\]"):
         moe_sort(ids, 8, 16, out_counts=torch.empty(3, dtype=torch.int32))
 

@@ -71,7 +71,9 @@ DSV4_API dsv4_status dsv4_swiglu_and_quantize_mxfp8(const dsv4_swiglu_and_quanti
 
 /* Where each routed slot (token, k) goes when slots are grouped by expert: rows in tiles of tile_size, each tile of one
  * expert, experts in order, the slots of an expert in their own order. Slot s is element s of topk_ids. An id that is
- * negative or not one of the local_experts from experts_start_idx on takes no row. One launch for any batch.
+ * negative or not one of the local_experts from experts_start_idx on takes no row. With expert_map, id i is the local
+ * expert expert_map[i] instead; ids outside the map, and those that it sends outside of [0, local_experts), take no row.
+ * One launch for any batch.
  *
  * With X slots and L experts, tiles = dsv4_moe_sort_max_tiles(X, L, T) are enough for any routing. */
 typedef struct dsv4_moe_sort_args {
@@ -85,7 +87,8 @@ typedef struct dsv4_moe_sort_args {
   dsv4_tensor out_counts;         /* [2] int32: tiles used, slots that take a row */
   int32_t local_experts;          /* 1 to 1024 */
   int32_t tile_size;              /* 16, 32, 64 or 128 */
-  int32_t experts_start_idx;      /* the id of local expert 0 */
+  int32_t experts_start_idx;      /* the id of local expert 0; 0 with expert_map */
+  dsv4_tensor expert_map;         /* optional [ids] int32: the local expert of each id, -1 for those elsewhere */
 } dsv4_moe_sort_args;
 
 DSV4_API dsv4_status dsv4_moe_sort(const dsv4_moe_sort_args* args, dsv4_stream stream);
@@ -93,6 +96,19 @@ DSV4_API dsv4_status dsv4_moe_sort(const dsv4_moe_sort_args* args, dsv4_stream s
 /* The most tiles that any routing of so many slots can use: slots if they are no more than the experts, else
  * floor((slots + (tile_size - 1) * local_experts) / tile_size). */
 DSV4_API int64_t dsv4_moe_sort_max_tiles(int64_t slots, int64_t local_experts, int64_t tile_size);
+
+/* Tiles of rows that lie by expert already, max_rows for each of which the first counts[e] are used: row i of expert e
+ * is row e * max_rows + i, in products as in their results. A count below 0 acts as 0, one above max_rows as max_rows. */
+typedef struct dsv4_moe_tiles_from_counts_args {
+  size_t struct_size;             /* sizeof(dsv4_moe_tiles_from_counts_args) */
+  dsv4_tensor counts;             /* [experts] int32 or int64; experts * max_rows at most 2^30 */
+  dsv4_tensor out_tile_to_expert; /* [experts * max_rows / tile_size] int32: the expert, -1 for tiles without a row */
+  dsv4_tensor out_row_to_slot;    /* [experts * max_rows] int32: the row itself, -1 for rows that are not used */
+  int32_t max_rows;               /* a multiple of tile_size */
+  int32_t tile_size;              /* 16, 32, 64 or 128 */
+} dsv4_moe_tiles_from_counts_args;
+
+DSV4_API dsv4_status dsv4_moe_tiles_from_counts(const dsv4_moe_tiles_from_counts_args* args, dsv4_stream stream);
 
 /* The average number of slots per expert up to which tiles of so many rows are the fastest for the grouped products:
  * a number for 16 and for 64, INT64_MAX for 128, 0 for other sizes. */

@@ -10,7 +10,7 @@ from torch import Tensor
 from dsv4_kernels import _native
 from dsv4_kernels.op import op, output
 
-__all__ = ["SortedRoutes", "max_tiles", "moe_finalize", "moe_sort"]
+__all__ = ["SortedRoutes", "max_tiles", "moe_finalize", "moe_sort", "moe_tiles_from_counts"]
 
 
 class SortedRoutes(NamedTuple):
@@ -43,6 +43,7 @@ def _moe_sort(
     local_experts: int,
     tile_size: int,
     experts_start_idx: int = 0,
+    expert_map: Tensor | None = None,
     *,
     out_tile_to_expert: Tensor | None = None,
     out_tile_rows: Tensor | None = None,
@@ -67,6 +68,7 @@ def moe_sort(
     local_experts: int,
     tile_size: int,
     experts_start_idx: int = 0,
+    expert_map: Tensor | None = None,
     *,
     out_tile_to_expert: Tensor | None = None,
     out_tile_rows: Tensor | None = None,
@@ -78,13 +80,16 @@ def moe_sort(
 
     Slot s is element s of topk_ids: token s // top_k. Each tile belongs to one expert; experts come in order, the slots
     of an expert in their own order, so the result does not depend on how the work was split. An id that is negative or
-    not local takes no row. One launch; nothing is synchronised; a captured graph follows new ids.
+    not local takes no row. One launch; nothing is synchronised; a captured graph follows new ids and a new map.
 
     Args:
         topk_ids: [tokens, top_k] int32 or int64, top_k at most 32.
         local_experts: number of experts that live here, 1 to 1024.
         tile_size: rows of a tile: 16, 32, 64 or 128.
-        experts_start_idx: id of the first local expert (expert parallelism).
+        experts_start_idx: id of the first local expert (expert parallelism). 0 with expert_map.
+        expert_map: [ids] int32, the local expert of each id, where local experts are no range of ids: -1 for those that
+            are elsewhere. Several ids may have the same expert. Ids outside the map, and those that it sends outside of
+            [0, local_experts), take no row.
         out_tile_to_expert: [tiles] int32 to write to; tiles = max_tiles(tokens * top_k, local_experts, tile_size).
         out_tile_rows: [tiles] int32 to write to.
         out_row_to_slot: [tiles * tile_size] int32 to write to.
@@ -102,12 +107,47 @@ def moe_sort(
             local_experts,
             tile_size,
             experts_start_idx,
+            expert_map,
             out_tile_to_expert=out_tile_to_expert,
             out_tile_rows=out_tile_rows,
             out_row_to_slot=out_row_to_slot,
             out_slot_to_row=out_slot_to_row,
             out_counts=out_counts,
         )
+    )
+
+
+@op(_native.moe_tiles_from_counts)
+def moe_tiles_from_counts(
+    counts: Tensor,
+    max_rows: int,
+    tile_size: int,
+    *,
+    out_tile_to_expert: Tensor | None = None,
+    out_row_to_slot: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The tiles of rows that lie by expert already, as DeepEP's low-latency mode and vLLM's batched experts have them.
+
+    Each expert has room for max_rows rows, of which the first counts[e] are used: row i of expert e is row
+    e * max_rows + i, in products as in their results. For moe_grouped_gemm with top_k 0 or 1, which then reads and
+    writes no other rows. One launch; a captured graph follows new counts.
+
+    Args:
+        counts: [experts] int32 or int64. Below 0 acts as 0, above max_rows as max_rows.
+        max_rows: a multiple of tile_size; experts * max_rows at most 2^30.
+        tile_size: rows of a tile: 16, 32, 64 or 128.
+        out_tile_to_expert: [experts * max_rows / tile_size] int32 to write to.
+        out_row_to_slot: [experts * max_rows] int32 to write to.
+
+    Returns:
+        tile_to_expert: the expert, -1 for tiles without a row, which lie among the others. row_to_slot: the row itself,
+        -1 for rows that are not used.
+    """
+    rows = counts.shape[0] * max_rows
+    # Without tiles of no rows: the op's checks say what is wrong with that.
+    return (
+        output(out_tile_to_expert, counts, (rows // tile_size if tile_size > 0 else 0,), torch.int32),
+        output(out_row_to_slot, counts, (rows,), torch.int32),
     )
 
 

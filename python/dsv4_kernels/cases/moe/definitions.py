@@ -27,15 +27,23 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 def sorted_routes(
-    topk_ids: Tensor, local_experts: int, tile_size: int, experts_start_idx: int, tiles: int
+    topk_ids: Tensor,
+    local_experts: int,
+    tile_size: int,
+    experts_start_idx: int,
+    tiles: int,
+    expert_map: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """What moe_sort gives, slot by slot: expert and rows of each of `tiles` tiles, the slot of each row, the row of
     each slot, and how many tiles and rows are used. Rows of tiles that are not used are -1.
     """
     of_expert: list[list[int]] = [[] for _ in range(local_experts)]
-    for slot, expert in enumerate(topk_ids.flatten().tolist()):
-        if experts_start_idx <= expert < experts_start_idx + local_experts:
-            of_expert[expert - experts_start_idx].append(slot)
+    here = {experts_start_idx + expert: expert for expert in range(local_experts)}
+    if expert_map is not None:
+        here = {identity: expert for identity, expert in enumerate(expert_map.tolist()) if 0 <= expert < local_experts}
+    for slot, identity in enumerate(topk_ids.flatten().tolist()):
+        if identity in here:
+            of_expert[here[identity]].append(slot)
     experts: list[int] = []
     sizes: list[int] = []
     row_to_slot: list[int] = []
@@ -56,6 +64,17 @@ def sorted_routes(
     tables = [torch.tensor(column, dtype=torch.int32, device="cpu") for column in columns]
     tables[3] = tables[3].reshape(topk_ids.shape)
     return tuple(tables)
+
+
+def tiles_of_counts(counts: Tensor, max_rows: int, tile_size: int) -> tuple[Tensor, Tensor]:
+    """What moe_tiles_from_counts gives: the expert of each tile, and each row's own number, or -1."""
+    tile_to_expert, row_to_slot = [], []
+    for expert, count in enumerate(counts.tolist()):
+        first = expert * max_rows
+        row_to_slot += [first + place if place < count else -1 for place in range(max_rows)]
+        tile_to_expert += [expert if place < count else -1 for place in range(0, max_rows, tile_size)]
+    tables = [torch.tensor(table, dtype=torch.int32, device="cpu") for table in (tile_to_expert, row_to_slot)]
+    return tables[0], tables[1]
 
 
 def finalized(rows: Tensor, slot_to_row: Tensor, weights: Tensor | None, shared: Tensor | None) -> Tensor:

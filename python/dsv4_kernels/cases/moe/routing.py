@@ -1,4 +1,4 @@
-"""Cases of moe_sort and moe_finalize."""
+"""Cases of moe_sort, moe_tiles_from_counts and moe_finalize."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from dsv4_kernels.presets import PRESETS, Preset
 
 
 def baseline_sort(
-    topk_ids: Tensor, local_experts: int, tile_size: int, experts_start_idx: int
+    topk_ids: Tensor, local_experts: int, tile_size: int, experts_start_idx: int, expert_map: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As an engine would write it: a stable sort, prefix sums and scatters, without a host synchronisation."""
     device, slots = topk_ids.device, topk_ids.numel()
     ids = topk_ids.reshape(-1).to(torch.int64)
+    if expert_map is not None:
+        mapped = (ids >= 0) & (ids < len(expert_map))
+        table = torch.nn.functional.pad(expert_map.to(torch.int64), (0, 1), value=-1)
+        ids = table[torch.where(mapped, ids, len(expert_map))]
     local = (ids >= experts_start_idx) & (ids < experts_start_idx + local_experts)
     key, order = torch.sort(torch.where(local, ids - experts_start_idx, local_experts), stable=True)
     count = torch.zeros(local_experts + 1, dtype=torch.int64, device=device)
@@ -52,19 +56,43 @@ def baseline_sort(
 
 def check_sort(arguments: tuple[Any, ...], results: tuple[Tensor, ...], baseline: tuple[Tensor, ...]) -> Verdict:
     """To the bit; rows of unused tiles must still be poisoned."""
-    topk_ids, local_experts, tile_size, start = to_cpu(arguments)
-    expected = definitions.sorted_routes(topk_ids, local_experts, tile_size, start, len(results[0]))
+    topk_ids, local_experts, tile_size, start, expert_map = to_cpu(arguments)
+    expected = definitions.sorted_routes(topk_ids, local_experts, tile_size, start, len(results[0]), expert_map)
     wrong = sum(int((results[i] != expected[i]).sum()) for i in (0, 1, 3, 4))
     rows = int(expected[4][0]) * int(tile_size)
     wrong += int((results[2][:rows] != expected[2][:rows]).sum()) + int((~is_poison(results[2][rows:])).sum())
     return Verdict(float(wrong), 0.0, "wrong or touched elements")
 
 
-def sort_bytes(topk_ids: Tensor, local_experts: int, tile_size: int, experts_start_idx: int) -> int:
-    """Ids in; a row for each slot, a slot for each row of the used tiles, and the tile tables out."""
-    tiles = int(baseline_sort(topk_ids, local_experts, tile_size, experts_start_idx)[4][0])
+def sort_bytes(
+    topk_ids: Tensor, local_experts: int, tile_size: int, experts_start_idx: int, expert_map: Tensor | None
+) -> int:
+    """Ids and the map in; a row for each slot, a slot for each row of the used tiles, and the tile tables out."""
+    tiles = int(baseline_sort(topk_ids, local_experts, tile_size, experts_start_idx, expert_map)[4][0])
     room = max_tiles(topk_ids.numel(), local_experts, tile_size)
-    return topk_ids.numel() * (topk_ids.element_size() + 4) + tiles * tile_size * 4 + 2 * room * 4 + 8
+    mapped = 0 if expert_map is None else expert_map.nbytes
+    return topk_ids.numel() * (topk_ids.element_size() + 4) + mapped + tiles * tile_size * 4 + 2 * room * 4 + 8
+
+
+def baseline_tiles(counts: Tensor, max_rows: int, tile_size: int) -> tuple[Tensor, Tensor]:
+    """As an engine would write it: rows compared with their expert's count."""
+    place = torch.arange(max_rows, dtype=torch.int32, device=counts.device)
+    used = place < counts[:, None]
+    expert = torch.arange(len(counts), dtype=torch.int32, device=counts.device)[:, None]
+    slots = torch.where(used, expert * max_rows + place, -1)
+    return torch.where(used[:, ::tile_size], expert, -1).flatten(), slots.flatten()
+
+
+def check_tiles(arguments: tuple[Any, ...], results: tuple[Tensor, ...], baseline: tuple[Tensor, ...]) -> Verdict:
+    """To the bit."""
+    expected = definitions.tiles_of_counts(*to_cpu(arguments))
+    wrong = sum(int((got != want).sum()) for got, want in zip(results, expected, strict=True))
+    return Verdict(float(wrong), 0.0, "wrong elements")
+
+
+def tiles_bytes(counts: Tensor, max_rows: int, tile_size: int) -> int:
+    rows = counts.numel() * max_rows
+    return counts.nbytes + 4 * rows + 4 * rows // tile_size
 
 
 def baseline_finalize(
@@ -100,6 +128,7 @@ def finalize_bytes(rows: Tensor, slot_to_row: Tensor, weights: Tensor | None, sh
 
 
 SORT = Baseline(baseline_sort, check_sort, sort_bytes)
+TILES = Baseline(baseline_tiles, check_tiles, tiles_bytes)
 FINALIZE = Baseline(baseline_finalize, check_finalize, finalize_bytes)
 
 
@@ -118,10 +147,12 @@ def sort_case(
     start: int = 0,
     benched: bool = False,
     large: bool = False,
+    expert_map: list[int] | None = None,
     **labels: Any,
 ) -> Case:
     def make(generator: torch.Generator) -> tuple[Any, ...]:
-        return ids(generator), experts, tile_size, start
+        place = None if expert_map is None else torch.tensor(expert_map, dtype=torch.int32, device="cpu")
+        return ids(generator), experts, tile_size, start, place
 
     return Case("moe_sort", f"{name}, tiles of {tile_size}", make, SORT, benched=benched, large=large, labels=labels)
 
@@ -137,6 +168,16 @@ def preset_sort_case(preset: Preset, tokens: int, tile_size: int, large: bool = 
         preset=preset.name,
         tokens=tokens,
     )
+
+
+def tiles_case(name: str, counts: list[int], max_rows: int, tile_size: int, benched: bool = False) -> Case:
+    def make(_: torch.Generator) -> tuple[Any, ...]:
+        of_type = torch.int32 if benched else torch.int64
+        return torch.tensor(counts, dtype=of_type, device="cpu"), max_rows, tile_size
+
+    launches = 1 if counts and max_rows else 0
+    labels = {"experts": len(counts), "max_rows": max_rows}
+    return Case("moe_tiles_from_counts", name, make, TILES, benched=benched, launches=launches, labels=labels)
 
 
 def finalize_case(
@@ -183,6 +224,9 @@ def finalize_case(
     )
 
 
+# Local experts of ids 0 to 7: some ids share one, others have none or an invalid one. Id 8 is not in the map.
+_SPREAD = [2, -1, 0, 1, 2, 3, -7, 0]
+
 FLASH, PRO = PRESETS["v4-flash"], PRESETS["v4-pro"]
 
 CASES = (
@@ -201,6 +245,15 @@ CASES = (
     sort_case("a quarter is local", lambda g: uniform_ids(150, 64, 6, g), 16, 16, start=32),
     sort_case("two blocks", lambda g: uniform_ids(1300, 12, 5, g).to(torch.int32), 12, 64),
     sort_case("most experts, two blocks", lambda g: uniform_ids(110, 1024, 32, g).to(torch.int32), 1024, 16),
+    sort_case("by a map, one slot per lane", lambda g: uniform_ids(4, 9, 6, g), 3, 16, expert_map=_SPREAD),
+    sort_case("by a map", lambda g: uniform_ids(150, 9, 6, g).to(torch.int32), 3, 16, expert_map=_SPREAD),
+    sort_case("by a map, two blocks", lambda g: uniform_ids(700, 9, 6, g), 3, 64, expert_map=_SPREAD),
+    sort_case("an empty map", lambda g: uniform_ids(30, 9, 6, g), 3, 16, expert_map=[]),
+    tiles_case("32 experts, 1024 rows for each", [7 * e % 45 for e in range(32)], 1024, 16, benched=True),
+    tiles_case("counts out of range", [-1, 0, 1, 64, 65, 2**62, -(2**63), 33], 64, 16),
+    tiles_case("one tile for each", [127, 128, 0], 128, 128),
+    tiles_case("no rows", [3, 0], 0, 64),
+    tiles_case("no experts", [], 64, 64),
     finalize_case("v4-flash", 1, FLASH.hidden_size, FLASH.top_k, benched=True),
     finalize_case("v4-flash", 16, FLASH.hidden_size, FLASH.top_k, with_shared=True, benched=True),
     finalize_case("v4-flash", 8192, FLASH.hidden_size, FLASH.top_k, benched=True, large=True),

@@ -1,4 +1,4 @@
-"""moe_sort and moe_finalize in plain torch: the CPU implementation."""
+"""moe_sort, moe_tiles_from_counts and moe_finalize in plain torch: the CPU implementation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ def moe_sort(
     local_experts: int,
     tile_size: int,
     experts_start_idx: int,
+    expert_map: Tensor | None,
     out_tile_to_expert: Tensor,
     out_tile_rows: Tensor,
     out_row_to_slot: Tensor,
@@ -19,6 +20,11 @@ def moe_sort(
 ) -> None:
     # No id minus the start wraps: what lies below the range is found before the subtraction.
     ids = topk_ids.reshape(-1).to(torch.int64)
+    if expert_map is not None:
+        mapped = ((ids >= 0) & (ids < expert_map.shape[0])).nonzero()[:, 0]
+        local_ids = torch.full_like(ids, -1)
+        local_ids[mapped] = expert_map[ids[mapped]].to(torch.int64)
+        ids = local_ids
     local = (ids >= experts_start_idx) & (ids < experts_start_idx + local_experts)
     slots = local.nonzero()[:, 0]
     expert, order = torch.sort(ids[slots] - experts_start_idx, stable=True)
@@ -42,6 +48,16 @@ def moe_sort(
     out_slot_to_row.fill_(-1)
     out_slot_to_row.view(-1)[slots] = row.to(torch.int32)
     out_counts.copy_(torch.tensor([used, slots.numel()], dtype=torch.int64, device="cpu"))
+
+
+def moe_tiles_from_counts(
+    counts: Tensor, max_rows: int, tile_size: int, out_tile_to_expert: Tensor, out_row_to_slot: Tensor
+) -> None:
+    row = torch.arange(out_row_to_slot.shape[0], device="cpu")
+    expert = row // max(max_rows, 1)
+    slot = torch.where(row - expert * max_rows < counts[expert], row, -1)
+    out_row_to_slot.copy_(slot)
+    out_tile_to_expert.copy_(torch.where(slot >= 0, expert, -1)[::tile_size])
 
 
 def moe_finalize(rows: Tensor, slot_to_row: Tensor, weights: Tensor | None, shared: Tensor | None, out: Tensor) -> None:
