@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def expected(
 
 
 def module(nvfp4: bool, device: str = "cpu", **options: object) -> Nvfp4MoE:
-    layer = Nvfp4MoE(EXPERTS, HIDDEN, INNER, top_k=TOP_K, device=device, **options)  # type: ignore[arg-type]
+    layer = Nvfp4MoE(EXPERTS, HIDDEN, INNER, **{"top_k": TOP_K, "device": device} | options)  # type: ignore[arg-type]
     layer.prepare_weights_from_stacked(*random_layer(nvfp4))  # type: ignore[arg-type]
     return layer
 
@@ -239,22 +240,26 @@ def test_quantising_within_the_first_product_changes_no_bit(
 @pytest.mark.parametrize(("activations", "nvfp4"), [("bfloat16", False), ("nvfp4", True), ("mxfp8", False)])
 @pytest.mark.parametrize("fused", [False, True])
 def test_workspace_is_what_a_call_allocates(activations: str, nvfp4: bool, fused: bool) -> None:
-    """Routes, codes and rows between the launches; the unfused path's own work in torch comes on top."""
+    """Routes, codes and rows between the launches, each from a multiple of 256 bytes on; the unfused path's own work in
+    torch comes on top.
+    """
     layer = module(nvfp4, activations=activations)
     layer.set_fused_swiglu(fused)
     tokens = 30
     ids = routed(tokens)[2]
     routes = moe_sort(ids, EXPERTS, layer.tile_size(tokens))
     rows = routes.row_to_slot.shape[0]
-    bytes_of = {"bfloat16": lambda width: 2 * width, "nvfp4": lambda width: width // 2 + width // 16,
-                "mxfp8": lambda width: width + width // 32}[activations]  # fmt: skip
-    expected_bytes = sum(value.nbytes for value in routes) + rows * 2 * HIDDEN
+    # Codes and scales of a row.
+    row_of = {"bfloat16": lambda width: [2 * width], "nvfp4": lambda width: [width // 2, width // 16],
+              "mxfp8": lambda width: [width, width // 32]}[activations]  # fmt: skip
+    pieces = [value.nbytes for value in routes] + [rows * 2 * HIDDEN]
     if activations != "bfloat16":
-        expected_bytes += tokens * bytes_of(HIDDEN)
+        pieces += [tokens * size for size in row_of(HIDDEN)]
     if not fused:
-        expected_bytes += rows * 4 * INNER
+        pieces.append(rows * 4 * INNER)
     if fused or activations != "bfloat16":
-        expected_bytes += rows * bytes_of(INNER)
+        pieces += [rows * size for size in row_of(INNER)]
+    expected_bytes = sum(math.ceil(size / 256) * 256 for size in pieces)
     assert layer.workspace_bytes(tokens) == expected_bytes
 
 

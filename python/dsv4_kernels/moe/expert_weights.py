@@ -13,7 +13,15 @@ from dsv4_kernels.checkpoint import Checkpoint, CheckpointError, Source, check_t
 from dsv4_kernels.errors import InvalidArgumentError
 from dsv4_kernels.fixed_dtypes import FixedDtypes
 from dsv4_kernels.moe.expert_checkpoint import ExpertReader
-from dsv4_kernels.moe.expert_layout import CODES, GROUPS, MXFP4_SCALES, ExpertTensors, WeightLayout, can_be_interleaved
+from dsv4_kernels.moe.expert_layout import (
+    CODES,
+    GROUPS,
+    MXFP4_SCALES,
+    NVFP4_SCALES,
+    ExpertTensors,
+    WeightLayout,
+    can_be_interleaved,
+)
 from dsv4_kernels.moe.quantize import quantize_mxfp4, quantize_nvfp4_gpu_fused
 
 # What the products read, and the weights that it needs: the first format is the one that a layer starts with.
@@ -244,6 +252,78 @@ class ExpertWeights(FixedDtypes):
             return ExpertTensors(l1_codes, l1_scale, both, *quantised(l2_weight[expert]))
 
         self._fill(weights, expert_tensors)
+
+    @torch.no_grad()
+    def replace_expert(
+        self,
+        expert: int,
+        l1_weight: Tensor,
+        l1_scale: Tensor,
+        l1_global_scale: Tensor | None,
+        l2_weight: Tensor,
+        l2_scale: Tensor,
+        l2_global_scale: Tensor | None,
+    ) -> None:
+        """Writes one expert's weights into the memory of the old ones, which captured graphs read.
+
+        For weights that arrive expert by expert, or an expert that moves here. The layer's format and order stay.
+
+        Args:
+            expert: which of the experts here, counted from 0.
+            l1_weight: [2 * intermediate, hidden / 2], and the others as in prepare_weights_from_stacked, without the
+                first dimension.
+            l1_scale: [2 * intermediate, hidden / 16 or / 32].
+            l1_global_scale: [], [1] or [2] (gate, up) float32 or None.
+            l2_weight: [hidden, intermediate / 2].
+            l2_scale: [hidden, intermediate / 16 or / 32].
+            l2_global_scale: [] or [1] float32 or None.
+
+        Raises:
+            InvalidArgumentError: what does not fit, or weights that this layout cannot hold; the layer is as it was.
+        """
+        if not self._prepared:
+            refuse("weights", "prepared weights", "none; call prepare_weights_* or load a state dict")
+        if not isinstance(expert, int) or not 0 <= expert < self.num_experts:
+            refuse("expert", f"0 to {self.num_experts - 1}", repr(expert))
+        weights = self._layout("l1").format
+        scales = NVFP4_SCALES if weights == "nvfp4" else MXFP4_SCALES
+        made = []
+        for product, codes, scale, factor in (
+            ("l1", l1_weight, l1_scale, l1_global_scale),
+            ("l2", l2_weight, l2_scale, l2_global_scale),
+        ):
+            rows, inner = self._sizes(product)
+            _check(f"{product}_weight", codes, (rows, inner // 2), CODES)
+            _check(f"{product}_scale", scale, (rows, inner // GROUPS[weights]), scales)
+            places = [getattr(self, f"{product}_{name}")[expert] for name in ("weight", "scale")]
+            alpha: Tensor | None = getattr(self, f"{product}_alpha")
+            if factor is not None:
+                if alpha is None:
+                    refuse(f"{product}_global_scale", "None, as the other experts have none", "one")
+                if factor.numel() not in (1, alpha[expert].numel()) or factor.dtype != torch.float32:
+                    got = f"{str(factor.dtype).removeprefix('torch.')} {list(factor.shape)}"
+                    refuse(f"{product}_global_scale", f"float32 [{alpha[expert].numel()}]", got)
+            new = [torch.empty_like(place) for place in places]
+            if not self._layout(product).store(codes, scale, new[0], new[1], gate_and_up=product == "l1"):
+                refuse(
+                    f"{product}_scale", "scales of at most 2^9, as the other experts' are interleaved", "a larger one"
+                )
+            made.append((new, places, factor, alpha))
+        for new, places, factor, alpha in made:
+            for place, value in zip(places, new, strict=True):
+                place.copy_(value)
+            if alpha is not None:
+                alpha[expert] = 1.0 if factor is None else factor.reshape(-1 if factor.numel() > 1 else ())
+        self._update_factors()
+
+    def expert_buffers(self) -> dict[str, Tensor]:
+        """The buffers that have a part for each expert, by name: [num_experts, ...], contiguous.
+
+        An expert is these parts and nothing else: engines that move experts between ranks, or copy one to a replica,
+        send and overwrite them. All layers of the same sizes, format and order have the same parts.
+        """
+        names = [f"{product}_{name}" for name in ("weight", "scale", "alpha", "factor") for product in _PRODUCTS]
+        return {name: buffer for name in names if (buffer := self._buffers[name]) is not None}
 
     def set_activation_global_scales(self, l1: float, l2: float) -> None:
         """The static scales of NVFP4 activations, amax / 2688, of the hidden states and of the rows between.

@@ -18,12 +18,10 @@ from dsv4_kernels.moe.grouped_gemm import (
     run_fused_swiglu_grouped_gemm,
     run_nvfp4_grouped_gemm,
 )
-from dsv4_kernels.moe.quantize import (
-    quantize_activation_nvfp4,
-    quantize_mxfp8,
-)
-from dsv4_kernels.moe.routing import SortedRoutes, max_tiles, moe_finalize, moe_sort
+from dsv4_kernels.moe.quantize import quantize_mx, quantize_nvfp4
+from dsv4_kernels.moe.routing import max_tiles, moe_finalize, moe_sort, moe_tiles_from_counts
 from dsv4_kernels.moe.weight_layouts import gate_and_up
+from dsv4_kernels.moe.workspace_plan import NO_MEMORY, Memory, Plan, carve, plan_bytes
 from dsv4_kernels.presets import Preset, find_preset
 
 # Rows per expert up to which tiles of 16 and of 64 rows are the fastest: numbers, as a trace can branch on those alone.
@@ -41,7 +39,10 @@ class Nvfp4MoE(ExpertWeights):
     whose replays follow new routes, and traces under torch.compile(fullgraph=True).
 
     Intermediate results are torch tensors: the allocator reuses their memory from layer to layer on one stream, and
-    keeps streams apart. workspace_bytes() says how much a call needs.
+    keeps streams apart. Or an engine gives the memory: a workspace of workspace_bytes(), known without a call, and out.
+    A call that is given both allocates nothing.
+
+    Rows that another library has dispatched, by expert and with counts, are run_batched()'s.
 
     The layer owns its buffers from construction on. Preparing weights again, loading a state dict and the setters of
     scales write into the same memory wherever format and layout stay the same, so that a captured graph uses the new
@@ -63,10 +64,15 @@ class Nvfp4MoE(ExpertWeights):
         intermediate_size: an expert's inner width, or this rank's part of it (see tensor_parallel_size).
         top_k: experts per token.
         experts_start_idx: id of the first expert here; ids outside [start, start + num_experts) contribute nothing.
+            Where the experts here are no range of ids, run() takes an expert_map.
         total_experts: experts over all ranks, from which the tile size is chosen; default num_experts.
+        num_fused_shared_experts: how many of these experts are shared ones, to which every token has a route of its
+            own (see Router): top_k and total_experts count them too.
         swiglu_limit: clamp of gate and up; None or 0 for none.
         weight_before_second: multiply by the routing weight before w2, rounding to bfloat16 in between, as the models'
             own code does; else after it, in float32, which is more precise.
+        apply_router_weight_on_input: multiply hidden by the routing weight before w1, rounding to bfloat16, and apply
+            it nowhere else, as models with top-1 routing do. With top_k above 1 each route has its own row of hidden.
         activations: what the products read: "bfloat16" (W4A16, any weights), "nvfp4" (W4A4, NVFP4 weights) or "mxfp8"
             (W4A8, MXFP4 weights). NVFP4 needs a static scale for each product: set_activation_global_scales,
             compute_activation_global_scales or a checkpoint's.
@@ -90,8 +96,10 @@ class Nvfp4MoE(ExpertWeights):
         top_k: int = 6,
         experts_start_idx: int = 0,
         total_experts: int | None = None,
+        num_fused_shared_experts: int = 0,
         swiglu_limit: float | None = 10.0,
         weight_before_second: bool = False,
+        apply_router_weight_on_input: bool = False,
         activations: str = "bfloat16",
         weights: str | None = None,
         batch_invariant: bool = False,
@@ -114,7 +122,15 @@ class Nvfp4MoE(ExpertWeights):
         self.total_experts = num_experts if total_experts is None else total_experts
         check_int("top_k", top_k, 1)
         check_int("total_experts", self.total_experts, 1)
+        self.num_fused_shared_experts = num_fused_shared_experts
+        check_int("num_fused_shared_experts", num_fused_shared_experts, 0)
+        if num_fused_shared_experts >= min(top_k, self.total_experts):
+            need = f"less than top_k ({top_k}) and total_experts ({self.total_experts}), which count them"
+            refuse("num_fused_shared_experts", need, num_fused_shared_experts)
+        if weight_before_second and apply_router_weight_on_input:
+            refuse("apply_router_weight_on_input", "False with weight_before_second", True)
         self.weight_before_second = weight_before_second
+        self.apply_router_weight_on_input = apply_router_weight_on_input
         self.batch_invariant = batch_invariant
         # The buffers that the products are multiplied by.
         self._factor_of = {p: f"{p}_factor" if activations == "nvfp4" else f"{p}_alpha" for p in ("l1", "l2")}
@@ -124,10 +140,13 @@ class Nvfp4MoE(ExpertWeights):
 
     @staticmethod
     def from_preset(preset: str | Preset, **options: Any) -> Nvfp4MoE:
-        """All experts of a layer of that model; weights are still to be prepared. options: those of the class."""
+        """All experts of a layer of that model, with num_fused_shared_experts its shared ones too; weights are still to
+        be prepared. options: those of the class.
+        """
         sizes = find_preset("Nvfp4MoE", preset)
-        options = {"top_k": sizes.top_k, **options}
-        return Nvfp4MoE(sizes.experts, sizes.hidden_size, sizes.expert_intermediate, **options)
+        fused = options.get("num_fused_shared_experts", 0)
+        options = {"top_k": sizes.top_k + fused, **options}
+        return Nvfp4MoE(sizes.experts + fused, sizes.hidden_size, sizes.expert_intermediate, **options)
 
     def set_swiglu_limit(self, limit: float | None) -> None:
         """The clamp of gate and up; None or 0 for none. A captured graph keeps the limit it was captured with."""
@@ -148,37 +167,91 @@ class Nvfp4MoE(ExpertWeights):
         """
         if self.batch_invariant or is_exporting():
             return 128 if self.activations == "mxfp8" else 64
-        rows = tokens * self.top_k / self.total_experts
+        shared = self.num_fused_shared_experts
+        rows = tokens * (self.top_k - shared) / (self.total_experts - shared)
         if rows <= ROWS_FOR_TILES_OF_16:
             return 16
         return 64 if rows <= ROWS_FOR_TILES_OF_64 and self.activations != "mxfp8" else 128
 
     def workspace_bytes(self, tokens: int) -> int:
-        """Bytes of intermediate results of a call with so many tokens: routes, quantised tokens, products' rows."""
-        tile_size = self.tile_size(tokens)
-        tiles = max_tiles(tokens * self.top_k, self.num_experts, tile_size)
-        quantised = {"nvfp4": (8 + 1) / 16, "mxfp8": (32 + 1) / 32}.get(self.activations, 0.0)  # codes and their scale
+        """Bytes of workspace with which run() takes every batch of up to so many tokens.
+
+        What its launches hand on: routes, quantised tokens, the products' rows.
+        """
+        shared = self.num_fused_shared_experts
+        batches = [tokens]
+        for rows in (ROWS_FOR_TILES_OF_16, ROWS_FOR_TILES_OF_64):  # up to which tiles are smaller
+            batches.append(rows * (self.total_experts - shared) // (self.top_k - shared))
+        return max(plan_bytes(self._plan(batch)) for batch in batches if batch <= tokens)
+
+    def batched_workspace_bytes(self, max_rows: int) -> int:
+        """Bytes of workspace with which run_batched() takes max_rows rows for each expert."""
+        return plan_bytes(self._batched_plan(max_rows))
+
+    def _plan(self, tokens: int) -> Plan:
+        """What a call of run() writes before its result."""
+        slots, tile_size = tokens * self.top_k, self.tile_size(tokens)
+        tiles = max_tiles(slots, self.num_experts, tile_size)
+        plan: Plan = {
+            "tile_to_expert": ((tiles,), torch.int32),
+            "tile_rows": ((tiles,), torch.int32),
+            "row_to_slot": ((tiles * tile_size,), torch.int32),
+            "slot_to_row": ((tokens, self.top_k), torch.int32),
+            "counts": ((2,), torch.int32),
+        }
+        if self.apply_router_weight_on_input:
+            plan["weighted"] = (tokens, self.top_k, self.hidden_size), torch.bfloat16
+        plan |= self._products_plan(slots if self.apply_router_weight_on_input else tokens, tiles * tile_size)
+        plan["rows"] = (tiles * tile_size, self.hidden_size), torch.bfloat16
+        return plan
+
+    def _batched_plan(self, max_rows: int) -> Plan:
+        """What a call of run_batched() writes before its result."""
+        rows = self.num_experts * max_rows
+        plan: Plan = {
+            "tile_to_expert": ((rows // self.batched_tile_size(max_rows),), torch.int32),
+            "row_to_slot": ((rows,), torch.int32),
+        }
+        return plan | self._products_plan(rows, rows)
+
+    def _products_plan(self, x_rows: int, rows: int) -> Plan:
+        """What is quantised for the products, and the rows between them."""
+        plan = self._quantised_plan("x", x_rows, self.hidden_size)
         if not self._fused:
-            inner = (4 + quantised) * self.intermediate_size
-        else:
-            inner = (quantised or 2) * self.intermediate_size
-        token = quantised * self.hidden_size + 4 * self.top_k
-        return int(tiles * (8 + tile_size * (4 + inner + 2 * self.hidden_size)) + tokens * token) + 8
+            plan["both"] = (rows, 2 * self.intermediate_size), torch.bfloat16
+        if self.activations != "bfloat16":
+            plan |= self._quantised_plan("inner", rows, self.intermediate_size)
+        elif self._fused:
+            plan["inner"] = (rows, self.intermediate_size), torch.bfloat16
+        return plan
+
+    def _quantised_plan(self, name: str, rows: int, columns: int) -> Plan:
+        if self.activations == "nvfp4":
+            return {
+                name: ((rows, columns // 2), torch.uint8),
+                f"{name}_scale": ((rows, columns // 16), torch.float8_e4m3fn),
+            }
+        if self.activations == "mxfp8":
+            scales = (rows, columns // 32), torch.float8_e8m0fnu
+            return {name: ((rows, columns), torch.float8_e4m3fn), f"{name}_scale": scales}
+        return {}
 
     def compute_activation_global_scales(
-        self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor
+        self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, expert_map: Tensor | None = None
     ) -> tuple[float, float]:
         """Sets both scales from a sample, by running the first product in bfloat16. Synchronises: for warm-up only.
 
         Arguments are run()'s; returns the scales.
         """
         tokens = self.check_batch("compute_activation_global_scales", hidden, topk_weights, topk_ids, None)
-        routes = moe_sort(topk_ids, self.num_experts, self.tile_size(tokens), self.experts_start_idx)
+        start = self.experts_start_idx if expert_map is None else 0
+        routes = moe_sort(topk_ids, self.num_experts, self.tile_size(tokens), start, expert_map)
         weights = topk_weights if self.weight_before_second else None
-        rows = self._first(hidden, None, routes, weights, self.l1_alpha)
+        x, slots = self._product_input(hidden, topk_weights, None)
+        rows = self._first(x, None, routes[0], routes[2], weights, slots, self.l1_alpha, NO_MEMORY)
         used = routes.slot_to_row[routes.slot_to_row >= 0].to(torch.int64)
         scales = []
-        for name, value in (("hidden", hidden), ("the first product", rows[used])):
+        for name, value in (("hidden", x), ("the first product", rows[used])):
             amax = float(value.abs().amax()) if value.numel() else 0.0
             if not math.isfinite(amax):
                 raise InvalidArgumentError(
@@ -188,7 +261,17 @@ class Nvfp4MoE(ExpertWeights):
         self.set_activation_global_scales(*scales)
         return scales[0], scales[1]
 
-    def run(self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, shared: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        hidden: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *,
+        shared: Tensor | None = None,
+        expert_map: Tensor | None = None,
+        workspace: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """The experts' sums.
 
         Args:
@@ -196,6 +279,13 @@ class Nvfp4MoE(ExpertWeights):
             topk_weights: [tokens, top_k] float32.
             topk_ids: [tokens, top_k] int32 or int64, ids over all ranks; -1 and ids of other ranks contribute nothing.
             shared: [tokens, hidden_size] bfloat16 to add, such as the shared expert's output.
+            expert_map: [ids] int32, the local expert of each id, -1 for those that are elsewhere; then
+                experts_start_idx does not count. For ids, logical or physical, of which those here are no range:
+                replicas of busy experts, experts dealt out to ranks by turns.
+            workspace: [workspace_bytes(tokens) or more] uint8 on a multiple of 16 bytes, for what lies between the
+                launches. Holds anything before and after; calls that may run at the same time need one each. Without
+                fused SwiGLU (see set_fused_swiglu), torch allocates more.
+            out: [tokens, hidden_size] bfloat16 to write to; hidden or shared itself is allowed.
 
         Returns:
             [tokens, hidden_size] bfloat16.
@@ -204,52 +294,175 @@ class Nvfp4MoE(ExpertWeights):
             InvalidArgumentError: extents that do not agree, or no weights yet; nothing has been launched.
         """
         tokens = self.check_batch("Nvfp4MoE", hidden, topk_weights, topk_ids, shared)
-        routes = moe_sort(topk_ids, self.num_experts, self.tile_size(tokens), self.experts_start_idx)
+        memory = NO_MEMORY if workspace is None else carve(workspace, self._plan(tokens))
+        routes = moe_sort(
+            topk_ids,
+            self.num_experts,
+            self.tile_size(tokens),
+            self.experts_start_idx if expert_map is None else 0,
+            expert_map,
+            out_tile_to_expert=memory.tile_to_expert,
+            out_tile_rows=memory.tile_rows,
+            out_row_to_slot=memory.row_to_slot,
+            out_slot_to_row=memory.slot_to_row,
+            out_counts=memory.counts,
+        )
+        early = self.weight_before_second
+        x, slots = self._product_input(hidden, topk_weights, memory.weighted)
+        rows = self._products(
+            x,
+            None,
+            routes.tile_to_expert,
+            routes.row_to_slot,
+            topk_weights if early else None,
+            slots,
+            memory,
+            memory.rows,
+        )
+        late = None if early or self.apply_router_weight_on_input else topk_weights
+        return moe_finalize(rows, routes.slot_to_row, late, shared, out=out)
+
+    forward = run
+
+    def run_batched(
+        self,
+        rows: Tensor,
+        counts: Tensor,
+        *,
+        scale: Tensor | None = None,
+        workspace: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The experts on rows that lie by expert: the form of DeepEP's low-latency mode and of vLLM's batched experts.
+
+        Routing weights are the combine's to apply. Three launches, or four where activations are quantised. A row's
+        result does not depend on the others'; with tiles of one size (see batch_invariant) it has the bits that run()
+        computes for the route.
+
+        Args:
+            rows: [num_experts, max_rows, hidden_size] bfloat16, contiguous; or, with activations "mxfp8",
+                float8_e4m3fn with a scale. max_rows is a multiple of 16, better of 128 where experts get many rows.
+            counts: [num_experts] int32 or int64: how many of each expert's rows are used, the first ones. Below 0 acts
+                as 0, above max_rows as max_rows. Other rows have no part in any result; bfloat16 ones are not read by
+                products of bfloat16.
+            scale: [num_experts, max_rows, hidden_size / 32] float8_e8m0fnu or uint8, with rows of float8_e4m3fn. Scales
+                for more columns each are repeated.
+            workspace: [batched_workspace_bytes(max_rows) or more] uint8, as in run().
+            out: [num_experts, max_rows, hidden_size] bfloat16 to write to.
+
+        Returns:
+            out. Rows that are not used are not written: undefined in an allocated out.
+
+        Raises:
+            InvalidArgumentError: extents that do not agree, or no weights yet; nothing has been launched.
+        """
+        max_rows = self._check_rows(rows, counts, scale, out)
+        tile_size = self.batched_tile_size(max_rows)
+        memory = NO_MEMORY if workspace is None else carve(workspace, self._batched_plan(max_rows))
+        tile_to_expert, row_to_slot = moe_tiles_from_counts(
+            counts, max_rows, tile_size, out_tile_to_expert=memory.tile_to_expert, out_row_to_slot=memory.row_to_slot
+        )
+        x, x_scale, flat_out = (
+            None if tensor is None else tensor.view(self.num_experts * max_rows, tensor.shape[2])
+            for tensor in (rows, scale, out)
+        )
+        result = self._products(x, x_scale, tile_to_expert, row_to_slot, None, 0, memory, flat_out)  # type: ignore[arg-type]
+        return result.view(self.num_experts, max_rows, self.hidden_size) if out is None else out
+
+    def batched_tile_size(self, max_rows: int) -> int:
+        """Rows of a tile for max_rows rows per expert, as many as there would be if all tokens went to one expert.
+
+        The tile size of a batch of so many tokens, or the next smaller one that divides max_rows.
+        """
+        wanted = self.tile_size(max_rows)
+        sizes = (16, 128) if self.activations == "mxfp8" else (16, 64, 128)
+        fitting = [
+            size
+            for size in sizes
+            if max_rows % size == 0 and (size == wanted or (size < wanted and not self.batch_invariant))
+        ]
+        if not fitting:
+            need = f"a multiple of {wanted if self.batch_invariant else 16}"
+            refuse("rows", f"{need} as the number of rows per expert", max_rows)
+        return fitting[-1]
+
+    def _product_input(self, hidden: Tensor, topk_weights: Tensor, out: Tensor | None) -> tuple[Tensor, int]:
+        """The rows that the first product reads, and how many slots share one. out: room for weighted ones."""
+        if not self.apply_router_weight_on_input:
+            return hidden, self.top_k
+        if out is None:
+            out = hidden.new_empty((*topk_weights.shape, self.hidden_size))
+        torch.mul(hidden[:, None], topk_weights[..., None], out=out)  # in float32, rounded once
+        return out.view(-1, self.hidden_size), 1
+
+    def _products(
+        self,
+        x: Tensor,
+        x_scale: Tensor | None,
+        tile_to_expert: Tensor,
+        row_to_slot: Tensor,
+        weights: Tensor | None,
+        slots: int,
+        memory: Memory,
+        out: Tensor | None,
+    ) -> Tensor:
+        """Both products. weights: to multiply rows by in between. slots: that share a row of x; 0: row r reads x[r]."""
         # In the dictionary itself: as attributes, modules look buffers up slowly.
         buffers: dict[str, Any] = self._buffers
-        inner_weights = topk_weights if self.weight_before_second else None
-        x, x_scale = self._quantized(hidden, buffers["l1_activation_scale"])
-        inner, inner_scale = self._between(x, x_scale, routes, inner_weights)
-        rows = run_nvfp4_grouped_gemm(
+        if x_scale is None:
+            x, x_scale = self._quantized(x, buffers["l1_activation_scale"], memory.x, memory.x_scale)
+        inner, inner_scale = self._between(x, x_scale, tile_to_expert, row_to_slot, weights, slots, memory)
+        return run_nvfp4_grouped_gemm(
             inner,
             buffers["l2_weight"],
             buffers["l2_scale"],
-            routes.tile_to_expert,
-            routes.row_to_slot,
+            tile_to_expert,
+            row_to_slot,
             x_scale=inner_scale,
             alpha=buffers[self._factor_of["l2"]],
+            out=out,
         )
-        return moe_finalize(rows, routes.slot_to_row, None if self.weight_before_second else topk_weights, shared)
 
-    def _quantized(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _quantized(
+        self, x: Tensor, scale: Tensor, out: Tensor | None, out_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if self.activations == "nvfp4":
-            codes, scales = quantize_activation_nvfp4(x, scale)
+            codes, scales = quantize_nvfp4(x, scale, out=out, out_scale=out_scale)
             return codes.view(torch.uint8), scales
         if self.activations == "mxfp8":
-            return quantize_mxfp8(x)
+            return quantize_mx(x, out=out, out_scale=out_scale)
         return x, None
 
     def _between(
-        self, x: Tensor, x_scale: Tensor | None, routes: SortedRoutes, weights: Tensor | None
+        self,
+        x: Tensor,
+        x_scale: Tensor | None,
+        tile_to_expert: Tensor,
+        row_to_slot: Tensor,
+        weights: Tensor | None,
+        slots: int,
+        memory: Memory,
     ) -> tuple[Tensor, Tensor | None]:
         """The rows between the products as the second one reads them, and their scales."""
         buffers: dict[str, Any] = self._buffers
         alpha = buffers[self._factor_of["l1"]]
         if x_scale is None or not self._fused:
-            rows = self._first(x, x_scale, routes, weights, alpha)
-            return self._quantized(rows, buffers["l2_activation_scale"])
+            rows = self._first(x, x_scale, tile_to_expert, row_to_slot, weights, slots, alpha, memory)
+            return self._quantized(rows, buffers["l2_activation_scale"], memory.inner, memory.inner_scale)
         codes, scales = moe_grouped_gemm_quantized(
             x,
             buffers["l1_weight"],
             buffers["l1_scale"],
-            routes.tile_to_expert,
-            routes.row_to_slot,
+            tile_to_expert,
+            row_to_slot,
             x_scale,
             buffers["l2_activation_scale"] if self.activations == "nvfp4" else None,
             alpha,
             weights,
-            self.top_k,
+            slots,
             self._limit,
+            out=memory.inner,
+            out_scale=memory.inner_scale,
         )
         return (codes.view(torch.uint8) if self.activations == "nvfp4" else codes), scales
 
@@ -257,41 +470,46 @@ class Nvfp4MoE(ExpertWeights):
         self,
         x: Tensor,
         x_scale: Tensor | None,
-        routes: SortedRoutes,
+        tile_to_expert: Tensor,
+        row_to_slot: Tensor,
         weights: Tensor | None,
+        slots: int,
         alpha: Tensor | None,
+        memory: Memory,
     ) -> Tensor:
         """The rows between the products, bfloat16, routing weights in them if given."""
         if not self._fused:
-            return self._first_unfused(x, x_scale, routes, weights, alpha)
+            return self._first_unfused(x, x_scale, tile_to_expert, row_to_slot, weights, slots, alpha, memory.both)
         buffers: dict[str, Any] = self._buffers
         return run_fused_swiglu_grouped_gemm(
             x,
             buffers["l1_weight"],
             buffers["l1_scale"],
-            routes.tile_to_expert,
-            routes.row_to_slot,
+            tile_to_expert,
+            row_to_slot,
             x_scale=x_scale,
             alpha=alpha,
             slot_weights=weights,
-            top_k=self.top_k,
+            top_k=slots,
             limit=self._limit,
+            out=memory.inner,
         )
-
-    forward = run
 
     def _first_unfused(
         self,
         x: Tensor,
         x_scale: Tensor | None,
-        routes: SortedRoutes,
+        tile_to_expert: Tensor,
+        row_to_slot: Tensor,
         weights: Tensor | None,
+        slots: int,
         alpha: Tensor | None,
+        out: Tensor | None,
     ) -> Tensor:
         """The first product into bfloat16, then SwiGLU. Rows without a slot hold anything."""
-        maps = routes.tile_to_expert, routes.row_to_slot
-        rows = routes.row_to_slot.shape[0]
-        both = moe_grouped_gemm(x, self.l1_weight, self.l1_scale, *maps, x_scale, None, None, self.top_k).to(
+        maps = tile_to_expert, row_to_slot
+        rows = row_to_slot.shape[0]
+        both = moe_grouped_gemm(x, self.l1_weight, self.l1_scale, *maps, x_scale, None, None, slots, out=out).to(
             torch.float32
         )
         gate, up = gate_and_up(both, self.l1_weight.dtype == torch.int32)
@@ -304,8 +522,8 @@ class Nvfp4MoE(ExpertWeights):
             gate, up = gate.clamp(max=self._limit), up.clamp(-self._limit, self._limit)
         inner = nn.functional.silu(gate) * up
         if weights is not None:
-            slots = routes.row_to_slot.clamp(0, weights.numel() - 1).to(torch.int64)
-            inner = inner * weights.reshape(-1)[slots, None]
+            of_row = row_to_slot.clamp(0, weights.numel() - 1).to(torch.int64)
+            inner = inner * weights.reshape(-1)[of_row, None]
         return inner.to(torch.bfloat16)
 
     def extra_repr(self) -> str:
@@ -357,3 +575,27 @@ class Nvfp4MoE(ExpertWeights):
         ]
         name, expected, got = wrong[0]
         raise InvalidArgumentError(f"{function}: {name}: expected shape {expected}, got {got}")
+
+    def _check_rows(self, rows: Tensor, counts: Tensor, scale: Tensor | None, out: Tensor | None) -> int:
+        """Checks run_batched()'s extents and returns max_rows."""
+        if not self._prepared:
+            refuse("weights", "prepared weights", "none; call prepare_weights_* or load a state dict")
+        max_rows: int = rows.shape[1] if rows.dim() == 3 else 0
+        for name, tensor, shape in (
+            ("rows", rows, (self.num_experts, max_rows, self.hidden_size)),
+            ("counts", counts, (self.num_experts,)),
+            ("scale", scale, (self.num_experts, max_rows, self.hidden_size // 32)),
+            ("out", out, (self.num_experts, max_rows, self.hidden_size)),
+        ):
+            if tensor is None:
+                continue
+            if tensor.shape != shape:
+                refuse(name, f"shape {list(shape)}", list(tensor.shape))
+            if not tensor.is_contiguous():
+                refuse(name, "a contiguous tensor", f"strides {list(tensor.stride())}")
+        quantised = rows.dtype == torch.float8_e4m3fn and self.activations == "mxfp8"
+        if quantised != (scale is not None):
+            need = "one with rows of float8_e4m3fn and activations 'mxfp8', else None"
+            got = f"rows of {str(rows.dtype).removeprefix('torch.')}, activations {self.activations!r} and"
+            refuse("scale", need, f"{got} {'none' if scale is None else 'one'}")
+        return max_rows
