@@ -56,6 +56,7 @@ else
   # First what measures time and builds, alone; then the rest, a process per processor.
   run_tests package "${set_of_tests[@]}" tests/package tests/cpp || failed+=(package)
   run_tests tests "${set_of_tests[@]}" -n "$(nproc)" tests --ignore tests/package --ignore tests/cpp || failed+=(tests)
+  JUNIT=$output/engines.xml ci/engines.sh || failed+=(engines)
   (($#)) || echo "test: a representative set ran (what it left out is counted above as deselected); ci/test.sh --all runs every test"
 fi
 python ci/count_skipped.py "$output"/*.xml
