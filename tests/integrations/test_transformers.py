@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.integrations.transformers import PARTS, engine, register, swap_in
 from dsv4_kernels.moe import Nvfp4MoE, quantize_mxfp4
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, Fp8Dequantize, FP8Experts
 from transformers.integrations.moe import use_experts_implementation
@@ -42,7 +42,7 @@ def reference() -> Any:
 
 class TestWholeModel:
     def test_is_nearer_to_float32_than_transformers_bfloat16(self, reference: Any) -> None:
-        ids = tokens(2, 132)
+        ids = tokens(1, 130)
         exact = reference(ids).logits
         ours = swap_in(in_bfloat16(reference))(ids).logits
         theirs = copy.deepcopy(reference).to(torch.bfloat16)(ids).logits
@@ -83,6 +83,88 @@ class TestWholeModel:
         model = swap_in(in_bfloat16(reference))
         with torch.enable_grad(), pytest.raises(InvalidArgumentError, match="no_grad"):
             model(tokens(1, 4))
+
+
+class TestGenerate:
+    """generate() against float32: with hash layers and all entries attended no rounding is a choice."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+
+    def test_greedy_tokens_are_those_of_float32(self, reference: Any) -> None:
+        prompt = tokens(1, 123)  # the entry of 128 tokens is completed on the way
+        model = swap_in(in_bfloat16(reference))
+        wanted = reference.generate(prompt, **self.OPTIONS)
+        assert torch.equal(model.generate(prompt, **self.OPTIONS), wanted)
+        held = model(wanted[:, :-1]).logits[:, -10:].argmax(dim=2)  # and what a prompt of them gives
+        assert torch.equal(held, wanted[:, -10:])
+
+    def test_beams_are_reordered(self, reference: Any) -> None:
+        """Against the same model without a cache, which has nothing to reorder."""
+        prompt = tokens(1, 9, seed=4)
+        model = swap_in(in_bfloat16(reference))
+        options = {"num_beams": 2, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        wanted = model.generate(prompt, use_cache=False, **options)
+        assert torch.equal(model.generate(prompt, **options), wanted)
+
+    def test_a_conversation_goes_on(self, reference: Any) -> None:
+        text = tokens(2, 40, seed=2)
+        model, cache = swap_in(in_bfloat16(reference)), DynamicCache(config=reference.config)
+        given = []
+        for start, end in ((0, 18), (18, 19), (19, 33), (33, 40)):
+            key = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+            given.append(model(text[:, start:end], use_cache=True, **{key: cache}).logits)
+        assert error(torch.cat(given, dim=1), model(text).logits) < 0.01
+
+
+class TestCompressors:
+    """Against transformers' own modules in float64, from the same bfloat16 numbers."""
+
+    def outputs(self, model: Any, layer: int, hidden: Tensor, pieces: list[int]) -> tuple[Tensor, Tensor]:
+        """All entries, and what the queries of all pieces see of them."""
+        attention = model.model.layers[layer].self_attn
+        cache, start, seen = DynamicCache(config=model.config), 0, []
+        g = torch.Generator().manual_seed(8)
+        residual = torch.randn(hidden.shape[0], hidden.shape[1], 64, generator=g).to(torch.bfloat16)
+        for size in pieces:
+            part = slice(start, start + size)
+            positions = torch.arange(start, start + size).unsqueeze(0)
+            start += size
+            entries, bias = attention.compressor(
+                hidden[:, part], residual[:, part].to(hidden.dtype), positions, cache, layer
+            )
+            full = torch.full((hidden.shape[0], size, hidden.shape[1]), -torch.inf)
+            full[:, :, : entries.shape[2]] = 0.0 if bias is None else bias[:, 0].float()
+            seen.append(full)
+        return entries[:, 0], torch.cat(seen, dim=1)
+
+    @pytest.mark.parametrize("pieces", [[140], [3, 1, 1, 124, 1, 10]], ids=["at once", "in pieces"])
+    @pytest.mark.parametrize("layer", [1, 2])
+    def test_entries_and_choices(self, layer: int, pieces: list[int]) -> None:
+        model = toy_model(index_topk=8, index_n_heads=16)  # of few heads many scores are 0, and equal
+        hidden = torch.randn(2, 140, 128, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
+        exact, wanted = self.outputs(copy.deepcopy(model).double(), layer, hidden.double(), pieces)
+        entries, seen = self.outputs(swap_in(in_bfloat16(model)), layer, hidden, pieces)
+        theirs, seen_there = self.outputs(copy.deepcopy(model).to(torch.bfloat16), layer, hidden, pieces)
+        assert error(entries, exact) < 3e-3
+        assert error(entries, exact) < 0.4 * error(theirs, exact)
+        turned, turned_there = ((one != wanted).sum() for one in (seen, seen_there))  # near ties of the indexer
+        assert turned <= 0.7 * turned_there
+        assert turned < 0.02 * (wanted == 0).sum()
+        assert torch.equal((seen == 0).sum(dim=2), (wanted == 0).sum(dim=2))
+
+    def test_widths_without_kernels_are_refused(self, reference: Any) -> None:
+        model = in_bfloat16(reference)
+        model.config.compress_rates = {"compressed_sparse_attention": 8, "heavily_compressed_attention": 128}
+        with pytest.raises(InvalidArgumentError, match=r"compress_rates.*: expected 4, got 8"):
+            swap_in(model)
+
+    def test_a_cache_is_reset(self, reference: Any) -> None:
+        model, cache = swap_in(in_bfloat16(reference)), DynamicCache(config=reference.config)
+        key = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        first = model(tokens(1, 20), use_cache=True, **{key: cache}).logits
+        cache.layers[1].reset()
+        assert cache.layers[1].dsv4 == {}
+        assert first.isfinite().all()
 
 
 class TestRefusals:

@@ -388,7 +388,7 @@ def test_extents_that_do_not_agree(case: str, monkeypatch: pytest.MonkeyPatch) -
     given, shared, text = wrong_batches()[case]
     layers = [of_kind(False, "bfloat16"), of_kind(True, "nvfp4"), of_kind(False, "mxfp8")]
     monkeypatch.setattr(nvfp4_moe, "moe_sort", ran)
-    monkeypatch.setattr(nvfp4_moe, "quantize_activation_nvfp4", ran)
+    monkeypatch.setattr(nvfp4_moe, "quantize_nvfp4", ran)
     for layer in layers:
         for fused in (True, False):
             layer.set_fused_swiglu(fused)

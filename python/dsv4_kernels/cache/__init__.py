@@ -14,8 +14,10 @@ from dsv4_kernels.cache.prepare import (
     prepare_forward,
     release,
 )
+from dsv4_kernels.cache.rope import Rope, rope_frequencies, rope_table
 from dsv4_kernels.cache.schema import AttentionType, LayerCacheSchema
 from dsv4_kernels.cache.state import CacheHandle, CacheState, PagedCache
+from dsv4_kernels.cache.uniform import UniformCache
 
 torch_ops.register_family("cache")
 
@@ -31,12 +33,16 @@ __all__ = [
     "PageLayout",
     "PagedCache",
     "Request",
+    "Rope",
+    "UniformCache",
     "append_and_flush",
     "compress_flush",
     "maybe_flush_csa",
     "maybe_flush_hca",
     "prepare_forward",
     "release",
+    "rope_frequencies",
+    "rope_table",
     "unpack_entries",
 ]
 __all__ += functions.__all__

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from dsv4_kernels.errors import InvalidArgumentError
+from dsv4_kernels.moe.dispatch import MessageLayout, place_slots
 from dsv4_kernels.moe.nvfp4_moe import Nvfp4MoE
+from dsv4_kernels.moe.quantize import dequantize_mxfp8
+from dsv4_kernels.moe.routing import moe_finalize
 
 _ID_TYPES = (torch.int32, torch.int64)
 
@@ -18,24 +21,50 @@ _ID_TYPES = (torch.int32, torch.int64)
 class ExpertParallelMoE(nn.Module):
     """A layer whose experts are spread over ranks, each with tokens of its own.
 
-    Dispatch gathers the tokens of all ranks, each rank runs its experts on them, and combine sends every partial sum
-    back to its token's rank, which adds them in the order of ranks: the same input gives the same bits. Works with any
-    backend that gathers and exchanges tensors: NCCL, and gloo on the CPU.
+    Two ways for tokens to reach their experts, with any backend that gathers and exchanges tensors: NCCL, and gloo on
+    the CPU. Both are deterministic: the same input gives the same bits.
 
-    Ranks may have different numbers of tokens, none too: each pads to the most that a rank has. With max_tokens that is
-    a number known to all, what crosses ranks has a fixed size and nothing is synchronised with the host, so with NCCL
-    the whole captures in a CUDA graph. Without it, every call first gathers the ranks' numbers and waits for them on
-    the host; a rank whose arguments are refused then makes the call fail on every rank, instead of leaving the others
+    dispatch "gather": every token goes to every rank, and each rank sends its partial sum of it back; the token's rank
+    adds them in the order of ranks. Best for two ranks, and for batches of a few tokens.
+
+    dispatch "routed": a token goes to the ranks that hold its experts and to no other, in messages of `capacity` rows
+    for each rank, in one exchange; a second one brings the results back. combine "sums": a row for each of its ranks,
+    their partial sums in bfloat16, added in the order of the token's routes. combine "routes": a row for each of its
+    routes, added by moe_finalize as one rank's results are: to the bit the layer on one rank, if both use tiles of one
+    size (see Nvfp4MoE, batch_invariant). rows "fp8": dispatched as MXFP8, half the bytes; with activations "mxfp8" that
+    is what the products read, so that no bit changes, otherwise rows are rounded to it.
+
+    Ranks may have different numbers of tokens, none too. With max_tokens, the most that a rank has in any call, what
+    crosses ranks has a fixed size and nothing is synchronised with the host, so with NCCL the whole captures in a CUDA
+    graph. Without it (dispatch "gather" alone), every call first gathers the ranks' numbers and waits for them on the
+    host; a rank whose arguments are refused then makes the call fail on every rank, instead of leaving the others
     waiting.
 
     Args:
         experts: this rank's experts; its experts_start_idx and total_experts say which of how many.
         group: the process group; default the whole world.
         max_tokens: the most tokens that any rank has in any call, the same on every rank. None: agreed in each call.
+        dispatch: "gather" or "routed". Then construction is collective: ranks tell each other which experts they have.
+        rows: "bf16" or, with dispatch "routed", "fp8".
+        combine: "sums" or, with dispatch "routed", "routes".
+        capacity: with dispatch "routed", rows from each rank to each rank, the same on all; rows_per_rank() says what
+            is sent on average. Default: as many as could ever be sent. Rows beyond it are dropped, the last ones, and
+            contribute nothing; `dropped` counts them.
     """
 
+    dropped: Tensor
+    _rank_of_id: Tensor
+
     def __init__(
-        self, experts: Nvfp4MoE, group: dist.ProcessGroup | None = None, *, max_tokens: int | None = None
+        self,
+        experts: Nvfp4MoE,
+        group: dist.ProcessGroup | None = None,
+        *,
+        max_tokens: int | None = None,
+        dispatch: str = "gather",
+        rows: str = "bf16",
+        combine: str = "sums",
+        capacity: int | None = None,
     ) -> None:
         super().__init__()
         if not dist.is_initialized():
@@ -43,14 +72,48 @@ class ExpertParallelMoE(nn.Module):
                 "ExpertParallelMoE: group: expected an initialised process group, got none; call "
                 "torch.distributed.init_process_group"
             )
-        if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+        for name, number in (("max_tokens", max_tokens), ("capacity", capacity)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise InvalidArgumentError(f"ExpertParallelMoE: {name}: expected at least 1 or None, got {number!r}")
+        for name, value, values in (
+            ("dispatch", dispatch, ("gather", "routed")),
+            ("rows", rows, ("bf16", "fp8") if dispatch == "routed" else ("bf16",)),
+            ("combine", combine, ("sums", "routes") if dispatch == "routed" else ("sums",)),
+        ):
+            if value not in values:
+                need = " or ".join(map(repr, values))
+                raise InvalidArgumentError(
+                    f"ExpertParallelMoE: {name}: expected {need} with dispatch {dispatch!r}, got {value!r}"
+                    if name != "dispatch"
+                    else f"ExpertParallelMoE: dispatch: expected {need}, got {value!r}"
+                )
+        if dispatch == "routed" and max_tokens is None:
             raise InvalidArgumentError(
-                f"ExpertParallelMoE: max_tokens: expected at least 1 or None, got {max_tokens!r}"
+                "ExpertParallelMoE: max_tokens: expected a number with dispatch 'routed', got None; messages have a "
+                "fixed size"
+            )
+        if dispatch == "gather" and capacity is not None:
+            raise InvalidArgumentError(
+                f"ExpertParallelMoE: capacity: expected None with dispatch 'gather', got {capacity}"
             )
         self.experts = experts
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.max_tokens = max_tokens
+        self.dispatch, self.rows, self.combine = dispatch, rows, combine
+        self.register_buffer("dropped", torch.zeros((), dtype=torch.int64, device=experts.device), persistent=False)
+        self.register_buffer("_rank_of_id", torch.empty(0, dtype=torch.int64), persistent=False)
+        self.capacity = 0
+        if max_tokens is not None and dispatch == "routed":
+            routes = 1 if combine == "routes" else experts.top_k
+            self._layout = MessageLayout(experts.hidden_size, routes, rows == "fp8")
+            self.capacity = max_tokens * (experts.top_k // routes) if capacity is None else capacity
+            self._rank_of_id = self._agreed_ranks()
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes that cross ranks for a row that is dispatched, with dispatch "routed"."""
+        return self._layout.row_bytes
 
     def forward(
         self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, shared: Tensor | None = None
@@ -65,8 +128,8 @@ class ExpertParallelMoE(nn.Module):
             shared: [tokens, hidden_size] bfloat16 to add, such as the shared expert's output of these tokens.
 
         Returns:
-            [tokens, hidden_size] bfloat16. Each rank's part is rounded to bfloat16 on its way; their sum and shared are
-            added in float32 and rounded once.
+            [tokens, hidden_size] bfloat16. What ranks send back, each rank's part or each route's result, is rounded to
+            bfloat16 on its way; their sum and shared are added in float32 and rounded once.
 
         Raises:
             InvalidArgumentError: arguments that do not fit: without max_tokens on every rank, with it on this one.
@@ -80,6 +143,8 @@ class ExpertParallelMoE(nn.Module):
             raise InvalidArgumentError(
                 f"ExpertParallelMoE: hidden: expected at most max_tokens {self.max_tokens} tokens, got {tokens}"
             )
+        if self.dispatch == "routed":
+            return self._routed(hidden, topk_weights, topk_ids, shared)
         if rows == 0:  # on every rank
             return hidden.clone() if shared is None else shared.clone()
         # Ids of -1 take no row, so what the padding holds does not matter; zeros, as it crosses ranks.
@@ -89,6 +154,71 @@ class ExpertParallelMoE(nn.Module):
         dist.all_to_all_single(received, parts, group=self.group)
         total = received.view(self.ranks, rows, -1)[:, :tokens].to(torch.float32).sum(dim=0)
         return (total if shared is None else total + shared).to(torch.bfloat16)
+
+    def _routed(self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared: Tensor | None) -> Tensor:
+        """Rows to the ranks of their experts, results back to the ranks of their tokens."""
+        experts, layout = self.experts, self._layout
+        table = self._rank_of_id
+        given = hidden if hidden.shape[0] else hidden.new_zeros(1, experts.hidden_size)  # rows are taken from it
+        known = (topk_ids >= 0) & (topk_ids < len(table))
+        ranks = torch.where(known, table[torch.where(known, topk_ids, 0).to(torch.int64)], self.ranks)
+        places = place_slots(ranks, self.ranks, self.capacity, one_per_rank=self.combine == "sums")
+        self.dropped += places.dropped
+        if hidden.shape[0] == 0:
+            topk_weights, topk_ids, ranks = (_padded(tensor, 1, 0) for tensor in (topk_weights, topk_ids, ranks))
+        message = layout.pack(places, self.capacity, given, topk_weights, topk_ids, ranks)
+        x, scales, ids, weights = layout.views(self._exchanged(message))
+        scale = scales.contiguous() if layout.fp8 else None
+        if scale is not None and experts.activations != "mxfp8":
+            x = dequantize_mxfp8(x.contiguous(), scale)
+            scale = None
+        early = experts.weight_before_second or experts.apply_router_weight_on_input
+        late = self.combine == "routes" and not early
+        parts = experts.sums(
+            x,
+            scale,
+            weights.contiguous(),
+            ids.contiguous(),
+            experts.tile_size(self.ranks * self.max_tokens),  # type: ignore[operator]
+            weigh=not (late or early),
+        )
+        results = self._exchanged(parts)
+        return moe_finalize(results, places.of_slot, topk_weights[: len(hidden)] if late else None, shared)
+
+    def _exchanged(self, messages: Tensor) -> Tensor:
+        """What the ranks send here, one below the other: of each the part for this rank."""
+        received = torch.empty_like(messages)
+        dist.all_to_all_single(received, messages, group=self.group)
+        return received
+
+    def _agreed_ranks(self) -> Tensor:
+        """The rank of each id, from what the ranks tell each other; all must have been made alike."""
+        experts = self.experts
+        mine = (
+            experts.experts_start_idx,
+            experts.num_experts,
+            experts.hidden_size,
+            experts.top_k,
+            self.max_tokens,
+            self.capacity,
+            self.rows == "fp8",
+            self.combine == "routes",
+        )
+        names = ("hidden_size", "top_k", "max_tokens", "capacity", "rows", "combine")
+        told = self._gathered(torch.tensor([mine], dtype=torch.int64, device=experts.device)).tolist()
+        for name, values in zip(names, list(zip(*told, strict=True))[2:], strict=True):
+            if len(set(values)) > 1:
+                raise InvalidArgumentError(f"ExpertParallelMoE: {name}: expected one on all ranks, got {list(values)}")
+        table = [self.ranks] * max(start + count for start, count, *_ in told)
+        for rank, (start, count, *_) in enumerate(told):
+            for identity in range(start, start + count):
+                if table[identity] != self.ranks:
+                    raise InvalidArgumentError(
+                        f"ExpertParallelMoE: experts: expected each id on one rank, got id {identity} on ranks "
+                        f"{table[identity]} and {rank}"
+                    )
+                table[identity] = rank
+        return torch.tensor(table, dtype=torch.int64, device=experts.device)
 
     def _refusal(
         self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared: Tensor | None

@@ -295,10 +295,52 @@ class Nvfp4MoE(ExpertWeights):
         """
         tokens = self.check_batch("Nvfp4MoE", hidden, topk_weights, topk_ids, shared)
         memory = NO_MEMORY if workspace is None else carve(workspace, self._plan(tokens))
+        late = not (self.weight_before_second or self.apply_router_weight_on_input)
+        return self.sums(
+            hidden,
+            None,
+            topk_weights,
+            topk_ids,
+            self.tile_size(tokens),
+            weigh=late,
+            shared=shared,
+            expert_map=expert_map,
+            memory=memory,
+            out=out,
+        )
+
+    def sums(
+        self,
+        hidden: Tensor,
+        scale: Tensor | None,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        tile_size: int,
+        *,
+        weigh: bool,
+        shared: Tensor | None = None,
+        expert_map: Tensor | None = None,
+        memory: Memory = NO_MEMORY,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """run() for callers inside the package, with arguments that fit: any number of routes per token.
+
+        Args:
+            hidden: as in run(), or with activations "mxfp8" float8_e4m3fn with a scale.
+            scale: [tokens, hidden_size / 32] float8_e8m0fnu or None.
+            topk_weights: as in run(), [tokens, routes].
+            topk_ids: as in run(), [tokens, routes].
+            tile_size: rows of a tile.
+            weigh: whether the sum is weighted.
+            shared: as in run().
+            expert_map: as in run().
+            memory: pieces of a workspace.
+            out: as in run().
+        """
         routes = moe_sort(
             topk_ids,
             self.num_experts,
-            self.tile_size(tokens),
+            tile_size,
             self.experts_start_idx if expert_map is None else 0,
             expert_map,
             out_tile_to_expert=memory.tile_to_expert,
@@ -307,20 +349,18 @@ class Nvfp4MoE(ExpertWeights):
             out_slot_to_row=memory.slot_to_row,
             out_counts=memory.counts,
         )
-        early = self.weight_before_second
         x, slots = self._product_input(hidden, topk_weights, memory.weighted)
         rows = self._products(
             x,
-            None,
+            scale,
             routes.tile_to_expert,
             routes.row_to_slot,
-            topk_weights if early else None,
+            topk_weights if self.weight_before_second else None,
             slots,
             memory,
             memory.rows,
         )
-        late = None if early or self.apply_router_weight_on_input else topk_weights
-        return moe_finalize(rows, routes.slot_to_row, late, shared, out=out)
+        return moe_finalize(rows, routes.slot_to_row, topk_weights if weigh else None, shared, out=out)
 
     forward = run
 
@@ -389,7 +429,7 @@ class Nvfp4MoE(ExpertWeights):
     def _product_input(self, hidden: Tensor, topk_weights: Tensor, out: Tensor | None) -> tuple[Tensor, int]:
         """The rows that the first product reads, and how many slots share one. out: room for weighted ones."""
         if not self.apply_router_weight_on_input:
-            return hidden, self.top_k
+            return hidden, topk_weights.shape[1]
         if out is None:
             out = hidden.new_empty((*topk_weights.shape, self.hidden_size))
         torch.mul(hidden[:, None], topk_weights[..., None], out=out)  # in float32, rounded once

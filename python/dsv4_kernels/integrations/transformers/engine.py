@@ -8,8 +8,13 @@ from typing import Any
 
 from dsv4_kernels.errors import InvalidArgumentError
 
-# The parameters of what is replaced, without self. The cache has been renamed between releases.
+# The parameters of what is replaced, without self. Between these releases `past_key_values` has become `cache`.
+_COMPRESSOR = ("hidden_states", "q_residual", "position_ids", "cache", "layer_idx")
 _FORWARDS = {
+    "DeepseekV4CSACompressor": _COMPRESSOR,
+    "DeepseekV4HCACompressor": _COMPRESSOR,
+    "DeepseekV4Indexer": _COMPRESSOR,
+    "DeepseekV4IndexerScorer": ("q", "compressed_kv", "hidden_states"),
     "DeepseekV4TopKRouter": ("hidden_states",),
     "DeepseekV4HashRouter": ("hidden_states", "input_ids"),
     "DeepseekV4DecoderLayer": ("hidden_states", "input_ids", "kwargs"),
@@ -36,9 +41,10 @@ def modeling() -> Any:
         raise _unknown(f"no {name}") from error
     for of, parameters in _FORWARDS.items():
         known = getattr(module, of, None)
-        found = None if known is None else tuple(inspect.signature(known.forward).parameters)[1:]
+        names = [] if known is None else list(inspect.signature(known.forward).parameters)[1:]
+        found = tuple("cache" if name == "past_key_values" else name for name in names)
         if found != parameters:
-            raise _unknown(f"{of}.forward{parameters if found is None else found}, known as {of}.forward{parameters}")
+            raise _unknown(f"{of}.forward{found}, known as {of}.forward{parameters}")
     return module
 
 

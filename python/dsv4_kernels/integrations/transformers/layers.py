@@ -42,6 +42,13 @@ def swap_forward(module: Any, forward: Callable[..., Any], **constants: Any) -> 
 
 def check(config: Any, parts: Collection[str]) -> None:
     """Raises InvalidArgumentError if there are no kernels for what the model has in these parts."""
+    if "compressors" in parts:
+        for name, width in (("head_dim", 512), ("index_head_dim", 128), ("qk_rope_head_dim", 64)):
+            if getattr(config, name) != width:
+                _refuse(name, str(width), getattr(config, name))
+        for kind, ratio in (("compressed_sparse_attention", 4), ("heavily_compressed_attention", 128)):
+            if kind in config.layer_types and config.compress_rates[kind] != ratio:
+                _refuse(f"compress_rates[{kind!r}]", str(ratio), config.compress_rates[kind])
     if "hyper_connections" in parts and config.hc_mult != _STREAMS:
         _refuse("hc_mult", str(_STREAMS), config.hc_mult)
     if "routers" in parts:

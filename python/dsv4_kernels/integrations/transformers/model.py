@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from dsv4_kernels.checkpoint import Source
 from dsv4_kernels.errors import InvalidArgumentError
-from dsv4_kernels.integrations.transformers import engine, experts, layers
+from dsv4_kernels.integrations.transformers import compressors, engine, experts, layers
 
 Model = TypeVar("Model")
 
-PARTS = ("experts", "routers", "hyper_connections", "norms")
+PARTS = ("experts", "routers", "hyper_connections", "norms", "compressors")
 
 
 def swap_in(
@@ -61,11 +61,14 @@ def swap_in(
         experts.register(round_weights=round_weights, keep_weights=keep_weights)
     preparation = experts.Preparation(round_weights, keep_weights)
     for body in bodies:
+        rope = compressors.RopeTable(body.rotary_emb.compress_inv_freq)
         for layer in body.layers:
             if "hyper_connections" in parts:
                 layers.swap_hyper_connections(layer, body.config)
             if "norms" in parts:
                 layers.swap_norms(layer.self_attn)
+            if "compressors" in parts:
+                compressors.swap_compressor(layer.self_attn, rope, modeling)
             if "routers" in parts:
                 layers.swap_router(layer.mlp.gate, body.config, hashed=layer.mlp.is_hash)
             if "experts" in parts and (checkpoint is not None or experts.NAME not in layer.mlp.experts._modules):
