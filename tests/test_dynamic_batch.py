@@ -38,6 +38,8 @@ TOKENS: dict[str, tuple[str, ...]] = {
     "swiglu_and_quantize_mxfp8": ("x", "permutation_map"),
     "moe_sort": ("topk_ids",),
     "moe_tiles_from_counts": ("counts",),
+    "moe_dispatch_places": ("topk_ids",),
+    "moe_dispatch_rows": ("topk_ids", "topk_weights", "x", "scale"),
     "moe_finalize": ("slot_to_row", "weights", "shared"),
     "moe_grouped_gemm": ("tile_to_expert", "row_to_slot"),
     "moe_grouped_gemm_quantized": ("tile_to_expert", "row_to_slot"),

@@ -41,6 +41,16 @@ void bind_moe(py::module_& module) {
     bind(module, "moe_tiles_from_counts", dsv4_moe_tiles_from_counts, &A::counts, &A::max_rows, &A::tile_size,
          &A::out_tile_to_expert, &A::out_row_to_slot);
   }
+  {
+    using A = dsv4_moe_dispatch_places_args;
+    bind(module, "moe_dispatch_places", dsv4_moe_dispatch_places, &A::topk_ids, &A::rank_of_id, &A::dropped, &A::ranks,
+         &A::capacity, flag(&A::one_per_rank), &A::out_slot_to_place, &A::out_place_to_slot);
+  }
+  {
+    using A = dsv4_moe_dispatch_rows_args;
+    bind(module, "moe_dispatch_rows", dsv4_moe_dispatch_rows, &A::x, &A::scale, &A::topk_weights, &A::topk_ids,
+         &A::rank_of_id, &A::place_to_slot, &A::capacity, &A::routes, &A::out);
+  }
   module.def("moe_sort_max_tiles", &dsv4_moe_sort_max_tiles);
   module.def("moe_tile_max_slots_per_expert", &dsv4_moe_tile_max_slots_per_expert);
   {

@@ -214,6 +214,27 @@ def moe_sort(
 def moe_tiles_from_counts(
     counts: Tensor, max_rows: int, tile_size: int, out_tile_to_expert: Tensor, out_row_to_slot: Tensor
 ) -> bool: ...
+def moe_dispatch_places(
+    topk_ids: Tensor,
+    rank_of_id: Tensor,
+    dropped: Tensor,
+    ranks: int,
+    capacity: int,
+    one_per_rank: bool,
+    out_slot_to_place: Tensor,
+    out_place_to_slot: Tensor,
+) -> bool: ...
+def moe_dispatch_rows(
+    x: Tensor,
+    scale: Tensor | None,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    rank_of_id: Tensor,
+    place_to_slot: Tensor,
+    capacity: int,
+    routes: int,
+    out: Tensor,
+) -> bool: ...
 def moe_finalize(
     rows: Tensor, slot_to_row: Tensor, weights: Tensor | None, shared: Tensor | None, out: Tensor
 ) -> bool: ...

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from dsv4_kernels import InvalidArgumentError
 from dsv4_kernels.moe import ExpertParallelMoE, Nvfp4MoE, rows_per_rank
-from dsv4_kernels.moe.dispatch import place_slots
 from torch.multiprocessing.spawn import spawn
 
 from tests.moe.test_nvfp4_moe import EXPERTS, HIDDEN, INNER, TOP_K, expected, module, random_layer, routed
@@ -275,24 +274,6 @@ def every_rank_refuses(folder: Path) -> None:
     assert "topk_weights: expected shape [6, 3], got [3, 3]" in told[1]["fewer weights"]
     assert "hidden: expected dtype bfloat16, got float32" in told[1]["dtype"]
     assert told[0]["no ids"] != "none"
-
-
-def test_places_of_slots() -> None:
-    """By hand: slots to five ranks, one row for each or one per token and rank, some more than there is room for."""
-    ranks, capacity, generator = 5, 9, torch.Generator().manual_seed(0)
-    goes = torch.randint(0, ranks + 1, (23, 4), generator=generator)
-    for one_per_rank in (False, True):
-        places = place_slots(goes, ranks, capacity, one_per_rank=one_per_rank)
-        rows: list[list[int]] = [[] for _ in range(ranks)]
-        for token, row in enumerate(goes.tolist()):
-            for k, rank in enumerate(row):
-                if rank < ranks and not (one_per_rank and rank in row[:k]):
-                    rows[rank].append(token * 4 + k)
-        want = [(row + [-1] * capacity)[:capacity] for row in rows]
-        assert places.slot.reshape(ranks, capacity).tolist() == want
-        assert int(places.dropped) == sum(max(len(row) - capacity, 0) for row in rows) > 0
-        flat = [slot for row in want for slot in row]
-        assert places.of_slot.flatten().tolist() == [flat.index(s) if s in flat else -1 for s in range(92)]
 
 
 def test_rows_per_rank() -> None:

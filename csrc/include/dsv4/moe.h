@@ -110,6 +110,41 @@ typedef struct dsv4_moe_tiles_from_counts_args {
 
 DSV4_API dsv4_status dsv4_moe_tiles_from_counts(const dsv4_moe_tiles_from_counts_args* args, dsv4_stream stream);
 
+/* Gives the slots of each rank the rows of a message to it, in the order of the slots: place rank * capacity + i for the
+ * i-th slot whose id is that rank's. With one_per_rank only a token's first slot for a rank takes a place. Slots for
+ * which no place is left, the last ones, are added to dropped. One launch for any batch. */
+typedef struct dsv4_moe_dispatch_places_args {
+  size_t struct_size;            /* sizeof(dsv4_moe_dispatch_places_args) */
+  dsv4_tensor topk_ids;          /* [tokens, top_k] int32 or int64, at most 2^30 elements; top_k <= 32 */
+  dsv4_tensor rank_of_id;        /* [ids] int32: ids outside, and ranks outside [0, ranks), go nowhere */
+  dsv4_tensor dropped;           /* [1] int64, added to */
+  dsv4_tensor out_slot_to_place; /* [tokens, top_k] int32, -1 for slots without a place */
+  dsv4_tensor out_place_to_slot; /* [ranks * capacity] int32, -1 for places that are not used */
+  int32_t ranks;                 /* 1 to 65535 */
+  int32_t capacity;              /* places for each rank; ranks * capacity at most 2^30 */
+  int32_t one_per_rank;          /* 0 or 1 */
+} dsv4_moe_dispatch_places_args;
+
+DSV4_API dsv4_status dsv4_moe_dispatch_places(const dsv4_moe_dispatch_places_args* args, dsv4_stream stream);
+
+/* The rows of messages. A row holds, each part from a multiple of 16 bytes on and filled up with zeros: the token's row
+ * of x, its scales, int32 ids and float32 weights of its routes. routes top_k: all of its token's, with id -1 for those
+ * of other ranks; routes 1: its slot's. A place without a slot gets ids -1 and nothing else. */
+typedef struct dsv4_moe_dispatch_rows_args {
+  size_t struct_size;       /* sizeof(dsv4_moe_dispatch_rows_args) */
+  dsv4_tensor x;            /* [tokens, bytes] uint8, bytes a multiple of 16; rows may be strided, on multiples of 16 */
+  dsv4_tensor scale;        /* optional [tokens, bytes] uint8 */
+  dsv4_tensor topk_weights; /* [tokens, top_k] float32 */
+  dsv4_tensor topk_ids;     /* [tokens, top_k] int32 or int64; top_k <= 32 */
+  dsv4_tensor rank_of_id;   /* [ids] int32, as in dsv4_moe_dispatch_places_args */
+  dsv4_tensor place_to_slot; /* [places] int32, of dsv4_moe_dispatch_places; slots out of range act as -1 */
+  dsv4_tensor out;           /* [places, row bytes] uint8, on a multiple of 16 bytes */
+  int32_t capacity;          /* places for each rank, at least 1 */
+  int32_t routes;            /* top_k or 1 */
+} dsv4_moe_dispatch_rows_args;
+
+DSV4_API dsv4_status dsv4_moe_dispatch_rows(const dsv4_moe_dispatch_rows_args* args, dsv4_stream stream);
+
 /* The average number of slots per expert up to which tiles of so many rows are the fastest for the grouped products:
  * a number for 16 and for 64, INT64_MAX for 128, 0 for other sizes. */
 DSV4_API int64_t dsv4_moe_tile_max_slots_per_expert(int32_t tile_size);

@@ -3,58 +3,92 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dsv4_kernels import _native
 from dsv4_kernels.moe.quantize import quantize_mxfp8
+from dsv4_kernels.op import InOut, op, output
+
+__all__ = ["moe_dispatch_places", "moe_dispatch_rows", "rows_per_rank"]
 
 FP8_GROUP = 32  # columns that share a scale
+PART = 16  # bytes that each part of a row is a multiple of
 
 
-class Places(NamedTuple):
-    """Which row of a message each slot has; see place_slots.
+@op(_native.moe_dispatch_places)
+def moe_dispatch_places(
+    topk_ids: Tensor,
+    rank_of_id: Tensor,
+    dropped: InOut,
+    ranks: int,
+    capacity: int,
+    one_per_rank: bool = False,
+    *,
+    out_slot_to_place: Tensor | None = None,
+    out_place_to_slot: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gives the slots of each rank the rows of a message to it, in the order of the slots.
 
-    of_slot: [tokens, top_k] int32. slot: [ranks * capacity] int64. dropped: [] int64.
-    """
-
-    of_slot: Tensor
-    slot: Tensor
-    dropped: Tensor
-
-
-def place_slots(ranks_of_slots: Tensor, ranks: int, capacity: int, *, one_per_rank: bool) -> Places:
-    """Gives the slots of each rank the rows that are sent to it, in the order of the slots.
+    Slot s is element s of topk_ids. Place rank * capacity + i is that of the i-th slot whose expert the rank has. One
+    launch; a captured graph follows new ids and a new table.
 
     Args:
-        ranks_of_slots: [tokens, top_k] int64: where a slot goes, `ranks` for nowhere.
-        ranks: how many there are.
-        capacity: rows for each rank, from row rank * capacity on.
-        one_per_rank: a token takes one row per rank, that of its first slot there; the others take none.
+        topk_ids: [tokens, top_k] int32 or int64, top_k at most 32.
+        rank_of_id: [ids] int32. Ids outside of it, and those with a rank outside [0, ranks), go nowhere.
+        dropped: [1] int64, to which the slots are added that no place was left for: the last ones of a rank.
+        ranks: 1 to 65535.
+        capacity: places for each rank; ranks * capacity at most 2^30.
+        one_per_rank: a token takes one place per rank, that of its first slot there; its others take none.
+        out_slot_to_place: [tokens, top_k] int32 to write to.
+        out_place_to_slot: [ranks * capacity] int32 to write to.
 
     Returns:
-        of_slot: the slot's row, -1 for those without. slot: the slot of each row, -1 for rows that are not used.
-        dropped: slots for whom there was no row left: the last ones.
+        slot_to_place: -1 for slots without a place; moe_finalize adds up what comes back by it. place_to_slot: -1 for
+        places that are not used.
     """
-    tokens, top_k = ranks_of_slots.shape
-    device = ranks_of_slots.device
-    goes = ranks_of_slots
-    if one_per_rank:
-        same = goes[:, :, None] == goes[:, None, :]  # [token, slot, earlier slot]
-        earlier = torch.ones(top_k, top_k, dtype=torch.bool, device=device).tril(-1)
-        goes = torch.where((same & earlier).any(dim=2), ranks, goes)
-    goes = goes.reshape(-1)
-    # A row for each rank: scans run along rows.
-    here = torch.arange(ranks, device=device)[:, None] == goes
-    order = here.cumsum(dim=1, dtype=torch.int32).gather(0, goes.clamp(max=ranks - 1)[None])[0].to(torch.int64) - 1
-    sent = goes < ranks
-    fits = sent & (order < capacity)
-    place = torch.where(fits, goes * capacity + order, ranks * capacity)
-    slot = torch.full((ranks * capacity + 1,), -1, dtype=torch.int64, device=device)
-    slot.scatter_(0, place, torch.arange(tokens * top_k, device=device))  # the last place takes the others
-    of_slot = torch.where(fits, place, -1).to(torch.int32).reshape(tokens, top_k)
-    return Places(of_slot, slot[:-1], (sent & ~fits).sum())
+    return (
+        output(out_slot_to_place, topk_ids, topk_ids.shape, torch.int32),
+        output(out_place_to_slot, topk_ids, (ranks * capacity,), torch.int32),
+    )
+
+
+@op(_native.moe_dispatch_rows)
+def moe_dispatch_rows(
+    x: Tensor,
+    scale: Tensor | None,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    rank_of_id: Tensor,
+    place_to_slot: Tensor,
+    capacity: int,
+    routes: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The rows of messages to all ranks: what MessageLayout describes. Arguments are its pack()'s, as bytes.
+
+    Args:
+        x: [tokens, bytes] uint8, bytes a multiple of 16; rows may be strided, and start on multiples of 16 bytes.
+        scale: [tokens, bytes] uint8 or None.
+        topk_weights: [tokens, top_k] float32.
+        topk_ids: [tokens, top_k] int32 or int64, top_k at most 32.
+        rank_of_id: [ids] int32.
+        place_to_slot: [places] int32, of moe_dispatch_places.
+        capacity: places for each rank.
+        routes: of a row: top_k, all of its token's, with id -1 for those of other ranks; or 1, its slot's.
+        out: [places, row bytes] uint8 to write to, on a multiple of 16 bytes.
+
+    Returns:
+        out. A place without a slot gets ids -1 and nothing else: the rest of the row is undefined in an allocated out.
+    """
+    parts = x.shape[1], 0 if scale is None else scale.shape[1], 4 * routes, 4 * routes
+    return output(out, x, (place_to_slot.shape[0], sum(map(_padded, parts))), torch.uint8)
+
+
+def _padded(size: int) -> int:
+    return -(-size // PART) * PART
 
 
 @dataclass(frozen=True)
@@ -78,7 +112,7 @@ class MessageLayout:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row, a multiple of 16."""
-        return sum(-(-count * dtype.itemsize // 16) * 16 for count, dtype in self._parts())
+        return sum(_padded(count * dtype.itemsize) for count, dtype in self._parts())
 
     def views(self, message: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Hidden states, scales, ids and weights of a message [rows, row_bytes] uint8, in place."""
@@ -86,44 +120,34 @@ class MessageLayout:
         for count, dtype in self._parts():
             size = count * dtype.itemsize
             views.append(message[:, begin : begin + size].view(dtype))
-            begin += -(-size // 16) * 16
+            begin += _padded(size)
         x, scale, ids, weights = views
         return x, scale, ids, weights
 
     def pack(
-        self, places: Places, capacity: int, hidden: Tensor, weights: Tensor, ids: Tensor, ranks: Tensor
+        self,
+        hidden: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        rank_of_id: Tensor,
+        place_to_slot: Tensor,
+        capacity: int,
     ) -> Tensor:
         """The messages to all ranks, one below the other: [ranks * capacity, row_bytes] uint8.
 
         Args:
-            places: the rows of the slots of ids.
-            capacity: rows of a message.
-            hidden: [tokens, hidden_size] bfloat16, at least one.
+            hidden: [tokens, hidden_size] bfloat16.
             weights: [tokens, top_k] float32.
-            ids: [tokens, top_k] int32 or int64. A row has those that go to its rank, all of its token's if routes is
-                top_k, its own if it is 1; -1 for the others.
-            ranks: [tokens, top_k] int64, where they go.
+            ids: [tokens, top_k] int32 or int64.
+            rank_of_id: [ids] int32.
+            place_to_slot: [ranks * capacity] int32, of moe_dispatch_places.
+            capacity: rows of a message.
         """
-        message = hidden.new_empty((places.slot.shape[0], self.row_bytes), dtype=torch.uint8)
-        x, scale, own_ids, own_weights = self.views(message)
-        top_k = ids.shape[1]
-        slot = places.slot.clamp(min=0)
-        token = slot // top_k
-        used = (places.slot >= 0)[:, None]
-        if self.fp8:
-            codes, scales = quantize_mxfp8(hidden)
-            x.view(torch.uint8).copy_(codes.view(torch.uint8)[token])
-            scale.view(torch.uint8).copy_(scales.view(torch.uint8)[token])
-        else:
-            x.copy_(hidden[token])
-        if self.routes == top_k:
-            rank = torch.arange(len(slot), device=slot.device)[:, None] // capacity
-            own_ids.copy_(torch.where(used & (ranks[token] == rank), ids[token], -1))
-            own_weights.copy_(weights[token])
-        else:
-            own_ids.copy_(torch.where(used, ids.reshape(-1)[slot][:, None], -1))
-            own_weights.copy_(weights.reshape(-1)[slot][:, None])
-        return message
+        x, scale = quantize_mxfp8(hidden) if self.fp8 else (hidden, None)
+        scale = None if scale is None else scale.view(torch.uint8)
+        return moe_dispatch_rows(
+            x.view(torch.uint8), scale, weights, ids, rank_of_id, place_to_slot, capacity, self.routes
+        )
 
 
 def rows_per_rank(max_tokens: int, ranks: int, top_k: int, combine: str = "sums") -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from dsv4_kernels.errors import InvalidArgumentError
-from dsv4_kernels.moe.dispatch import MessageLayout, place_slots
+from dsv4_kernels.moe.dispatch import MessageLayout, moe_dispatch_places
 from dsv4_kernels.moe.nvfp4_moe import Nvfp4MoE
 from dsv4_kernels.moe.quantize import dequantize_mxfp8
 from dsv4_kernels.moe.routing import moe_finalize
@@ -101,8 +101,8 @@ class ExpertParallelMoE(nn.Module):
         self.ranks = dist.get_world_size(group)
         self.max_tokens = max_tokens
         self.dispatch, self.rows, self.combine = dispatch, rows, combine
-        self.register_buffer("dropped", torch.zeros((), dtype=torch.int64, device=experts.device), persistent=False)
-        self.register_buffer("_rank_of_id", torch.empty(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("dropped", torch.zeros(1, dtype=torch.int64, device=experts.device), persistent=False)
+        self.register_buffer("_rank_of_id", torch.empty(0, dtype=torch.int32), persistent=False)
         self.capacity = 0
         if max_tokens is not None and dispatch == "routed":
             routes = 1 if combine == "routes" else experts.top_k
@@ -157,16 +157,11 @@ class ExpertParallelMoE(nn.Module):
 
     def _routed(self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared: Tensor | None) -> Tensor:
         """Rows to the ranks of their experts, results back to the ranks of their tokens."""
-        experts, layout = self.experts, self._layout
-        table = self._rank_of_id
-        given = hidden if hidden.shape[0] else hidden.new_zeros(1, experts.hidden_size)  # rows are taken from it
-        known = (topk_ids >= 0) & (topk_ids < len(table))
-        ranks = torch.where(known, table[torch.where(known, topk_ids, 0).to(torch.int64)], self.ranks)
-        places = place_slots(ranks, self.ranks, self.capacity, one_per_rank=self.combine == "sums")
-        self.dropped += places.dropped
-        if hidden.shape[0] == 0:
-            topk_weights, topk_ids, ranks = (_padded(tensor, 1, 0) for tensor in (topk_weights, topk_ids, ranks))
-        message = layout.pack(places, self.capacity, given, topk_weights, topk_ids, ranks)
+        experts, layout, table = self.experts, self._layout, self._rank_of_id
+        slot_to_place, place_to_slot = moe_dispatch_places(
+            topk_ids, table, self.dropped, self.ranks, self.capacity, self.combine == "sums"
+        )
+        message = layout.pack(hidden, topk_weights, topk_ids, table, place_to_slot, self.capacity)
         x, scales, ids, weights = layout.views(self._exchanged(message))
         scale = scales.contiguous() if layout.fp8 else None
         if scale is not None and experts.activations != "mxfp8":
@@ -183,7 +178,7 @@ class ExpertParallelMoE(nn.Module):
             weigh=not (late or early),
         )
         results = self._exchanged(parts)
-        return moe_finalize(results, places.of_slot, topk_weights[: len(hidden)] if late else None, shared)
+        return moe_finalize(results, slot_to_place, topk_weights if late else None, shared)
 
     def _exchanged(self, messages: Tensor) -> Tensor:
         """What the ranks send here, one below the other: of each the part for this rank."""
@@ -218,7 +213,7 @@ class ExpertParallelMoE(nn.Module):
                         f"{table[identity]} and {rank}"
                     )
                 table[identity] = rank
-        return torch.tensor(table, dtype=torch.int64, device=experts.device)
+        return torch.tensor(table, dtype=torch.int32, device=experts.device)
 
     def _refusal(
         self, hidden: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared: Tensor | None

@@ -5,6 +5,8 @@ In float64 and integers, from tables of every code. Shares no code with the CPU 
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,43 @@ def tiles_of_counts(counts: Tensor, max_rows: int, tile_size: int) -> tuple[Tens
         tile_to_expert += [expert if place < count else -1 for place in range(0, max_rows, tile_size)]
     tables = [torch.tensor(table, dtype=torch.int32, device="cpu") for table in (tile_to_expert, row_to_slot)]
     return tables[0], tables[1]
+
+
+def dispatch_places(
+    topk_ids: Tensor, rank_of_id: Tensor, ranks: int, capacity: int, one_per_rank: bool
+) -> tuple[Tensor, Tensor, int]:
+    """What moe_dispatch_places gives, slot by slot: each slot's place, each place's slot, and how many are dropped."""
+    table = dict(enumerate(rank_of_id.tolist()))
+    sent: list[list[int]] = [[] for _ in range(ranks)]
+    for token, row in enumerate(topk_ids.tolist()):
+        there: set[int] = set()
+        for k, identity in enumerate(row):
+            rank = table.get(identity, -1)
+            if 0 <= rank < ranks and not (one_per_rank and rank in there):
+                sent[rank].append(token * len(row) + k)
+                there.add(rank)
+    slot_to_place = [-1] * topk_ids.numel()
+    place_to_slot = []
+    for rank, slots in enumerate(sent):
+        for order, slot in enumerate(slots[:capacity]):
+            slot_to_place[slot] = rank * capacity + order
+        place_to_slot += (slots + [-1] * capacity)[:capacity]
+    tables = [torch.tensor(table, dtype=torch.int32, device="cpu") for table in (slot_to_place, place_to_slot)]
+    return tables[0].reshape(topk_ids.shape), tables[1], sum(max(len(slots) - capacity, 0) for slots in sent)
+
+
+def dispatch_row(x: Tensor, scale: Tensor | None, weights: list[float], ids: list[int], own: list[bool]) -> bytes:
+    """A row of a message: a token's bytes of x and of its scales, ids (-1 if not its own) and weights."""
+
+    def part(content: bytes) -> bytes:
+        return content + bytes(-len(content) % 16)
+
+    return (
+        part(bytes(x.tolist()))
+        + (b"" if scale is None else part(bytes(scale.tolist())))
+        + part(b"".join(struct.pack("<i", i if o else -1) for i, o in zip(ids, own, strict=True)))
+        + part(b"".join(struct.pack("<f", weight) for weight in weights))
+    )
 
 
 def finalized(rows: Tensor, slot_to_row: Tensor, weights: Tensor | None, shared: Tensor | None) -> Tensor:
