@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv4_kernels.cache import UniformCache, rope_table
-from dsv4_kernels.integrations.transformers.layers import swap_forward
+from dsv4_kernels.integrations.transformers.layers import settle, swap_forward
 from dsv4_kernels.router import topk_select
 from dsv4_kernels.router.prefill import gate_logits
 
@@ -28,9 +28,8 @@ class RopeTable:
         self._table = rope_table(frequencies, 0)
         self._frequencies = frequencies
 
-    def up_to(self, positions: int) -> Tensor:
+    def up_to(self, positions: int, device: torch.device) -> Tensor:
         """[positions at least, 64] float32."""
-        device = self._frequencies.device
         if self._table.shape[0] < positions or self._table.device != device:
             self._table = rope_table(self._frequencies, max(positions, 2 * self._table.shape[0]), device=device)
         return self._table
@@ -39,15 +38,23 @@ class RopeTable:
 def swap_compressor(attention: Any, rope: RopeTable, modeling: Any) -> None:
     """Replaces forward of a layer's compressor, and of its indexer."""
     compressor = attention.compressor
+    if compressor is not None:
+        _settle(compressor)
     given = {"rope": rope, "layout": "bf16", "name": "compressor"}
     if isinstance(compressor, modeling.DeepseekV4CSACompressor):
         swap_forward(compressor, _sparse, **given)
+        _settle(compressor.indexer)
         rotate = modeling.apply_rotary_pos_emb
         swap_forward(
             compressor.indexer, _indexer, rope=rope, layout="indexer_bf16", name="indexer", apply_rotary_pos_emb=rotate
         )
     elif isinstance(compressor, modeling.DeepseekV4HCACompressor):
         swap_forward(compressor, _heavy, **given)
+
+
+def _settle(compressor: Any) -> None:
+    settle(compressor, "position_bias")
+    settle(compressor.kv_norm, "weight")
 
 
 def _heavy(
@@ -115,9 +122,9 @@ def _fed(self: Any, hidden_states: Tensor, cache: Any, layer_idx: int) -> Tensor
     return stored.feed(
         _projected(self.kv_proj, hidden_states),
         _projected(self.gate_proj, hidden_states),
-        self.position_bias.to(torch.float32),
-        self.kv_norm.weight.to(torch.float32),
-        self.dsv4["rope"].up_to(stored.capacity),
+        self.position_bias,
+        self.kv_norm.weight,
+        self.dsv4["rope"].up_to(stored.capacity, hidden_states.device),
         epsilon=self.kv_norm.variance_epsilon,
         round_once=True,
     )

@@ -61,9 +61,10 @@ def check(config: Any, parts: Collection[str]) -> None:
 def swap_router(router: Any, config: Any, *, hashed: bool) -> None:
     """Replaces forward of DeepseekV4HashRouter or DeepseekV4TopKRouter."""
     if hashed:
+        settle(router, "tid2eid", dtype=None)
         swap_forward(router, _hash_router)
     else:
-        _in_float32(router, "e_score_correction_bias")
+        settle(router, "e_score_correction_bias")
         swap_forward(router, _dense_router, score_function=_SCORE_FUNCTIONS[config.scoring_func])
 
 
@@ -93,7 +94,9 @@ def _hash_router(self: Any, hidden_states: Tensor, input_ids: Tensor) -> tuple[T
 def swap_hyper_connections(layer: Any, config: Any) -> None:
     """Replaces forward of DeepseekV4DecoderLayer: three launches around attention and experts."""
     for connection in (layer.attn_hc, layer.ffn_hc):
-        _in_float32(connection, "fn", "base", "scale")
+        settle(connection, "fn", "base", "scale")
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        settle(norm, "weight")
     swap_forward(
         layer,
         _decoder_layer,
@@ -133,7 +136,8 @@ def _decoder_layer(self: Any, hidden_states: Tensor, input_ids: Tensor | None = 
 
 def swap_head(head: Any, norm: Any, config: Any) -> None:
     """Replaces forward of DeepseekV4HyperHead by its own and the norm's behind it, whose forward then does nothing."""
-    _in_float32(head, "hc_fn", "hc_base", "hc_scale")
+    settle(head, "hc_fn", "hc_base", "hc_scale")
+    settle(norm, "weight")
     swap_forward(head, _head, norm=norm, epsilon=config.rms_norm_eps, hc_epsilon=config.hc_eps)
     swap_forward(norm, _passed_on)
 
@@ -176,11 +180,16 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
     return rms_norm(values, values.shape[-1:], weight, self.dsv4["epsilon"]).to(hidden_states.dtype)
 
 
-def _in_float32(module: Any, *names: str) -> None:
-    """The models have these in float32; a cast of the whole model has rounded them, and they stay as rounded."""
+def settle(module: Any, *names: str, dtype: torch.dtype | None = torch.float32) -> None:
+    """Makes tensors of a module what kernels read: of this dtype, on 16 bytes.
+
+    The models have them in float32; a cast of the whole model has rounded them, and they stay as rounded. Those that
+    safetensors has mapped from a file lie where the file has them.
+    """
     for name in names:
         tensor = getattr(module, name)
-        tensor.data = tensor.data.to(torch.float32)
+        values = tensor.data if dtype is None else tensor.data.to(dtype)
+        tensor.data = values.clone() if values.data_ptr() % 16 else values
 
 
 def _refuse(name: str, need: str, got: object) -> NoReturn:
