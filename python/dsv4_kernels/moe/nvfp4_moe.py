@@ -67,7 +67,7 @@ class Nvfp4MoE(ExpertWeights):
             Where the experts here are no range of ids, run() takes an expert_map.
         total_experts: experts over all ranks, from which the tile size is chosen; default num_experts.
         num_fused_shared_experts: how many of these experts are shared ones, to which every token has a route of its
-            own (see Router): top_k and total_experts count them too.
+            own (see router.append_shared_experts): top_k and total_experts count them too.
         swiglu_limit: clamp of gate and up; None or 0 for none.
         weight_before_second: multiply by the routing weight before w2, rounding to bfloat16 in between, as the models'
             own code does; else after it, in float32, which is more precise.
