@@ -15,12 +15,12 @@ embedding of one other token, so that next tokens are decided by a margin, as a 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,16 +267,11 @@ def compared(given: dict[str, Any], exact: dict[str, Any], length: int) -> dict[
     }
 
 
-@contextmanager
-def made(make: Callable[[], Any]) -> Iterator[Any]:
-    """A model for a while, alone in memory."""
-    model = make()
-    try:
-        yield model
-    finally:
-        del model
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+def release() -> None:
+    """Gives back the memory of a model that is no longer named. Modules and their forward functions name each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -333,11 +328,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         whole = progress.add_task("models", total=len(runs))
         for name, (make, warm) in runs.items():
             task = progress.add_task(f"{name}: weights", total=None)
-            with made(make) as one:
-                progress.update(task, description=f"{name}: generates")
-                text = next(iter(found.values()))["tokens"].to(options.device) if found else None
-                found[name] = measure(one, prompt, options.new_tokens, text, warm)
+            one = make()
+            progress.update(task, description=f"{name}: generates")
+            text = next(iter(found.values()))["tokens"].to(options.device) if found else None
+            found[name] = measure(one, prompt, options.new_tokens, text, warm)
             del one
+            release()
             progress.remove_task(task)
             progress.advance(whole)
 

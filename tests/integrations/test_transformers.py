@@ -73,6 +73,14 @@ class TestWholeModel:
         assert [one.shape for one in given] == [one.shape for one in wanted]
         assert error(given[0], wanted[0]) < 0.02
 
+    @pytest.mark.parametrize("layer", [0, 2])
+    def test_a_block_of_experts_traces_without_a_graph_break(self, reference: Any, layer: int) -> None:
+        block = swap_in(in_bfloat16(toy_model())).model.layers[layer].mlp
+        hidden = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+        ids = tokens(1, 1)
+        compiled = torch.compile(lambda x, of: block(x, input_ids=of), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(hidden, ids), block(hidden, input_ids=ids))
+
     def test_parts_alone(self, reference: Any) -> None:
         model = swap_in(in_bfloat16(reference), parts=("hyper_connections",))
         assert "forward" not in vars(model.model.layers[0].mlp.gate)

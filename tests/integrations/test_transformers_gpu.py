@@ -1,4 +1,4 @@
-"""DeepSeek-V4 of transformers on the device: generate() beside the CPU's float32, graphs and torch.compile."""
+"""DeepSeek-V4 of transformers on the device: generate() beside the CPU's float32, and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -69,25 +69,20 @@ def test_a_captured_forward_follows_new_tokens(swapped: Any) -> None:
     for given, exact in zip((first, second), wanted, strict=True):
         ids.copy_(given)
         graph.replay()
-        assert torch.equal(logits, exact)
+        assert error(logits, exact) < 5e-3  # the libraries' products may be others under capture
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_a_compiled_block_of_experts_and_a_compiled_layer(swapped: Any, layer: int) -> None:
-    """What decode spends its time in, without a graph break."""
+def test_a_captured_block_of_experts_follows_new_tokens(swapped: Any, layer: int) -> None:
+    """Router, experts and shared expert of a decode step."""
     block = swapped.model.layers[layer].mlp
-    hidden = torch.randn(1, 1, 128, device="cuda").to(torch.bfloat16)
-    ids = tokens(1, 1).cuda()
-    wanted = block(hidden, input_ids=ids)
-    compiled = torch.compile(lambda x, of: block(x, input_ids=of), fullgraph=True, mode="reduce-overhead")
-    for _ in range(3):
-        assert error(compiled(hidden, ids).clone(), wanted) < 5e-3
-
-
-def test_generate_under_compile(swapped: Any, reference: Any) -> None:
-    """With graph breaks where transformers has them: its cache grows by concatenation."""
-    prompt = tokens(1, 20)
-    wanted = reference.generate(prompt, **OPTIONS)
-    model = copy.deepcopy(swapped)
-    model.forward = torch.compile(model.forward, dynamic=True)
-    assert torch.equal(model.generate(prompt.cuda(), **OPTIONS).cpu(), wanted)
+    hidden, ids = torch.zeros(1, 1, 128, device="cuda").to(torch.bfloat16), tokens(1, 1).cuda()
+    block(hidden, input_ids=ids)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = block(hidden, input_ids=ids)
+    for seed in range(3):
+        hidden.copy_(torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(seed)))
+        ids.copy_(tokens(1, 1, seed=seed))
+        graph.replay()
+        assert error(out, block(hidden, input_ids=ids)) < 5e-3
