@@ -97,7 +97,8 @@ def _out(op: Op) -> Callable[..., None]:
             op.run_on_cpu(values[:count], values[count:])
         return mark_written(values[count:])
 
-    return out if op.workspace_size is None else through_run
+    # Which also marks inputs that have changed.
+    return out if op.workspace_size is None and not op.mutated else through_run
 
 
 def _fake(op: Op) -> Callable[..., Any]:
