@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 
 import pytest
+import torch
 
-# The engines' Triton kernels run in Triton's interpreter here, which reads this when Triton is imported.
-os.environ["TRITON_INTERPRET"] = "1"
+from tests.engines import cpu  # noqa: F401
 
 NEEDED = {"vllm": "0.33.0", "sglang": "0.5.23"}
 
@@ -25,7 +24,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_is_enough() -> None:
-    import torch
-
+def _seed() -> None:
     torch.manual_seed(0)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from dsv4_kernels.integrations.seams import source_digest
 
+from tests.engines import cpu  # noqa: F401
+
 
 def main(modules: list[str]) -> None:
     for name in modules:

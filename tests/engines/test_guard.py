@@ -14,6 +14,7 @@ from dsv4_kernels.integrations.seams import Engine, EngineVersionError, Seam, ch
 
 MODULES = {
     "vllm": ("moe_backend", "mhc", "router"),
+    "sglang": ("mhc", "router"),
 }
 
 
@@ -115,6 +116,16 @@ def test_vllm_finds_the_plugins_by_their_entry_points(monkeypatch: pytest.Monkey
     found = vllm.plugins.load_plugins_by_group("vllm.general_plugins")
     ours = {name: function for name, function in found.items() if name.startswith("dsv4_kernels")}
     assert ours == {f"dsv4_kernels_{part}": getattr(plugin, f"plugin_{part}") for part in ("moe", "mhc", "router")}
+
+
+def test_sglang_finds_the_plugins_by_their_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dsv4_kernels.integrations.sglang as plugin
+    import sglang.srt.plugins
+
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    found = sglang.srt.plugins.load_plugins_by_group("sglang.srt.plugins")
+    ours = {name: function for name, (function, _) in found.items() if name.startswith("dsv4_kernels")}
+    assert ours == {f"dsv4_kernels_{part}": getattr(plugin, f"plugin_{part}") for part in ("mhc", "router")}
 
 
 def test_replacing_reaches_modules_that_have_imported_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
