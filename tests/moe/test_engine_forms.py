@@ -74,6 +74,29 @@ def test_replicas_on_two_ranks_are_the_layer(device_of_each_kind: str) -> None:
     assert close(total, expected(layer, hidden, weights, ids, 10.0))
 
 
+def test_replicas_from_a_checkpoint() -> None:
+    """Each place here gets the expert that it is a replica of."""
+    l1, l1_scale, _, l2, l2_scale, _ = random_layer(False)
+    tensors = {}
+    for e in range(EXPERTS):
+        for name, weight, scale in (
+            ("w1", l1[e, :INNER], l1_scale[e, :INNER]),  # type: ignore[index]
+            ("w3", l1[e, INNER:], l1_scale[e, INNER:]),  # type: ignore[index]
+            ("w2", l2[e], l2_scale[e]),  # type: ignore[index]
+        ):
+            tensors[f"layers.7.ffn.experts.{e}.{name}.weight"] = weight.view(torch.int8)
+            tensors[f"layers.7.ffn.experts.{e}.{name}.scale"] = scale.view(torch.float8_e8m0fnu)
+    layer = Nvfp4MoE(4, HIDDEN, INNER, top_k=TOP_K, total_experts=len(REPLICAS))
+    layer.prepare_weights_from_checkpoint(tensors, 7, experts=[3, 1, 4, 1])
+    want, _ = rank_of_replicas(0, random_layer(False), "cpu")
+    want.prepare_weights_from_stacked(*(None if v is None else v[[3, 1, 4, 1]] for v in random_layer(False)))  # type: ignore[arg-type]
+    hidden, weights, ids = routed(5)
+    assert torch.equal(layer.run(hidden, weights, ids % 4), want.run(hidden, weights, ids % 4))
+    for wrong in ([3, 1, 4], [0, 1, 2, -1]):
+        with pytest.raises(InvalidArgumentError, match="experts: expected 4 ids of at least 0, got "):
+            layer.prepare_weights_from_checkpoint(tensors, 7, experts=wrong)
+
+
 def test_a_map_takes_the_place_of_the_first_id() -> None:
     """The same routes by a range of ids and by a map: the same bytes. A map of no id: zeros."""
     layer = module(False, experts_start_idx=3)

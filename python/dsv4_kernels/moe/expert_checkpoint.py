@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class ExpertReader:
         self,
         tensors: Checkpoint,
         layer: int | str,
-        experts: range,
+        experts: Sequence[int],
         hidden_size: int,
         intermediate_size: int,
         rank: int,
@@ -40,7 +40,7 @@ class ExpertReader:
         Args:
             tensors: the checkpoint.
             layer: number or name of the block; see checkpoint.find_block.
-            experts: ids of those that are wanted.
+            experts: ids of those that are wanted, in the order of their places here; one may come again.
             hidden_size: of the model.
             intermediate_size: of one rank's part.
             rank: which part.
@@ -52,7 +52,7 @@ class ExpertReader:
         self.tensors = tensors
         self.experts = experts
         self._hidden, self._inner, self._rank, self._ranks = hidden_size, intermediate_size, rank, ranks
-        first = experts.start
+        first = experts[0]
         endings = {
             f"{block}.experts.{first}.{matrices[_GATE]}.{scheme.codes}": block
             for scheme in EXPERT_SCHEMES.values()
@@ -67,7 +67,7 @@ class ExpertReader:
         nvfp4 = tensors.info(self._name(first, _GATE, self._names.scale)).dtype in NVFP4_SCALES
         self.format = "nvfp4" if nvfp4 and self._names.factor is not None else "mxfp4"
         self._factors: dict[tuple[int, int], Tensor] = {}
-        for expert in experts:
+        for expert in dict.fromkeys(experts):
             for matrix in (_GATE, _UP, _DOWN):
                 for name, shape, dtypes, _ in self._parts(expert, matrix):
                     self._check(name, shape, dtypes)
@@ -96,7 +96,7 @@ class ExpertReader:
     def activation_scales(self) -> tuple[float, float] | None:
         """The static scales of both products' activations, the largest over the experts; None if there are none."""
         kind = self._names.activation_scale
-        if self.format != "nvfp4" or kind is None or self._name(self.experts.start, _GATE, kind) not in self.tensors:
+        if self.format != "nvfp4" or kind is None or self._name(self.experts[0], _GATE, kind) not in self.tensors:
             return None
         largest = [
             max(self._activation_scale(self._name(expert, matrix, kind)) for expert in self.experts for matrix in of)
@@ -143,7 +143,7 @@ class ExpertReader:
 
     def _stacked_shape(self, name: str, shape: tuple[int, ...], matrix: int) -> tuple[int, ...]:
         """Of all experts' tensor: at least as many as are wanted, and gate's and up's rows together."""
-        experts = max(self.experts.stop, *self.tensors.info(name).shape[:1])
+        experts = max(max(self.experts) + 1, *self.tensors.info(name).shape[:1])
         return (experts, shape[0] * (1 if matrix == _DOWN else 2), shape[1])
 
     def _stacked_part(self, expert: int, matrix: int, part: tuple[slice, ...]) -> tuple[slice, ...]:

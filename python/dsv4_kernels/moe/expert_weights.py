@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -185,7 +185,12 @@ class ExpertWeights(FixedDtypes):
 
     @torch.no_grad()
     def prepare_weights_from_checkpoint(
-        self, checkpoint: Source, layer: int | str, *, activation_scales: bool = True
+        self,
+        checkpoint: Source,
+        layer: int | str,
+        *,
+        activation_scales: bool = True,
+        experts: Sequence[int] | None = None,
     ) -> None:
         """Reads a layer's experts, or this rank's part of them, one expert after another.
 
@@ -202,12 +207,18 @@ class ExpertWeights(FixedDtypes):
             layer: N, for `layers.N` or `model.layers.N`; or the name of the block, such as "mtp.0".
             activation_scales: with NVFP4 activations, take over the checkpoint's static scales too, the largest over
                 these experts, if it has any.
+            experts: the checkpoint's expert for each one here, where they are no range from experts_start_idx on:
+                replicas of busy experts, for one, of which an id comes more than once.
 
         Raises:
+            InvalidArgumentError: experts that are not as many as live here, or below 0.
             CheckpointError: naming file and tensor, what was expected and what there is. Names, shapes, dtypes and
                 scales of all tensors are checked before the layer changes.
         """
-        experts = range(self.experts_start_idx, self.experts_start_idx + self.num_experts)
+        if experts is None:
+            experts = range(self.experts_start_idx, self.experts_start_idx + self.num_experts)
+        if len(experts) != self.num_experts or min(experts) < 0:
+            refuse("experts", f"{self.num_experts} ids of at least 0", list(experts))
         with Checkpoint(checkpoint) as tensors:
             reader = ExpertReader(
                 tensors,
