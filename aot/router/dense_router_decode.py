@@ -2,7 +2,8 @@
 
     logits[t, e] = sum over h of hidden[t, h] * weight[e, h]        bfloat16 operands, float32 products and sums
     s            = sqrt(softplus(logits))
-    ids[t]       = the top_k largest of s[t] + bias, largest first; at a tie the lower expert first
+    ids[t]       = the top_k largest of s[t] + bias, largest first; at a tie the lower expert first. Where
+                   bias_alt_mask[t] is true, of s[t] + bias_alt
     weights[t]   = s[t, ids[t]], divided by their sum if `renormalize`, times `scale`; where float32 cannot tell them
                    apart, by the limit (device/selection.py)
 
@@ -15,10 +16,12 @@ Launch: grid (tiles of experts, hidden_splits), max_experts threads, a ring of s
     hidden        [tokens, hidden_size] bfloat16, rows hidden_stride elements apart, each aligned to 16 bytes
     weight        [experts, hidden_size] bfloat16, rows weight_stride elements apart, each aligned to 16 bytes
     bias          [experts] float32, or null
+    bias_alt      [experts] float32, or null together with bias_alt_mask
+    bias_alt_mask [tokens] bool
     sums          [hidden_splits <= 16, tokens, experts] float32 workspace
     presence      [65] uint32 workspace: what STARTED, GAVE_UP and LOOKED count, then a mark for each block
     out_weights   [tokens, top_k] float32
-    out_ids       [tokens, top_k] int32
+    out_ids       [tokens, top_k] int32, or int64 if wide_ids
 
     tokens 1 to max_tokens, hidden_size a multiple of 64 and at least 64 * hidden_splits, experts 1 to max_experts,
     top_k 1 to min(32, experts). Both parts of the workspace are zero before the launch and after it; two launches that
@@ -69,6 +72,8 @@ def dense_router_decode(
     hidden: cute.Pointer,
     weight: cute.Pointer,
     bias: cute.Pointer,
+    bias_alt: cute.Pointer,
+    bias_alt_mask: cute.Pointer,
     sums: cute.Pointer,
     presence: cute.Pointer,
     out_weights: cute.Pointer,
@@ -81,6 +86,7 @@ def dense_router_decode(
     experts: Int32,
     top_k: Int32,
     renormalize: Int32,
+    wide_ids: Int32,
     scale: Float32,
     epsilon: Float32,
     max_experts: cutlass.Constexpr,
@@ -150,7 +156,11 @@ def dense_router_decode(
                 logit = take_logit(sums, token, tokens, thread, experts)
                 score = sqrt_softplus(logit)
                 scores[thread] = kept_score(logit, score)
-                key = selection_key(score + expert_bias)
+                token_bias = expert_bias
+                if bias_alt_mask.toint() != 0:  # noqa: SIM102 -- the DSL would load the mask in any case
+                    if (bias_alt_mask + token).load() != 0:
+                        token_bias = (bias_alt + thread).load()
+                key = selection_key(score + token_bias)
             keys[thread] = key
             cute.arch.sync_threads()
             if thread < LANES:
@@ -163,6 +173,7 @@ def dense_router_decode(
                     token,
                     top_k,
                     renormalize,
+                    wide_ids,
                     scale,
                     epsilon,
                 )
@@ -180,6 +191,8 @@ ARGUMENTS = {
     "hidden": "const bf16*",
     "weight": "const bf16*",
     "bias": "const float32*",
+    "bias_alt": "const float32*",
+    "bias_alt_mask": "const bool*",
     "sums": "uint32*",
     "presence": "uint32*",
     "out_weights": "float32*",
@@ -192,6 +205,7 @@ ARGUMENTS = {
     "experts": "int32",
     "top_k": "int32",
     "renormalize": "int32",
+    "wide_ids": "int32",
     "scale": "float32",
     "epsilon": "float32",
 }

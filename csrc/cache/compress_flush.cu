@@ -277,7 +277,7 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   check.tensor("start_positions", args.start_positions, indices, {kAny});
   check.range("start_positions (requests)", requests, 0, INT32_MAX - 1);
   if (check.status()) return check.status();  // the code below computes with these extents
-  check.tensor("query_starts", args.query_starts, one_of(DSV4_INT32), {requests + 1});
+  check.tensor("query_starts", args.query_starts, indices, {requests + 1});
   check.tensor("state", args.state, one_of(DSV4_FLOAT32), {kAny, kAny, 2, width});
   check.aligned_rows("state", args.state, kVector);
   check.tensor("state_table", args.state_table, one_of(DSV4_INT32), {requests, kAny});
@@ -286,8 +286,8 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   check.range("state_table columns", state_columns, 1, INT32_MAX);
   const int64_t capacity = saturating_product(state_rows, state_columns);
   check.range("state rows x state_table columns (a request's rows)", capacity, args.ratio * streams, INT64_MAX);
-  check.tensor("norm_weight", args.norm_weight, one_of(DSV4_FLOAT32), {layout.head_dim});
-  check.aligned_rows("norm_weight", args.norm_weight, kVector);
+  check.tensor("norm_weight", args.norm_weight, one_of(DSV4_FLOAT32, DSV4_BFLOAT16), {layout.head_dim});
+  check.aligned_rows("norm_weight", args.norm_weight, kChannels * dtype_bytes(args.norm_weight.dtype));
   check.tensor("cos_sin", args.cos_sin, one_of(DSV4_FLOAT32), {kAny, kRopeDim});
   check.aligned_rows("cos_sin", args.cos_sin, sizeof(float2));
   check_pages(check, args.pages, args.scales, args.rope, layout, args.entries_per_page);
@@ -314,15 +314,17 @@ extern "C" dsv4_status dsv4_compress_flush(const dsv4_compress_flush_args* given
   call.kv = args.kv.data;
   call.score = args.score.data;
   call.ape = static_cast<const float*>(args.ape.data);
-  call.query_starts = static_cast<const int32_t*>(args.query_starts.data);
+  call.query_starts = indices_of(args.query_starts);
   call.start_positions = indices_of(args.start_positions);
   call.state_table = static_cast<const int32_t*>(args.state_table.data);
   call.state = static_cast<float*>(args.state.data);
-  call.norm_weight = static_cast<const float*>(args.norm_weight.data);
+  call.norm_weight = args.norm_weight.data;
+  call.norm_is_bfloat16 = args.norm_weight.dtype == DSV4_BFLOAT16;
   call.cos_sin = static_cast<const float*>(args.cos_sin.data);
   call.block_table = static_cast<const int32_t*>(args.block_table.data);
   // A table without columns has no address and is never read. The kernel tells by the pointer which one is given.
-  if (present(args.block_table) && !call.block_table) call.block_table = call.query_starts;
+  if (present(args.block_table) && !call.block_table)
+    call.block_table = static_cast<const int32_t*>(call.query_starts.data);
   call.slot_mapping = indices_of(args.slot_mapping);
   call.pages = pages_of(args.pages, args.scales, args.rope, layout, args.entries_per_page);
   call.kv_stride = args.kv.stride[0];

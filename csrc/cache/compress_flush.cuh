@@ -21,11 +21,11 @@ struct CompressFlush {
   const void* kv;
   const void* score;
   const float* ape;
-  const int32_t* query_starts;
+  Indices query_starts;
   Indices start_positions;
   const int32_t* state_table;
   float* state;
-  const float* norm_weight;
+  const void* norm_weight;
   const float* cos_sin;
   const int32_t* block_table;
   Indices slot_mapping;
@@ -50,6 +50,7 @@ struct CompressFlush {
   int32_t blocks_per_request;
   float epsilon;
   float reciprocal_dim;  // 1 / head_dim
+  bool norm_is_bfloat16;
   bool overlap;
   bool hadamard;
   bool round_once;
@@ -74,7 +75,7 @@ constexpr int64_t kMaxPosition = INT32_MAX;
 
 // All loads depend on the index alone, so they are in flight together.
 __device__ inline Request load_request(const CompressFlush& call, int index) {
-  const int first = call.query_starts[index], end = call.query_starts[index + 1];
+  const int first = call.query_starts.saturated(index), end = call.query_starts.saturated(index + 1);
   const int64_t start = call.start_positions[index];
   const int page = call.state_table[static_cast<int64_t>(index) * call.state_columns.value];
   Request request = {index, first, min(end, call.tokens), static_cast<int32_t>(start), page};
@@ -354,7 +355,7 @@ __device__ inline float sum_over_entry(float value, float* scratch, bool four_wa
   return sums.x + sums.y + sums.z + sums.w;
 }
 
-// Four channels' share of the normalisation's weight and, for the last 64 channels, of the rotation.
+// Four channels' share of the normalisation's weight, as stored, and, for the last 64 channels, of the rotation.
 struct Finish {
   Four<float> weight;
   float2 cosine;
@@ -365,7 +366,10 @@ constexpr int kRopeDim = 64;
 
 __device__ inline Finish load_finish(const CompressFlush& call, int block, int channel) {
   Finish finish = {};
-  finish.weight = load_channels(call.norm_weight + channel);
+  if (call.norm_is_bfloat16)
+    load_raw(static_cast<const __nv_bfloat16*>(call.norm_weight) + channel, &finish.weight);
+  else
+    load_raw(static_cast<const float*>(call.norm_weight) + channel, &finish.weight);
   const int rotated = channel - (call.head_dim - kRopeDim);
   const int64_t position = static_cast<int64_t>(block) << call.ratio_bits;
   if (rotated >= 0 && position < call.positions) {
@@ -407,9 +411,11 @@ __device__ inline void finish_entry(const CompressFlush& call, const Place& plac
   }
   const float mean = sum_over_entry(squares, scratch, call.head_dim > kChannels * kWarpLanes) * call.reciprocal_dim;
   const float scale = rsqrtf(mean + call.epsilon);
+  Four<float> weight = finish.weight;
+  if (call.norm_is_bfloat16) upcast<__nv_bfloat16>(&weight);
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
-    v[i] = v[i] * scale * finish.weight.values[i];
+    v[i] = v[i] * scale * weight.values[i];
     if (rounds) v[i] = round_to_bfloat16(v[i]);
   }
   if (channel >= call.head_dim - kRopeDim) {

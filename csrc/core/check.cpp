@@ -42,6 +42,14 @@ bool is_empty(const dsv4_tensor& value) {
 bool layout_matches(const dsv4_tensor& value, Layout layout, int64_t* bytes) {
   *bytes = 0;
   if (is_empty(value)) return true;  // nothing is ever addressed
+  if (layout == Layout::kStrided) {
+    const int64_t steps = value.shape[0] - 1;
+    int64_t last;
+    if (steps > 0 && value.stride[0] < 0) return false;
+    if (__builtin_mul_overflow(steps, steps ? value.stride[0] : 0, &last)) return false;
+    return !__builtin_mul_overflow(last, dtype_bytes(value.dtype), &last) &&
+           !__builtin_add_overflow(last, dtype_bytes(value.dtype), bytes);
+  }
   int64_t expected = 1;
   for (int i = value.rank - 1; i >= 0; --i) {
     const bool free_stride = layout == Layout::kStridedRows && i < value.rank - 1;
@@ -63,7 +71,7 @@ Pieces pieces_of(const dsv4_tensor& value) {
   const int64_t element = dtype_bytes(value.dtype);
   Pieces pieces = {reinterpret_cast<uintptr_t>(value.data), element, element, 1};
   for (int i = value.rank - 1; i >= 0; --i) {
-    if (value.shape[i] == 1) continue;
+    if (value.shape[i] == 1 || value.stride[i] == 0) continue;
     pieces.bytes += (pieces.count - 1) * pieces.stride;
     pieces.stride = value.stride[i] * element;
     pieces.count = value.shape[i];
@@ -317,7 +325,9 @@ void Check::bad_number(const char* name, float value, float low) {
 
 void Check::bad_layout(const char* name, const dsv4_tensor& value, Layout layout) {
   status_ = fail(DSV4_ERROR_INVALID_ARGUMENT, op_, name, "expected %s, got strides %s for shape %s; call .contiguous()",
-                 layout == Layout::kContiguous ? "a contiguous tensor" : "contiguous rows that do not overlap",
+                 layout == Layout::kContiguous ? "a contiguous tensor"
+                 : layout == Layout::kStrided  ? "elements at a distance that is not negative"
+                                               : "contiguous rows that do not overlap",
                  bracketed(value.stride, value.stride + value.rank).c_str(),
                  bracketed(value.shape, value.shape + value.rank).c_str());
 }

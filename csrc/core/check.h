@@ -31,6 +31,7 @@ constexpr int64_t kAny = -1;  // any extent
 enum class Layout {
   kContiguous,   // C order without gaps
   kStridedRows,  // the innermost dimension is contiguous, rows may lie apart
+  kStrided,      // of one dimension: elements at any distance, 0 too; for tensors that are only read
 };
 
 inline bool present(const dsv4_tensor& tensor) { return tensor.dtype != DSV4_ABSENT; }

@@ -14,18 +14,20 @@ size_t decode_workspace_size(const dsv4_dense_router_decode_args& args) {
 void bind_router(py::module_& module) {
   {
     using A = dsv4_hash_router_args;
-    bind(module, "hash_router", dsv4_hash_router, &A::token_ids, &A::hash_lut, &A::padding_mask, &A::out_weights,
-         &A::out_ids);
+    bind(module, "hash_router", dsv4_hash_router, &A::token_ids, &A::hash_lut, &A::padding_mask,
+         Unused<bool>{/* int64_ids */}, &A::out_weights, &A::out_ids);
   }
   {
     using A = dsv4_hash_router_scored_args;
     bind(module, "hash_router_scored", dsv4_hash_router_scored, &A::token_ids, &A::hash_lut, &A::logits,
-         &A::padding_mask, flag(&A::renormalize), &A::scale, &A::epsilon, &A::out_weights, &A::out_ids);
+         &A::padding_mask, flag(&A::renormalize), &A::scale, &A::epsilon, &A::bias_alt, &A::bias_alt_mask,
+         Unused<bool>{/* int64_ids */}, &A::out_weights, &A::out_ids);
   }
   {
     using A = dsv4_hash_router_fused_args;
     bind(module, "hash_router_fused", dsv4_hash_router_fused, &A::token_ids, &A::hash_lut, &A::hidden, &A::weight,
-         &A::padding_mask, flag(&A::renormalize), &A::scale, &A::epsilon, &A::out_weights, &A::out_ids);
+         &A::padding_mask, flag(&A::renormalize), &A::scale, &A::epsilon, Unused<bool>{/* int64_ids */},
+         &A::out_weights, &A::out_ids);
   }
 
   module.def("dense_router_decode_workspace_size", &dsv4_dense_router_decode_workspace_size);
@@ -33,8 +35,8 @@ void bind_router(py::module_& module) {
   {
     using A = dsv4_dense_router_decode_args;
     bind(module, "dense_router_decode", dsv4_dense_router_decode, &A::hidden, &A::weight, &A::bias, &A::top_k,
-         flag(&A::renormalize), &A::scale, &A::epsilon, lent(&A::workspace, decode_workspace_size), &A::out_weights,
-         &A::out_ids);
+         flag(&A::renormalize), &A::scale, &A::epsilon, &A::bias_alt, &A::bias_alt_mask, Unused<bool>{/* int64_ids */},
+         lent(&A::workspace, decode_workspace_size), &A::out_weights, &A::out_ids);
   }
   {
     using A = dsv4_activation_topk_args;

@@ -8,32 +8,15 @@
 #include "device/reduce.cuh"
 #include "device/row.cuh"
 #include "device/top_k.cuh"
+#include "router/activation_topk.h"
 #include "router/activation_topk_policy.h"
+#include "router/hash_lookup.cuh"
+#include "router/image_bias.h"
 #include "router/weigh_slot.cuh"
 
 namespace dsv4 {
 
 constexpr int kThreads = 128;  // so that small batches use all four schedulers of a multiprocessor
-
-struct Gate {
-  const float* bias;
-  const float* bias_alt;
-  const bool* bias_alt_mask;
-  const bool* padding_mask;
-  float* weights;
-  void* ids;
-  int64_t tokens;
-  int64_t logits_stride;
-  int32_t experts;
-  int32_t top_k;
-  int32_t score_function;
-  bool renormalize;
-  bool wide_ids;  // int64
-  bool logits_in_fours;
-  bool bias_in_fours;
-  float scale;
-  float epsilon;
-};
 
 // The smallest normal number: sqrt_softplus() returns 0 for smaller scores.
 constexpr float kLeastScore = 1.17549435e-38f;
@@ -77,6 +60,14 @@ __device__ void activate(float (&values)[Slots], int lane, int experts, int scor
   }
 }
 
+// A lane's slot of a token whose experts a table gives.
+__device__ inline Chosen look_up(const Gate& gate, int64_t token, int lane, const float* scores) {
+  const int64_t row = lookup_row(gate.token_ids, nullptr, token, gate.vocab);
+  const int64_t expert = row >= 0 && lane < gate.top_k ? gate.table[row * gate.top_k + lane] : kNoExpert;
+  if (expert < 0 || expert >= gate.experts) return {kNoColumn, 0.0f};
+  return {static_cast<uint32_t>(expert), scores[expert]};
+}
+
 // One group of lanes per token: the row stays in registers from the load to the last comparison; a copy in shared
 // memory serves lookups by column. Whole: the row fills all slots and is read with vector loads. With half a warp per
 // token, the instructions that do not depend on the number of columns serve twice as many tokens; eight such blocks fit
@@ -115,8 +106,9 @@ __global__ void __launch_bounds__(kThreads, Lanes == kWarpLanes ? 1 : 8)
     values[slot] = group_column<Lanes>(lane, slot) < experts ? values[slot] + biases[slot] : NAN;
   store_group_row<Lanes>(values, lane, all_sums[group]);
   __syncwarp();
-  const Chosen chosen =
+  Chosen chosen =
       group_top_k<Lanes>(values, experts, gate.top_k, lane, all_sums[group], all_scores[group], scratch[group]);
+  if (gate.table.data && !marked) chosen = look_up(gate, token, lane, all_scores[group]);
 
   // The same order for any number of lanes: those from k on add zeros.
   const auto logit = [&] {
@@ -128,12 +120,9 @@ __global__ void __launch_bounds__(kThreads, Lanes == kWarpLanes ? 1 : 8)
                                   gate.renormalize, gate.scale, gate.epsilon);
   if (lane >= gate.top_k || token != own_token) return;
   const int64_t out = token * gate.top_k + lane;
-  const int64_t id = padding ? int64_t{-1} : chosen.column;
+  static_assert(static_cast<int32_t>(kNoColumn) == kNoExpert, "a slot without an expert");
   gate.weights[out] = padding ? 0.0f : weight;
-  if (gate.wide_ids)
-    static_cast<int64_t*>(gate.ids)[out] = id;
-  else
-    static_cast<int32_t*>(gate.ids)[out] = static_cast<int32_t>(id);
+  gate.ids.store(out, padding ? kNoExpert : static_cast<int32_t>(chosen.column));
 }
 
 template <typename Logit, int Lanes, int Slots, bool Whole>
@@ -158,6 +147,11 @@ static dsv4_status route(const LaunchTarget& target, const Logit* logits, const 
   });
 }
 
+dsv4_status route_by_logits(const LaunchTarget& target, const dsv4_tensor& logits, const Gate& gate) {
+  return with_row_type(
+      logits.dtype, [&](auto logit) { return route(target, static_cast<const decltype(logit)*>(logits.data), gate); });
+}
+
 }  // namespace dsv4
 
 extern "C" dsv4_status dsv4_activation_topk(const dsv4_activation_topk_args* given, dsv4_stream stream) {
@@ -175,36 +169,16 @@ extern "C" dsv4_status dsv4_activation_topk(const dsv4_activation_topk_args* giv
   check.number("scale", args.scale);
   check.number("epsilon", args.epsilon, 0.0f);
   check.optional_tensor("padding_mask", args.padding_mask, one_of(DSV4_BOOL), {tokens});
-  check.optional_tensor("bias_alt", args.bias_alt, one_of(DSV4_FLOAT32), {experts});
-  check.optional_tensor("bias_alt_mask", args.bias_alt_mask, one_of(DSV4_BOOL), {tokens});
-  if (present(args.bias_alt_mask)) check.tensor("bias_alt", args.bias_alt, one_of(DSV4_FLOAT32), {experts});
-  if (present(args.bias_alt)) check.tensor("bias_alt_mask", args.bias_alt_mask, one_of(DSV4_BOOL), {tokens});
+  check_image_bias(check, args.bias_alt, args.bias_alt_mask, tokens, experts);
   check.tensor("out_weights", args.out_weights, one_of(DSV4_FLOAT32), {tokens, args.top_k});
   check.tensor("out_ids", args.out_ids, one_of(DSV4_INT32, DSV4_INT64), {tokens, args.top_k});
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 
   if (tokens == 0) return DSV4_OK;
-  Gate gate = {};
+  Gate gate = gate_of(args, args.top_k);
   gate.bias = static_cast<const float*>(args.bias.data);
-  gate.bias_alt = static_cast<const float*>(args.bias_alt.data);
-  gate.bias_alt_mask = static_cast<const bool*>(args.bias_alt_mask.data);
-  gate.padding_mask = static_cast<const bool*>(args.padding_mask.data);
-  gate.weights = static_cast<float*>(args.out_weights.data);
-  gate.ids = args.out_ids.data;
-  gate.tokens = tokens;
-  gate.logits_stride = args.logits.stride[0];
-  gate.experts = static_cast<int32_t>(experts);
-  gate.top_k = args.top_k;
+  gate.bias_in_fours = gate.bias_in_fours && (!present(args.bias) || in_fours(args.bias));
   gate.score_function = args.score_function;
-  gate.renormalize = args.renormalize != 0;
-  gate.wide_ids = args.out_ids.dtype == DSV4_INT64;
-  gate.logits_in_fours = in_fours(args.logits);
-  gate.bias_in_fours =
-      (!present(args.bias) || in_fours(args.bias)) && (!present(args.bias_alt) || in_fours(args.bias_alt));
-  gate.scale = args.scale;
-  gate.epsilon = args.epsilon;
-  return with_row_type(args.logits.dtype, [&](auto logit) {
-    return route(target, static_cast<const decltype(logit)*>(args.logits.data), gate);
-  });
+  return route_by_logits(target, args.logits, gate);
 }

@@ -4,6 +4,7 @@
 
 #include "core/check.h"
 #include "router/dense_router_decode_policy.h"
+#include "router/image_bias.h"
 
 namespace dsv4 {
 namespace {
@@ -49,7 +50,8 @@ extern "C" dsv4_status dsv4_dense_router_decode(const dsv4_dense_router_decode_a
   check.range("workspace bytes", extent(args.workspace, 0), workspace_bytes, INT64_MAX);
   check.aligned_rows("workspace", args.workspace, kWorkspaceAlignment);
   check.tensor("out_weights", args.out_weights, one_of(DSV4_FLOAT32), {tokens, args.top_k});
-  check.tensor("out_ids", args.out_ids, one_of(DSV4_INT32), {tokens, args.top_k});
+  check.tensor("out_ids", args.out_ids, one_of(DSV4_INT32, DSV4_INT64), {tokens, args.top_k});
+  check_image_bias(check, args.bias_alt, args.bias_alt_mask, tokens, experts);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 
@@ -58,8 +60,9 @@ extern "C" dsv4_status dsv4_dense_router_decode(const dsv4_dense_router_decode_a
   const DenseRouterDecodePolicy policy = dense_router_decode_policy(*target.device, tokens, experts, hidden_size);
   const int32_t units = static_cast<int32_t>(hidden_size / kHiddenMultiple);
   return (*policy.kernel)(target, {policy.expert_tiles, policy.splits}, args.hidden.data, args.weight.data,
-                          args.bias.data, workspace + kPresenceBytes, workspace, args.out_weights.data,
-                          args.out_ids.data, args.hidden.stride[0], args.weight.stride[0], static_cast<int32_t>(tokens),
-                          units / policy.splits, units % policy.splits, static_cast<int32_t>(experts), args.top_k,
-                          args.renormalize, args.scale, args.epsilon);
+                          args.bias.data, args.bias_alt.data, args.bias_alt_mask.data, workspace + kPresenceBytes,
+                          workspace, args.out_weights.data, args.out_ids.data, args.hidden.stride[0],
+                          args.weight.stride[0], static_cast<int32_t>(tokens), units / policy.splits,
+                          units % policy.splits, static_cast<int32_t>(experts), args.top_k, args.renormalize,
+                          args.out_ids.dtype == DSV4_INT64, args.scale, args.epsilon);
 }

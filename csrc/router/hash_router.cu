@@ -8,11 +8,10 @@ constexpr int kThreads = 256;
 
 // One thread per slot (token, j), so accesses are coalesced, and a token's k threads share the load of its id. A block
 // takes whole tokens, so that the division stays in 32 bits for any batch size.
-template <typename TokenId, typename Entry>
-__global__ void hash_router_kernel(const TokenId* __restrict__ token_ids, const Entry* __restrict__ table,
-                                   const bool* __restrict__ padding_mask, float* __restrict__ weights,
-                                   int32_t* __restrict__ ids, int64_t tokens, int64_t vocab, int top_k,
-                                   int tokens_per_block) {
+template <typename Entry>
+__global__ void hash_router_kernel(StridedIndices token_ids, const Entry* __restrict__ table,
+                                   const bool* __restrict__ padding_mask, float* __restrict__ weights, OutIndices ids,
+                                   int64_t tokens, int64_t vocab, int top_k, int tokens_per_block) {
   await_previous_grid();
   const int token_in_block = threadIdx.x / top_k;
   const int slot = threadIdx.x % top_k;
@@ -22,7 +21,7 @@ __global__ void hash_router_kernel(const TokenId* __restrict__ token_ids, const 
   const int64_t expert = row >= 0 ? static_cast<int64_t>(table[row * top_k + slot]) : kNoExpert;
   const bool valid = expert >= 0 && expert <= INT32_MAX;
   const int64_t out = token * top_k + slot;
-  ids[out] = valid ? static_cast<int32_t>(expert) : kNoExpert;
+  ids.store(out, valid ? static_cast<int32_t>(expert) : kNoExpert);
   weights[out] = valid ? 1.0f / static_cast<float>(top_k) : 0.0f;
 }
 
@@ -39,15 +38,12 @@ extern "C" dsv4_status dsv4_hash_router(const dsv4_hash_router_args* given, dsv4
   const int64_t tokens = extent(args.token_ids, 0);
   if (tokens == 0) return DSV4_OK;
   const int tokens_per_block = kThreads / top_k;
-  return with_index_type(args.token_ids.dtype, [&](auto token_id) {
-    return with_index_type(args.hash_lut.dtype, [&](auto entry) {
-      using TokenId = decltype(token_id);
-      using Entry = decltype(entry);
-      return launch<hash_router_kernel<TokenId, Entry>>(
-          target, {blocks_for(tokens, tokens_per_block), kThreads}, static_cast<const TokenId*>(args.token_ids.data),
-          static_cast<const Entry*>(args.hash_lut.data), static_cast<const bool*>(args.padding_mask.data),
-          static_cast<float*>(args.out_weights.data), static_cast<int32_t*>(args.out_ids.data), tokens,
-          extent(args.hash_lut, 0), top_k, tokens_per_block);
-    });
+  return with_index_type(args.hash_lut.dtype, [&](auto entry) {
+    using Entry = decltype(entry);
+    return launch<hash_router_kernel<Entry>>(
+        target, {blocks_for(tokens, tokens_per_block), kThreads}, strided_indices_of(args.token_ids),
+        static_cast<const Entry*>(args.hash_lut.data), static_cast<const bool*>(args.padding_mask.data),
+        static_cast<float*>(args.out_weights.data), out_indices_of(args.out_ids), tokens, extent(args.hash_lut, 0),
+        top_k, tokens_per_block);
   });
 }

@@ -43,9 +43,9 @@ __device__ inline void add_products(float (&sums)[8], uint4 a, const uint4 (&row
 // block per multiprocessor let the compiler spend registers on loads in flight.
 template <int Blocks>
 __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kTokenThreads / Blocks, 1)
-    hash_router_fused_kernel(Indices token_ids, Indices table, const bool* __restrict__ padding_mask,
+    hash_router_fused_kernel(StridedIndices token_ids, Indices table, const bool* __restrict__ padding_mask,
                              const char* __restrict__ hidden, const char* __restrict__ weight,
-                             float* __restrict__ weights, int32_t* __restrict__ ids, int64_t vocab, int64_t experts,
+                             float* __restrict__ weights, OutIndices ids, int64_t vocab, int64_t experts,
                              int64_t hidden_stride, uint32_t weight_stride, int chunks, int top_k, int group,
                              bool renormalize, float scale, float epsilon) {
   await_previous_grid();
@@ -121,7 +121,7 @@ __global__ void __cluster_dims__(Blocks, 1, 1) __launch_bounds__(kTokenThreads /
   const float routing_weight =
       weigh_slot(score, [&] { return logit; }, kSqrtSoftplusSlope, group, renormalize, scale, epsilon);
   if (lane >= top_k) return;
-  ids[token * top_k + lane] = routed ? static_cast<int32_t>(expert) : kNoExpert;
+  ids.store(token * top_k + lane, routed ? static_cast<int32_t>(expert) : kNoExpert);
   weights[token * top_k + lane] = routing_weight;
 }
 
@@ -169,11 +169,10 @@ extern "C" dsv4_status dsv4_hash_router_fused(const dsv4_hash_router_fused_args*
   return with_constant(hash_router_fused_policy(*target.device, tokens).blocks, [&](auto blocks) {
     constexpr int kBlocks = decltype(blocks)::value;
     return launch<hash_router_fused_kernel<kBlocks>>(
-        target, {static_cast<uint32_t>(tokens * kBlocks), kTokenThreads / kBlocks}, indices_of(args.token_ids),
+        target, {static_cast<uint32_t>(tokens * kBlocks), kTokenThreads / kBlocks}, strided_indices_of(args.token_ids),
         indices_of(args.hash_lut), static_cast<const bool*>(args.padding_mask.data),
         static_cast<const char*>(args.hidden.data), static_cast<const char*>(args.weight.data),
-        static_cast<float*>(args.out_weights.data), static_cast<int32_t*>(args.out_ids.data), extent(args.hash_lut, 0),
-        experts, hidden_stride, weight_stride, chunks, top_k, group_for(top_k), args.renormalize != 0, args.scale,
-        args.epsilon);
+        static_cast<float*>(args.out_weights.data), out_indices_of(args.out_ids), extent(args.hash_lut, 0), experts,
+        hidden_stride, weight_stride, chunks, top_k, group_for(top_k), args.renormalize != 0, args.scale, args.epsilon);
   });
 }

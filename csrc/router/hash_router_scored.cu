@@ -2,7 +2,10 @@
 #include "core/launch.h"
 #include "device/activation.cuh"
 #include "device/row.cuh"
+#include "device/top_k.cuh"
+#include "router/activation_topk.h"
 #include "router/hash_lookup.cuh"
+#include "router/image_bias.h"
 #include "router/weigh_slot.cuh"
 
 namespace dsv4 {
@@ -11,11 +14,11 @@ constexpr int kThreads = 256;
 
 // `group` neighbouring lanes (a power of two, at least k) serve one token, one slot each, and sum their scores by
 // shuffles: a fixed order, so the same input gives the same bits.
-template <typename TokenId, typename Entry, typename Logit>
-__global__ void hash_router_scored_kernel(const TokenId* __restrict__ token_ids, const Entry* __restrict__ table,
+template <typename Entry, typename Logit>
+__global__ void hash_router_scored_kernel(StridedIndices token_ids, const Entry* __restrict__ table,
                                           const bool* __restrict__ padding_mask, const Logit* __restrict__ logits,
-                                          float* __restrict__ weights, int32_t* __restrict__ ids, int64_t tokens,
-                                          int64_t vocab, int64_t experts, int64_t logits_stride, int top_k, int group,
+                                          float* __restrict__ weights, OutIndices ids, int64_t tokens, int64_t vocab,
+                                          int64_t experts, int64_t logits_stride, int top_k, int group,
                                           bool renormalize, float scale, float epsilon) {
   await_previous_grid();
   const int slot = threadIdx.x & (group - 1);
@@ -35,7 +38,7 @@ __global__ void hash_router_scored_kernel(const TokenId* __restrict__ token_ids,
   const float weight = weigh_slot(score, [&] { return logit; }, kSqrtSoftplusSlope, group, renormalize, scale, epsilon);
   if (token >= tokens || slot >= top_k) return;
   const int64_t out = token * top_k + slot;
-  ids[out] = id;
+  ids.store(out, id);
   weights[out] = weight;
 }
 
@@ -51,24 +54,34 @@ extern "C" dsv4_status dsv4_hash_router_scored(const dsv4_hash_router_scored_arg
   check.flag("renormalize", args.renormalize);
   check.number("scale", args.scale);
   check.number("epsilon", args.epsilon, 0.0f);
+  check_image_bias(check, args.bias_alt, args.bias_alt_mask, tokens, extent(args.logits, 1));
+  if (present(args.bias_alt)) {
+    check.range("logits columns (experts, with bias_alt)", extent(args.logits, 1), 1, kMaxWarpColumns);
+    check.range("hash_lut columns (k, with bias_alt)", top_k, 1, extent(args.logits, 1));
+  }
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 
   if (tokens == 0) return DSV4_OK;
+  // Tokens that choose by a bias need the whole row: all tokens then run in the kernel that reads it.
+  if (present(args.bias_alt)) {
+    Gate gate = gate_of(args, top_k);
+    gate.token_ids = strided_indices_of(args.token_ids);
+    gate.table = indices_of(args.hash_lut);
+    gate.vocab = extent(args.hash_lut, 0);
+    return route_by_logits(target, args.logits, gate);
+  }
   const int group = group_for(top_k);
-  return with_index_type(args.token_ids.dtype, [&](auto token_id) {
-    return with_index_type(args.hash_lut.dtype, [&](auto entry) {
-      return with_row_type(args.logits.dtype, [&](auto logit) {
-        using TokenId = decltype(token_id);
-        using Entry = decltype(entry);
-        using Logit = decltype(logit);
-        return launch<hash_router_scored_kernel<TokenId, Entry, Logit>>(
-            target, {blocks_for(tokens, kThreads / group), kThreads}, static_cast<const TokenId*>(args.token_ids.data),
-            static_cast<const Entry*>(args.hash_lut.data), static_cast<const bool*>(args.padding_mask.data),
-            static_cast<const Logit*>(args.logits.data), static_cast<float*>(args.out_weights.data),
-            static_cast<int32_t*>(args.out_ids.data), tokens, extent(args.hash_lut, 0), extent(args.logits, 1),
-            args.logits.stride[0], top_k, group, args.renormalize != 0, args.scale, args.epsilon);
-      });
+  return with_index_type(args.hash_lut.dtype, [&](auto entry) {
+    return with_row_type(args.logits.dtype, [&](auto logit) {
+      using Entry = decltype(entry);
+      using Logit = decltype(logit);
+      return launch<hash_router_scored_kernel<Entry, Logit>>(
+          target, {blocks_for(tokens, kThreads / group), kThreads}, strided_indices_of(args.token_ids),
+          static_cast<const Entry*>(args.hash_lut.data), static_cast<const bool*>(args.padding_mask.data),
+          static_cast<const Logit*>(args.logits.data), static_cast<float*>(args.out_weights.data),
+          out_indices_of(args.out_ids), tokens, extent(args.hash_lut, 0), extent(args.logits, 1), args.logits.stride[0],
+          top_k, group, args.renormalize != 0, args.scale, args.epsilon);
     });
   });
 }

@@ -31,7 +31,10 @@ class Request:
 
 @dataclass
 class Engine:
-    """Keeps state, pages and history for requests that share one compressor."""
+    """Keeps state, pages and history for requests that share one compressor.
+
+    norm_dtype: of the norm's weight. starts_dtype: of query_starts.
+    """
 
     layout: str
     ratio: int
@@ -45,6 +48,8 @@ class Engine:
     positions: int = 4096
     seed: int = 0
     dtype: torch.dtype = torch.float32
+    norm_dtype: torch.dtype = torch.float32
+    starts_dtype: torch.dtype = torch.int32
     by_slot_mapping: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -53,7 +58,8 @@ class Engine:
         form = FORMATS[self.layout]
         self.width = form.head_dim * (2 if self.overlap else 1)
         self.ape = self.normal(self.ratio, self.width)
-        self.weight = 1 + 0.1 * self.normal(form.head_dim)
+        norm_weight = torch.from_numpy(1 + 0.1 * self.normal(form.head_dim)).to(self.norm_dtype)
+        self.weight = norm_weight.to(torch.float32).numpy()
         angle = np.arange(self.positions)[:, None] * 0.7 ** np.arange(32)
         self.cos_sin = np.concatenate((np.cos(angle), np.sin(angle)), axis=1).astype(np.float32)
         # What is never written must not matter, and must stay.
@@ -63,7 +69,7 @@ class Engine:
         self.pages = self.parts[0]
         self.expected = [part.cpu().numpy().copy() for part in self.parts]
         self.free_pages = list(range(self.page_count))
-        self.constants = [self.to_device(a) for a in (self.ape, self.weight, self.cos_sin)]
+        self.constants = [self.to_device(self.ape), norm_weight.to(self.device), self.to_device(self.cos_sin)]
 
     def normal(self, *shape: int) -> Array:
         return self.random.standard_normal(shape).astype(np.float32)
@@ -100,7 +106,7 @@ class Engine:
             kv_tensor.to(self.device),
             score_tensor.to(self.device),
             ape,
-            self.to_device(starts),
+            self.to_device(starts).to(self.starts_dtype),
             self.to_device(np.array([r.length - n for r, n in growth], np.int32 if self.seed % 2 else np.int64)),
             self.state,
             self.to_device(np.array([r.state_pages for r, _ in growth], np.int32).reshape(-1, self.state_columns)),

@@ -49,6 +49,18 @@ def test_prefill_and_decode_mixed(ratio: int, overlap: bool, wide: bool, device:
     one.step([(d, 1), (c, 0), (b, 2 * ratio), (a, 1)])
 
 
+@pytest.mark.parametrize(
+    ("ratio", "overlap", "layout"), [(1, False, "indexer_bf16"), (4, True, "bf16"), (128, False, "bf16")]
+)
+def test_dtypes_of_engines(ratio: int, overlap: bool, layout: str, device: str) -> None:
+    """A norm's weight in bfloat16 and int64 starts, as vLLM's and transformers' modules hold them."""
+    dtypes = {"norm_dtype": torch.bfloat16, "starts_dtype": torch.int64, "dtype": torch.bfloat16}
+    one = engine(ratio, overlap, device, layout, page_count=96, **dtypes)
+    a, b, c = (one.request(slot) for slot in range(3))
+    one.step([(a, 3), (b, ratio + 1), (c, 0)], padding=2)
+    one.step([(b, 1), (a, ratio + 5), (c, 2)], padding=1)
+
+
 @pytest.mark.parametrize("architecture", DISTINCT)
 @pytest.mark.parametrize("layout", ["bf16", "indexer_bf16"])
 def test_several_tokens_per_block(layout: str, architecture: str) -> None:
@@ -401,7 +413,7 @@ def test_what_is_out_of_range_writes_nothing(ratio: int, device: str) -> None:
             for name, value in arguments.items()
         }
         for name in ("query_starts", "state_table", "block_table"):
-            if tensors[name] is not None:
+            if tensors[name] is not None and int(tensors[name].max()) < 2**31:
                 tensors[name] = tensors[name].to(torch.int32)
         compress_flush(
             kv,
@@ -430,7 +442,14 @@ def test_what_is_out_of_range_writes_nothing(ratio: int, device: str) -> None:
         call(block_table=None, slot_mapping=[slot] * (2 * ratio))
     for start in (-1, 2**31 - ratio, 2**40, -(2**62)):
         call(start_positions=[start], state_table=[[0]], block_table=[[0]])
-    for starts in ([-5, 2 * ratio], [2 * ratio, 0], [2**31 - 1, 2**31 - 1], [2 * ratio, 2**31 - 1]):
+    for starts in (
+        [-5, 2 * ratio],
+        [2 * ratio, 0],
+        [2**31 - 1, 2**31 - 1],
+        [2 * ratio, 2**31 - 1],
+        [2**32, 2**32 + 1],
+        [-(2**40), 2**40],
+    ):
         call(query_starts=starts, state_table=[[0]], block_table=[[0]])
     call(start_positions=[ratio], block_table=[[0]])  # positions that cos_sin does not have
     call(start_positions=[1], block_table=[[0]], query_starts=[0, ratio - 1])  # a row that the state does not have

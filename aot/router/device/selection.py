@@ -192,10 +192,14 @@ def select_experts(
     token: Int32,
     top_k: Int32,
     renormalize: Int32,
+    wide_ids: Int32,
     scale: Float32,
     epsilon: Float32,
 ) -> None:
-    """Chooses the experts of one token and stores their ids and weights. By one warp; lane i stores the i-th choice."""
+    """Chooses the experts of one token and stores their ids and weights. By one warp; lane i stores the i-th choice.
+
+    wide_ids: whether ids are int64: of each the low half, then a high half of 0, for every token has its experts.
+    """
     lane = cute.arch.lane_idx()
     slots = cutlass.const_expr(cute.size(keys_of_block) // LANES)
     keys = make_registers((slots,), Uint32)
@@ -230,4 +234,8 @@ def select_experts(
             weight = Float32(0.0)
         output = Int64(token) * top_k + lane
         (out_weights + output).store(weight * scale)
-        (out_ids + output).store(Int32(chosen))
+        if wide_ids != 0:
+            (out_ids + 2 * output).store(Int32(chosen))
+            (out_ids + 2 * output + 1).store(Int32(0))
+        else:
+            (out_ids + output).store(Int32(chosen))

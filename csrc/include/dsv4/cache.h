@@ -226,11 +226,11 @@ typedef struct dsv4_compress_flush_args {
   dsv4_tensor kv;           /* [tokens, width] float32 or bfloat16, rows may be strided; width d, or 2d with overlap */
   dsv4_tensor score;        /* like kv; may be absent where a block is one row */
   dsv4_tensor ape;          /* [ratio, width] float32; may be absent */
-  dsv4_tensor query_starts; /* [requests + 1] int32, ascending */
+  dsv4_tensor query_starts; /* [requests + 1] int32 or int64, ascending */
   dsv4_tensor start_positions; /* [requests] int32 or int64 */
   dsv4_tensor state;           /* [state pages, rows, 2, width] float32, written: kv and score, with ape */
   dsv4_tensor state_table;     /* [requests, columns] int32 */
-  dsv4_tensor norm_weight;     /* [d] float32 */
+  dsv4_tensor norm_weight;     /* [d] float32 or bfloat16 */
   dsv4_tensor cos_sin;         /* [positions, 64] float32: 32 cosines, then 32 sines */
   dsv4_tensor pages;           /* [pages, >= dsv4_page_bytes] uint8, written; rows may be strided. Of a separate layout
                                   [pages, entries_per_page, value_bytes] uint8 or its element type */

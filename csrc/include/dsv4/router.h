@@ -18,11 +18,11 @@ extern "C" {
  * table entry that is negative or does not fit in int32. */
 typedef struct dsv4_hash_router_args {
   size_t struct_size;       /* sizeof(dsv4_hash_router_args) */
-  dsv4_tensor token_ids;    /* [tokens] int32 or int64 */
+  dsv4_tensor token_ids;    /* [tokens] int32 or int64, at any distance that is not negative */
   dsv4_tensor hash_lut;     /* [vocab, k] int32 or int64, k <= 32 */
   dsv4_tensor padding_mask; /* [tokens] bool, true = padding; may be absent */
   dsv4_tensor out_weights;  /* [tokens, k] float32 */
-  dsv4_tensor out_ids;      /* [tokens, k] int32 */
+  dsv4_tensor out_ids;      /* [tokens, k] int32 or int64 */
 } dsv4_hash_router_args;
 
 DSV4_API dsv4_status dsv4_hash_router(const dsv4_hash_router_args* args, dsv4_stream stream);
@@ -30,18 +30,22 @@ DSV4_API dsv4_status dsv4_hash_router(const dsv4_hash_router_args* args, dsv4_st
 /* Hash routing as the DeepSeek-V4 models do it: experts from the table, weights from the gate's logits.
  *     s = sqrt(softplus(logits[token, id])),  weight = scale * s / (sum of the row's s + epsilon)
  * The division only if renormalize. Extreme logits: see above. Table entries outside [0, experts) get id -1 and weight
- * 0 and take no part in the sum. Token ids out of range, padding: as hash_router. */
+ * 0 and take no part in the sum. Token ids out of range, padding: as hash_router.
+ * A token that bias_alt_mask marks, such as one of an image, has no row in the table: its experts are the k largest of
+ * s + bias_alt in descending order, ties to the lower id, NaN lowest, whatever its token id. */
 typedef struct dsv4_hash_router_scored_args {
-  size_t struct_size;       /* sizeof(dsv4_hash_router_scored_args) */
-  dsv4_tensor token_ids;    /* [tokens] int32 or int64 */
-  dsv4_tensor hash_lut;     /* [vocab, k] int32 or int64, k <= 32 */
-  dsv4_tensor logits;       /* [tokens, experts] float32 or bfloat16; rows may be strided */
-  dsv4_tensor padding_mask; /* [tokens] bool; may be absent */
-  dsv4_tensor out_weights;  /* [tokens, k] float32 */
-  dsv4_tensor out_ids;      /* [tokens, k] int32 */
-  int32_t renormalize;      /* 0 or 1 */
-  float scale;              /* the model's routed scaling factor */
-  float epsilon;            /* added to the sum; the models use 0, some engines 1e-20 */
+  size_t struct_size;        /* sizeof(dsv4_hash_router_scored_args) */
+  dsv4_tensor token_ids;     /* [tokens] int32 or int64, at any distance that is not negative */
+  dsv4_tensor hash_lut;      /* [vocab, k] int32 or int64, k <= 32 */
+  dsv4_tensor logits;        /* [tokens, experts] float32 or bfloat16; rows may be strided */
+  dsv4_tensor padding_mask;  /* [tokens] bool; may be absent */
+  dsv4_tensor out_weights;   /* [tokens, k] float32 */
+  dsv4_tensor out_ids;       /* [tokens, k] int32 or int64 */
+  int32_t renormalize;       /* 0 or 1 */
+  float scale;               /* the model's routed scaling factor */
+  float epsilon;             /* added to the sum; the models use 0, some engines 1e-20 */
+  dsv4_tensor bias_alt;      /* [experts <= 1024] float32; may be absent, together with bias_alt_mask */
+  dsv4_tensor bias_alt_mask; /* [tokens] bool */
 } dsv4_hash_router_scored_args;
 
 DSV4_API dsv4_status dsv4_hash_router_scored(const dsv4_hash_router_scored_args* args, dsv4_stream stream);
@@ -52,13 +56,13 @@ DSV4_API dsv4_status dsv4_hash_router_scored(const dsv4_hash_router_scored_args*
  * Everything else, also what is out of range, as hash_router_scored with `experts` the rows of weight. */
 typedef struct dsv4_hash_router_fused_args {
   size_t struct_size;       /* sizeof(dsv4_hash_router_fused_args) */
-  dsv4_tensor token_ids;    /* [tokens] int32 or int64 */
+  dsv4_tensor token_ids;    /* [tokens] int32 or int64, at any distance that is not negative */
   dsv4_tensor hash_lut;     /* [vocab, k] int32 or int64, k <= 32 */
   dsv4_tensor hidden;       /* [tokens, hidden_size] bfloat16, hidden_size a multiple of 8; rows may be strided */
   dsv4_tensor weight;       /* [experts, hidden_size] bfloat16; rows may be strided */
   dsv4_tensor padding_mask; /* [tokens] bool; may be absent */
   dsv4_tensor out_weights;  /* [tokens, k] float32 */
-  dsv4_tensor out_ids;      /* [tokens, k] int32 */
+  dsv4_tensor out_ids;      /* [tokens, k] int32 or int64 */
   int32_t renormalize;      /* 0 or 1 */
   float scale;              /* the model's routed scaling factor */
   float epsilon;            /* added to the sum; the models use 0, some engines 1e-20 */
@@ -74,7 +78,8 @@ DSV4_API int64_t dsv4_hash_router_fused_max_bytes(void);
  *     logits = hidden . weight^T in float32,  s = sqrt(softplus(logits))
  *     ids = the k largest of s + bias in descending order, ties to the lower id, NaN lowest
  *     weight = scale * s[id] / (sum of the chosen s + epsilon)
- * The division only if renormalize. Extreme logits: see above. The workspace must be zeroed once before its first use;
+ * A token that bias_alt_mask marks is selected by bias_alt instead of bias. The division only if renormalize. Extreme
+ * logits: see above. The workspace must be zeroed once before its first use;
  * every call leaves it ready for the next one on the same stream. Calls that may run at the same
  * time need separate workspaces. */
 typedef struct dsv4_dense_router_decode_args {
@@ -84,11 +89,13 @@ typedef struct dsv4_dense_router_decode_args {
   dsv4_tensor bias;        /* [experts] float32, used for selection only; may be absent */
   dsv4_tensor workspace;   /* [>= dsv4_dense_router_decode_workspace_size] uint8, zeroed once */
   dsv4_tensor out_weights; /* [tokens, k] float32 */
-  dsv4_tensor out_ids;     /* [tokens, k] int32 */
+  dsv4_tensor out_ids;     /* [tokens, k] int32 or int64 */
   int32_t top_k;           /* 1 to 32, at most experts */
   int32_t renormalize;     /* 0 or 1 */
   float scale;
   float epsilon;
+  dsv4_tensor bias_alt;      /* [experts] float32; may be absent, together with bias_alt_mask */
+  dsv4_tensor bias_alt_mask; /* [tokens] bool */
 } dsv4_dense_router_decode_args;
 
 /* Bytes of workspace for a batch of that shape; 0 for one that the op refuses. */

@@ -92,14 +92,14 @@ def compress_flush(
             elements.
         score: like kv; None where a block is one row.
         ape: [ratio, width] float32, added to the score at row position % ratio; or None.
-        query_starts: [requests + 1] int32, ascending: request r brings tokens query_starts[r] to query_starts[r + 1].
-            Tokens beyond the last are padding.
+        query_starts: [requests + 1] int32 or int64, ascending: request r brings tokens query_starts[r] to
+            query_starts[r + 1]. Tokens beyond the last are padding.
         start_positions: [requests] int32 or int64, the position of each request's first token in this call; negative
             for a request that takes no part.
         state: [state pages, rows, 2, width] float32: kv, then score with ape; changed in place. May have no pages where
             a block is one row.
         state_table: [requests, columns] int32. Rows of a page that is out of range are not stored.
-        norm_weight: [d] float32.
+        norm_weight: [d] float32 or bfloat16.
         cos_sin: [positions, 64] float32: 32 cosines, then 32 sines.
         pages: [pages, at least PAGE_LAYOUTS[layout].page_bytes(entries_per_page)] uint8, changed in place; rows may be
             strided. Of split and split_indexer, what flush_write_hca and flush_write_csa write: entries_fp8 [pages,

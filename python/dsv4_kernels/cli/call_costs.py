@@ -101,10 +101,10 @@ def call_costs() -> dict[str, float]:
     ways: dict[str, Callable[[], object]] = {
         "C function": lambda: c_function(address, None),
         "empty": lambda: empty(address, None),
-        "binding": lambda: _native.hash_router(token_ids, table, None, weights, ids),
+        "binding": lambda: _native.hash_router(token_ids, table, None, False, weights, ids),
         "python function": lambda: hash_router(token_ids, table, out_weights=weights, out_ids=ids),
         "python function, allocating": lambda: hash_router(token_ids, table),
-        "torch op": lambda: torch.ops.dsv4.hash_router.out(token_ids, table, None, weights, ids),
+        "torch op": lambda: torch.ops.dsv4.hash_router.out(token_ids, table, None, False, weights, ids),
         "torch op, allocating": lambda: torch.ops.dsv4.hash_router(token_ids, table, None),
         "torch.empty twice": lambda: (
             torch.empty(1, 6, dtype=torch.float32, device="cpu"),

@@ -30,10 +30,10 @@ _SCORE_FUNCTIONS = {"sqrt_softplus": 0, "sigmoid": 1, "softmax": 2}
 
 
 def _routes(
-    tokens: Tensor, k: int, out_weights: Tensor | None, out_ids: Tensor | None, id_type: torch.dtype = torch.int32
+    tokens: Tensor, k: int, out_weights: Tensor | None, out_ids: Tensor | None, int64_ids: bool
 ) -> tuple[Tensor, Tensor]:
     """Weights and ids [tokens, k] for the rows of a tensor."""
-    shape = tokens.shape[0], k
+    shape, id_type = (tokens.shape[0], k), torch.int64 if int64_ids else torch.int32
     return output(out_weights, tokens, shape, torch.float32), output(out_ids, tokens, shape, id_type)
 
 
@@ -43,6 +43,7 @@ def hash_router(
     hash_lut: Tensor,
     *,
     padding_mask: Tensor | None = None,
+    int64_ids: bool = False,
     out_weights: Tensor | None = None,
     out_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -52,17 +53,18 @@ def hash_router(
     see hash_router_scored.
 
     Args:
-        token_ids: [tokens] int32 or int64.
+        token_ids: [tokens] int32 or int64; may be strided, as a column of a matrix is.
         hash_lut: [vocab, k] int32 or int64, k <= 32; the checkpoints' `layers.N.ffn.gate.tid2eid`.
         padding_mask: [tokens] bool, true for padding.
+        int64_ids: return ids as int64. An out_ids that is given has either type.
         out_weights: [tokens, k] float32 to write to.
-        out_ids: [tokens, k] int32 to write to.
+        out_ids: [tokens, k] int32 or int64 to write to.
 
     Returns:
-        weights [tokens, k] float32, all 1/k; ids [tokens, k] int32. A table entry that is negative or does not fit in
-        int32 gives its slot id -1 and weight 0.
+        weights [tokens, k] float32, all 1/k; ids [tokens, k]. A table entry that is negative or does not fit in int32
+        gives its slot id -1 and weight 0.
     """
-    return _routes(token_ids, hash_lut.shape[1], out_weights, out_ids)
+    return _routes(token_ids, hash_lut.shape[1], out_weights, out_ids, int64_ids)
 
 
 @op(_native.hash_router_scored)
@@ -75,6 +77,9 @@ def hash_router_scored(
     renormalize: bool = True,
     scale: float = 1.0,
     epsilon: float = 0.0,
+    bias_alt: Tensor | None = None,
+    bias_alt_mask: Tensor | None = None,
+    int64_ids: bool = False,
     out_weights: Tensor | None = None,
     out_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -85,21 +90,26 @@ def hash_router_scored(
     Source: class Gate of the models' published inference code.
 
     Args:
-        token_ids: [tokens] int32 or int64.
+        token_ids: [tokens] int32 or int64; may be strided, as a column of a matrix is.
         hash_lut: [vocab, k] int32 or int64, k <= 32.
         logits: [tokens, experts] float32 or bfloat16: hidden . gate.weight^T; rows may be strided.
         padding_mask: [tokens] bool, true for padding.
         renormalize: divide by the sum.
         scale: the model's routed scaling factor (1.5 in v4-flash, 2.5 in v4-pro).
         epsilon: added to the sum; the models use 0, some engines 1e-20.
+        bias_alt: [experts] float32, at most 1024 experts: the bias of the tokens that bias_alt_mask marks, such as an
+            image's, which the table does not know: their experts are the k largest of s + bias_alt in descending order,
+            as activation_topk chooses.
+        bias_alt_mask: [tokens] bool, given together with bias_alt.
+        int64_ids: return ids as int64. An out_ids that is given has either type.
         out_weights: [tokens, k] float32 to write to.
-        out_ids: [tokens, k] int32 to write to.
+        out_ids: [tokens, k] int32 or int64 to write to.
 
     Returns:
-        weights [tokens, k] float32; ids [tokens, k] int32. A table entry outside [0, experts) gives its slot id -1 and
+        weights [tokens, k] float32; ids [tokens, k]. A table entry outside [0, experts) gives its slot id -1 and
         weight 0 and takes no part in the sum.
     """
-    return _routes(token_ids, hash_lut.shape[1], out_weights, out_ids)
+    return _routes(token_ids, hash_lut.shape[1], out_weights, out_ids, int64_ids)
 
 
 @op(_native.hash_router_fused)
@@ -113,6 +123,7 @@ def hash_router_fused(
     renormalize: bool = True,
     scale: float = 1.0,
     epsilon: float = 0.0,
+    int64_ids: bool = False,
     out_weights: Tensor | None = None,
     out_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -124,7 +135,7 @@ def hash_router_fused(
     once. Source: class Gate of the models' published inference code, which computes all logits and gathers k.
 
     Args:
-        token_ids: [tokens] int32 or int64.
+        token_ids: [tokens] int32 or int64; may be strided, as a column of a matrix is.
         hash_lut: [vocab, k] int32 or int64, k <= 32; the checkpoints' `layers.N.ffn.gate.tid2eid`.
         hidden: [tokens, hidden_size] bfloat16, hidden_size a multiple of 8; rows may be strided, each aligned to 16
             bytes.
@@ -133,14 +144,15 @@ def hash_router_fused(
         renormalize: divide by the sum.
         scale: the model's routed scaling factor (1.5 in v4-flash, 2.5 in v4-pro).
         epsilon: added to the sum; the models use 0, some engines 1e-20.
+        int64_ids: return ids as int64. An out_ids that is given has either type.
         out_weights: [tokens, k] float32 to write to.
-        out_ids: [tokens, k] int32 to write to.
+        out_ids: [tokens, k] int32 or int64 to write to.
 
     Returns:
-        weights [tokens, k] float32; ids [tokens, k] int32. A token gets the same bits in every batch. A table entry
+        weights [tokens, k] float32; ids [tokens, k]. A token gets the same bits in every batch. A table entry
         outside [0, experts) gives its slot id -1 and weight 0 and takes no part in the sum.
     """
-    return _routes(token_ids, hash_lut.shape[1], out_weights, out_ids)
+    return _routes(token_ids, hash_lut.shape[1], out_weights, out_ids, int64_ids)
 
 
 def _decode_workspace_size(hidden: Tensor, weight: Tensor) -> int:
@@ -157,6 +169,9 @@ def dense_router_decode(
     renormalize: bool = True,
     scale: float = 1.0,
     epsilon: float = 0.0,
+    bias_alt: Tensor | None = None,
+    bias_alt_mask: Tensor | None = None,
+    int64_ids: bool = False,
     workspace: Workspace | Tensor | None = None,
     out_weights: Tensor | None = None,
     out_ids: Tensor | None = None,
@@ -177,17 +192,20 @@ def dense_router_decode(
         renormalize: divide by the sum.
         scale: the model's routed scaling factor.
         epsilon: added to the sum.
+        bias_alt: [experts] float32, the bias of the tokens that bias_alt_mask marks, such as those of an image.
+        bias_alt_mask: [tokens] bool, given together with bias_alt.
+        int64_ids: return ids as int64. An out_ids that is given has either type.
         workspace: a Workspace, or a uint8 tensor of at least `dense_router_decode_workspace_size(tokens, experts)`
             bytes, aligned to 64, zeroed once; every call leaves it zeroed. Calls that may run at the same time need one
             each. By default the library lends one to each stream, and one to each stream of a captured graph.
         out_weights: [tokens, k] float32 to write to.
-        out_ids: [tokens, k] int32 to write to.
+        out_ids: [tokens, k] int32 or int64 to write to.
 
     Returns:
-        weights [tokens, k] float32 and ids [tokens, k] int32 in descending order of s + bias; ties go to the lower id,
+        weights [tokens, k] float32 and ids [tokens, k] in descending order of s + bias; ties go to the lower id,
         NaN is lowest.
     """
-    return _routes(hidden, k, out_weights, out_ids)
+    return _routes(hidden, k, out_weights, out_ids, int64_ids)
 
 
 def dense_router_decode_workspace_size(tokens: int, experts: int) -> int:
@@ -213,7 +231,7 @@ def _activation_topk(
     out_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """activation_topk, the score function as a number."""
-    return _routes(logits, k, out_weights, out_ids, torch.int64 if int64_ids else torch.int32)
+    return _routes(logits, k, out_weights, out_ids, int64_ids)
 
 
 def activation_topk(

@@ -64,6 +64,7 @@ class Router(FixedDtypes):
         scale: float = 1.0,
         renormalize: bool = True,
         epsilon: float = 0.0,
+        int64_ids: bool = False,
         image_bias: bool = False,
         weight_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
@@ -80,6 +81,7 @@ class Router(FixedDtypes):
             scale: the model's routed scaling factor.
             renormalize: divide a token's scores by their sum.
             epsilon: added to that sum.
+            int64_ids: return ids as int64, for code that indexes torch tensors with them; moe_sort reads either type.
             image_bias: whether there is a `bias_vl`.
             weight_dtype: of the gate: bfloat16, or float32 for a gate that bfloat16 does not hold. The ops of small
                 batches multiply bfloat16; with float32, all batches take torch's product of float32 matrices.
@@ -105,6 +107,7 @@ class Router(FixedDtypes):
         self.weight_dtype = weight_dtype
         self.hidden_size, self.experts, self.top_k, self.vocab_size = hidden_size, experts, top_k, vocab_size
         self.scale, self.renormalize, self.epsilon = float(scale), renormalize, float(epsilon)
+        self.int64_ids = int64_ids
         self.workspace = workspace
 
         def parameter(dtype: torch.dtype, *shape: int) -> Parameter:
@@ -121,7 +124,7 @@ class Router(FixedDtypes):
     def from_preset(cls, mode: Mode, preset: str | Preset, **options: Any) -> Router:
         """A router of a public model's sizes; tensors are zero.
 
-        options: scale, renormalize, epsilon, image_bias, weight_dtype, device, workspace.
+        options: scale, renormalize, epsilon, int64_ids, image_bias, weight_dtype, device, workspace.
         """
         sizes = find_preset("Router", preset)
         return cls(
@@ -145,7 +148,7 @@ class Router(FixedDtypes):
             path: a .safetensors file, a folder with one or with shards and their index, or the tensors by name.
             layer: N, for the gate of `layers.N` or `model.layers.N`; or the name of the block, such as "mtp.0".
             preset: the model, by name or by its sizes.
-            options: scale, renormalize, epsilon, weight_dtype, device, workspace.
+            options: scale, renormalize, epsilon, int64_ids, weight_dtype, device, workspace.
 
         Raises:
             CheckpointError: naming file and tensor, what was expected and what there is.
@@ -174,51 +177,46 @@ class Router(FixedDtypes):
 
         Args:
             hidden: [tokens, hidden_size] bfloat16; float32 and float16 take more launches.
-            token_ids: [tokens] int32 or int64. Hash mode needs them, dense mode ignores them.
+            token_ids: [tokens] int32 or int64, may be strided. Hash mode needs them, dense mode ignores
+                them.
             padding_mask: [tokens] bool, true for padding: ids -1 and weights 0.
             image_mask: [tokens] bool, true for the tokens of an image, whose experts are chosen by `bias_vl`.
             logits: [tokens, experts] float32 or bfloat16, as logits() returns them, for a caller that needs them too:
                 hidden is then not read.
             out_weights: [tokens, top_k] float32 to write to.
-            out_ids: [tokens, top_k] int32 to write to.
+            out_ids: [tokens, top_k] int32 or int64 to write to.
 
         Returns:
-            weights [tokens, top_k] float32, ids [tokens, top_k] int32. The dense mode's are in descending order of
-            score + bias, the hash mode's in the table's order.
+            weights [tokens, top_k] float32, ids [tokens, top_k] int32, or int64 with int64_ids. The dense mode's and
+            those of image tokens are in descending order of score + bias, the hash mode's in the table's order.
         """
-        out: dict[str, Any] = {"out_weights": out_weights, "out_ids": out_ids}
+        out: dict[str, Any] = {"out_weights": out_weights, "out_ids": out_ids, "int64_ids": self.int64_ids}
         out |= {"renormalize": self.renormalize, "scale": self.scale, "epsilon": self.epsilon}
         by_logits = (
             logits is not None
-            or image_mask is not None
             or self.weight_dtype != torch.bfloat16
             or hidden.dtype != torch.bfloat16
+            or (image_mask is not None and self.mode == "hash")
         )
+        if image_mask is not None:
+            if self.bias_vl is None:
+                raise InvalidArgumentError(
+                    "Router: image_mask: expected None without a bias_vl, got a tensor; image_bias=True makes one"
+                )
+            out |= {"bias_alt": self.bias_vl, "bias_alt_mask": image_mask}
         op = self.op_for(hidden.shape[0], padded=padding_mask is not None, by_logits=by_logits)
         if op == "dense_router_decode":
             return dense_router_decode(hidden, self.weight, self.bias, self.top_k, workspace=self.workspace, **out)
-        if op == "hash_router_fused" and token_ids is not None:
-            return hash_router_fused(token_ids, self.tid2eid, hidden, self.weight, padding_mask=padding_mask, **out)
+        if self.mode == "hash" and token_ids is None:
+            raise InvalidArgumentError("Router: token_ids: expected a tensor in hash mode, got None")
         out["padding_mask"] = padding_mask
-        if image_mask is not None and self.bias_vl is None:
-            raise InvalidArgumentError(
-                "Router: image_mask: expected None without a bias_vl, got a tensor; image_bias=True makes one"
-            )
+        if op == "hash_router_fused":
+            return hash_router_fused(token_ids, self.tid2eid, hidden, self.weight, **out)  # type: ignore[arg-type]
         if logits is None:
             logits = self.logits(hidden)
         if self.mode == "dense":
-            images: dict[str, Any] = (
-                {"bias_alt": self.bias_vl, "bias_alt_mask": image_mask} if image_mask is not None else {}
-            )
-            return activation_topk(logits, self.bias, self.top_k, **images, **out)
-        if token_ids is None:
-            raise InvalidArgumentError("Router: token_ids: expected a tensor in hash mode, got None")
-        results = hash_router_scored(token_ids, self.tid2eid, logits, **out)
-        if image_mask is not None:
-            out |= {"out_weights": None, "out_ids": None}
-            for result, of_image in zip(results, activation_topk(logits, self.bias_vl, self.top_k, **out), strict=True):
-                torch.where(image_mask[:, None], of_image, result, out=result)
-        return results
+            return activation_topk(logits, self.bias, self.top_k, **out)
+        return hash_router_scored(token_ids, self.tid2eid, logits, **out)  # type: ignore[arg-type]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the experts are scored by, hidden . weight^T: [tokens, experts] float32. As output_router_logits has

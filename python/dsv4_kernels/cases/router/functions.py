@@ -51,7 +51,22 @@ def check_lookup_scored(
     given = named("hash_router_scored", to_cpu(arguments))
     ids = definitions.looked_up(given.token_ids, given.hash_lut, given.padding_mask)
     weighing = given.renormalize, given.scale, given.epsilon
-    return check_looked_up(ids, definitions.looked_up_weights(ids, given.logits, *weighing), results, baseline)
+    weights = definitions.looked_up_weights(ids, given.logits, *weighing)
+    if given.bias_alt_mask is None:
+        return check_looked_up(ids, weights, results, baseline)
+    # Tokens of images are chosen as a dense layer's are; the others are checked by themselves.
+    images = given.bias_alt_mask
+    text = check_looked_up(
+        ids[~images], weights[~images], tuple(result[~images] for result in results), (baseline[0][~images],)
+    )
+    padding = None if given.padding_mask is None else given.padding_mask[images]
+    chosen = given.logits[images], given.bias_alt, ids.shape[1], definitions.SQRT_SOFTPLUS, *weighing
+    image = check_activation_topk(
+        (*chosen, padding, None, None, given.int64_ids),
+        tuple(result[images] for result in results),
+        tuple(result[images] for result in baseline),
+    )
+    return image if text.passed else text
 
 
 def check_fused(arguments: tuple[Any, ...], results: tuple[Tensor, ...], baseline: tuple[Tensor, ...]) -> Verdict:
@@ -66,7 +81,7 @@ def check_fused(arguments: tuple[Any, ...], results: tuple[Tensor, ...], baselin
 
 def check_looked_up(ids: Tensor, weights: Tensor, results: tuple[Tensor, ...], baseline: tuple[Tensor, ...]) -> Verdict:
     """Ids must be the table's; weights as near to float64 as twice plain torch's."""
-    if not torch.equal(results[1], ids):
+    if not torch.equal(results[1].to(ids.dtype), ids):
         return Verdict(float((results[1] != ids).sum()), 0.0, "wrong ids")
     limit = max(2 * worst_relative_error(baseline[0], weights), WEIGHT_LIMIT)
     return Verdict(worst_relative_error(results[0], weights), limit, "weight, relative")
@@ -78,9 +93,12 @@ def check_selection(arguments: tuple[Any, ...], results: tuple[Tensor, ...], bas
     """
     on_device = named("dense_router_decode", arguments)
     baseline_scores = definitions.scores_of(baseline_logits(on_device.hidden, on_device.weight).cpu())
-    hidden, weight, bias, k, renormalize, scale, epsilon = to_cpu(arguments)
-    scores = definitions.scores_of(definitions.logits_of(hidden, weight))
-    selection = scores if bias is None else scores + bias.to(torch.float64)
+    given = named("dense_router_decode", to_cpu(arguments))
+    weight, k, weighing = given.weight, given.k, (given.renormalize, given.scale, given.epsilon)
+    scores = definitions.scores_of(definitions.logits_of(given.hidden, weight))
+    selection = scores if given.bias is None else scores + given.bias.to(torch.float64)
+    for token in [] if given.bias_alt_mask is None else given.bias_alt_mask.nonzero()[:, 0].tolist():
+        selection[token] = scores[token] + given.bias_alt.to(torch.float64)
     rounding = 2 * float((baseline_scores - scores).abs().max()) + 2 * FLOAT32_ULP * float(selection.abs().max())
 
     weights, ids = results[0], results[1].to(torch.int64)
@@ -93,16 +111,22 @@ def check_selection(arguments: tuple[Any, ...], results: tuple[Tensor, ...], bas
     shortfall = float((best - chosen).max()) if ids.numel() else 0.0  # position by position: membership and order
     if shortfall > rounding:
         return Verdict(shortfall, rounding, "score of a chosen expert")
-    exact = definitions.weights_of(scores.gather(1, ids), renormalize, scale, epsilon)
-    rounded = definitions.weights_of(baseline_scores.gather(1, ids), renormalize, scale, epsilon)
+    exact = definitions.weights_of(scores.gather(1, ids), *weighing)
+    rounded = definitions.weights_of(baseline_scores.gather(1, ids), *weighing)
     limit = max(2 * worst_relative_error(rounded, exact), WEIGHT_LIMIT)
     return Verdict(worst_relative_error(weights, exact), limit, "weight, relative")
 
 
-def baseline_lookup(token_ids: Tensor, hash_lut: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def baseline_lookup(
+    token_ids: Tensor, hash_lut: Tensor, padding_mask: Tensor | None, int64_ids: bool = False
+) -> tuple[Tensor, Tensor]:
     """As an engine would write it: no check of the ids."""
-    ids = hash_lut[token_ids].to(torch.int32)
+    ids = hash_lut[token_ids].to(id_dtype(int64_ids))
     return without_padding(torch.full_like(ids, 1.0 / hash_lut.shape[1], dtype=torch.float32), ids, padding_mask)
+
+
+def id_dtype(int64_ids: bool) -> torch.dtype:
+    return torch.int64 if int64_ids else torch.int32
 
 
 def without_padding(weights: Tensor, ids: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -124,10 +148,17 @@ def baseline_lookup_scored(
     renormalize: bool,
     scale: float,
     epsilon: float,
+    bias_alt: Tensor | None = None,
+    bias_alt_mask: Tensor | None = None,
+    int64_ids: bool = False,
 ) -> tuple[Tensor, Tensor]:
     ids = hash_lut[token_ids].to(torch.int64)
+    if bias_alt is not None and bias_alt_mask is not None:
+        all_scores = torch.nn.functional.softplus(logits.to(torch.float32)).sqrt()
+        ids = torch.where(bias_alt_mask[:, None], (all_scores + bias_alt).topk(ids.shape[1], dim=1).indices, ids)
     scores = torch.nn.functional.softplus(logits.to(torch.float32).gather(1, ids)).sqrt()
-    return without_padding(baseline_weigh(scores, renormalize, scale, epsilon), ids.to(torch.int32), padding_mask)
+    weights = baseline_weigh(scores, renormalize, scale, epsilon)
+    return without_padding(weights, ids.to(id_dtype(int64_ids)), padding_mask)
 
 
 def baseline_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -141,15 +172,37 @@ def baseline_fused(
     token_ids: Tensor, hash_lut: Tensor, hidden: Tensor, weight: Tensor, padding_mask: Tensor | None, *weighing: Any
 ) -> tuple[Tensor, Tensor]:
     """As engines do: all logits, then the chosen ones."""
-    return baseline_lookup_scored(token_ids, hash_lut, baseline_logits(hidden, weight), padding_mask, *weighing)
+    renormalize, scale, epsilon, *ids = weighing
+    logits = baseline_logits(hidden, weight)
+    return baseline_lookup_scored(
+        token_ids, hash_lut, logits, padding_mask, renormalize, scale, epsilon, None, None, *ids
+    )
+
+
+def baseline_selection(
+    scores: Tensor, bias: Tensor | None, bias_alt: Tensor | None, bias_alt_mask: Tensor | None
+) -> Tensor:
+    selection = scores if bias is None else scores + bias
+    if bias_alt is None or bias_alt_mask is None:
+        return selection
+    return torch.where(bias_alt_mask[:, None], scores + bias_alt, selection)
 
 
 def baseline_dense(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, renormalize: bool, scale: float, epsilon: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    renormalize: bool,
+    scale: float,
+    epsilon: float,
+    bias_alt: Tensor | None = None,
+    bias_alt_mask: Tensor | None = None,
+    int64_ids: bool = False,
 ) -> tuple[Tensor, Tensor]:
     scores = torch.nn.functional.softplus(baseline_logits(hidden, weight)).sqrt()
-    ids = (scores if bias is None else scores + bias).topk(k, dim=1).indices
-    return baseline_weigh(scores.gather(1, ids), renormalize, scale, epsilon), ids.to(torch.int32)
+    ids = baseline_selection(scores, bias, bias_alt, bias_alt_mask).topk(k, dim=1).indices
+    return baseline_weigh(scores.gather(1, ids), renormalize, scale, epsilon), ids.to(id_dtype(int64_ids))
 
 
 def baseline_activation_topk(
@@ -172,13 +225,9 @@ def baseline_activation_topk(
         scores = torch.sigmoid(x)
     else:
         scores = torch.nn.functional.softplus(x).sqrt()
-    selection = scores if bias is None else scores + bias
-    if bias_alt is not None and bias_alt_mask is not None:
-        selection = torch.where(bias_alt_mask[:, None], scores + bias_alt, selection)
-    ids = selection.topk(k, dim=1).indices
+    ids = baseline_selection(scores, bias, bias_alt, bias_alt_mask).topk(k, dim=1).indices
     weights = baseline_weigh(scores.gather(1, ids), renormalize, scale, epsilon)
-    weights, ids = without_padding(weights, ids, padding_mask)
-    return weights, ids if int64_ids else ids.to(torch.int32)
+    return without_padding(weights, ids.to(id_dtype(int64_ids)), padding_mask)
 
 
 def check_activation_topk(
@@ -284,17 +333,28 @@ def padding_of(generator: torch.Generator, tokens: int, padded: bool) -> Tensor 
     return torch.rand(tokens, generator=generator, dtype=torch.float32, device="cpu") < 0.3 if padded else None
 
 
-def hash_router_case(preset: Preset, tokens: int, dtype: torch.dtype = torch.int64, padded: bool = False) -> Case:
+def image_mask_of(generator: torch.Generator, tokens: int) -> Tensor:
+    """A mask that marks about half of the tokens, among them the first."""
+    mask = torch.rand(tokens, generator=generator, dtype=torch.float32, device="cpu") < 0.5
+    mask[:1] = True
+    return mask
+
+
+def hash_router_case(
+    preset: Preset, tokens: int, dtype: torch.dtype = torch.int64, padded: bool = False, int64_ids: bool = False
+) -> Case:
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         token_ids = torch.randint(preset.vocab_size, (tokens,), generator=generator, dtype=dtype, device="cpu")
         table = torch.randint(
             preset.experts, (preset.vocab_size, preset.top_k), generator=generator, dtype=dtype, device="cpu"
         )
-        return token_ids, table, padding_of(generator, tokens, padded)
+        return token_ids, table, padding_of(generator, tokens, padded), int64_ids
 
     return Case(
         "hash_router",
-        f"{preset.name}, {tokens} tokens, {str(dtype).removeprefix('torch.')}" + ", padding" * padded,
+        f"{preset.name}, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
+        + ", padding" * padded
+        + ", int64 ids" * int64_ids,
         make,
         BASELINES["hash_router"],
         benched=dtype is torch.int32 and preset.name == "v4-flash",
@@ -303,8 +363,10 @@ def hash_router_case(preset: Preset, tokens: int, dtype: torch.dtype = torch.int
 
 
 def hash_router_scored_case(
-    preset: Preset, tokens: int, logit_dtype: torch.dtype = torch.float32, padded: bool = False
+    preset: Preset, tokens: int, logit_dtype: torch.dtype = torch.float32, padded: bool = False, images: bool = False
 ) -> Case:
+    """images: a bias for about half of the tokens, and int64 ids."""
+
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         token_ids = torch.randint(preset.vocab_size, (tokens,), generator=generator, dtype=torch.int32, device="cpu")
         table = torch.randint(
@@ -313,14 +375,20 @@ def hash_router_scored_case(
         logits = (3 * torch.randn(tokens, preset.experts, generator=generator, dtype=torch.float32, device="cpu")).to(
             logit_dtype
         )
-        return token_ids, table, logits, padding_of(generator, tokens, padded), True, preset.routed_scaling, 0.0
+        settings = token_ids, table, logits, padding_of(generator, tokens, padded), True, preset.routed_scaling, 0.0
+        if not images:
+            return *settings, None, None, False
+        bias_alt = 0.1 * torch.randn(preset.experts, generator=generator, dtype=torch.float32, device="cpu")
+        return *settings, bias_alt, image_mask_of(generator, tokens), True
 
     return Case(
         "hash_router_scored",
-        f"{preset.name}, {tokens} tokens, {str(logit_dtype).removeprefix('torch.')}" + ", padding" * padded,
+        f"{preset.name}, {tokens} tokens, {str(logit_dtype).removeprefix('torch.')}"
+        + ", padding" * padded
+        + ", images" * images,
         make,
         BASELINES["hash_router_scored"],
-        benched=logit_dtype is torch.float32 and preset.name == "v4-flash",
+        benched=logit_dtype is torch.float32 and preset.name == "v4-flash" and not images,
         labels={"preset": preset.name, "tokens": tokens},
     )
 
@@ -347,13 +415,15 @@ def fused_case(
     scale: float = 1.0,
     renormalize: bool = True,
     padded: bool = False,
+    int64_ids: bool = False,
     benched: bool = False,
 ) -> Case:
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         token_ids = torch.randint(vocab_size, (tokens,), generator=generator, dtype=torch.int32, device="cpu")
         table = torch.randint(experts, (vocab_size, k), generator=generator, device="cpu")
         hidden, weight, _ = gate_inputs(generator, tokens, hidden_size, experts)
-        return token_ids, table, hidden, weight, padding_of(generator, tokens, padded), renormalize, scale, 0.0
+        padding = padding_of(generator, tokens, padded)
+        return token_ids, table, hidden, weight, padding, renormalize, scale, 0.0, int64_ids
 
     return Case(
         "hash_router_fused",
@@ -374,10 +444,17 @@ def dense_case(
     scale: float = 1.0,
     renormalize: bool = True,
     with_bias: bool = True,
+    images: bool = False,
     benched: bool = False,
 ) -> Case:
+    """images: a bias for about half of the tokens, and int64 ids."""
+
     def make(generator: torch.Generator) -> tuple[Any, ...]:
-        return *gate_inputs(generator, tokens, hidden_size, experts, with_bias), k, renormalize, scale, 0.0
+        settings = *gate_inputs(generator, tokens, hidden_size, experts, with_bias), k, renormalize, scale, 0.0
+        if not images:
+            return *settings, None, None, False
+        bias_alt = 0.1 * torch.randn(experts, generator=generator, dtype=torch.float32, device="cpu")
+        return *settings, bias_alt, image_mask_of(generator, tokens), True
 
     return Case(
         "dense_router_decode",
@@ -463,9 +540,12 @@ CASES = (
     *(hash_router_case(PRESETS["v4-flash"], tokens, torch.int32) for tokens in TOKENS),
     *(hash_router_case(PRESETS["v4-pro"], tokens, torch.int64) for tokens in (1, 1000)),
     hash_router_case(PRESETS["v4-flash"], 11, padded=True),
+    hash_router_case(PRESETS["v4-flash"], 11, torch.int32, padded=True, int64_ids=True),
     *(hash_router_scored_case(PRESETS["v4-flash"], tokens) for tokens in TOKENS),
     *(hash_router_scored_case(PRESETS["v4-pro"], tokens, torch.bfloat16) for tokens in (1, 1000)),
     hash_router_scored_case(PRESETS["v4-flash"], 11, padded=True),
+    hash_router_scored_case(PRESETS["v4-flash"], 21, padded=True, images=True),
+    hash_router_scored_case(PRESETS["v4-pro"], 2100, torch.bfloat16, images=True),
     *(
         fused_case(p.name, tokens, p.hidden_size, p.experts, p.top_k, p.vocab_size, p.routed_scaling, benched=True)
         for p in PRESETS.values()
@@ -475,6 +555,7 @@ CASES = (
     fused_case("rows beyond one step", 300, 17000, 19, 3, 50),
     fused_case("one chunk, not renormalised", 33, 8, 7, 5, 11, 1.0, renormalize=False),
     fused_case("padding", 9, 64, 16, 4, 20, 1.5, padded=True),
+    fused_case("padding, int64 ids", 9, 64, 16, 4, 20, 1.5, padded=True, int64_ids=True),
     fused_case("largest k", 40, 1088, 129, 32, 70, 2.5),
     *(
         dense_case(p.name, tokens, p.hidden_size, p.experts, p.top_k, p.routed_scaling, benched=True)
@@ -485,6 +566,8 @@ CASES = (
     dense_case("one expert", 2, 64, 1, 1),
     dense_case("most experts, largest k", 64, 192, 512, 32),
     dense_case("top-3 of 129", 17, 1088, 129, 3),
+    dense_case("images", 33, 512, 256, 6, 1.5, images=True),
+    dense_case("images, no other bias", 9, 256, 384, 6, 2.5, with_bias=False, images=True),
     *(
         activation_case(p.name, tokens, p.experts, p.top_k, scale=p.routed_scaling, benched=True)
         for p in (PRESETS["v4-flash"], PRESETS["v4-pro"])

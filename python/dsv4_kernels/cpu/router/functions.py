@@ -91,10 +91,16 @@ def hash_router_scored(
     renormalize: bool,
     scale: float,
     epsilon: float,
+    bias_alt: Tensor | None,
+    bias_alt_mask: Tensor | None,
     out_weights: Tensor,
     out_ids: Tensor,
 ) -> None:
     rows = lookup(token_ids, hash_lut, padding_mask)
+    if bias_alt is not None and bias_alt_mask is not None:
+        images = bias_alt_mask if padding_mask is None else bias_alt_mask & ~padding_mask
+        selection = as_kernels_hold(sqrt_softplus(logits)) + bias_alt.to(torch.float64)
+        rows = torch.where(images[:, None], descending(selection)[:, : rows.shape[1]], rows)
     valid = (rows >= 0) & (rows < logits.shape[1])
     chosen = torch.full(rows.shape, torch.nan, dtype=torch.float64, device=logits.device)
     if logits.shape[1]:
@@ -117,7 +123,8 @@ def hash_router_fused(
     out_ids: Tensor,
 ) -> None:
     logits = hidden.to(torch.float64) @ weight.to(torch.float64).T
-    hash_router_scored(token_ids, hash_lut, logits, padding_mask, renormalize, scale, epsilon, out_weights, out_ids)
+    weighing = renormalize, scale, epsilon
+    hash_router_scored(token_ids, hash_lut, logits, padding_mask, *weighing, None, None, out_weights, out_ids)
 
 
 def descending(scores: Tensor) -> Tensor:
@@ -136,13 +143,14 @@ def dense_router_decode(
     renormalize: bool,
     scale: float,
     epsilon: float,
+    bias_alt: Tensor | None,
+    bias_alt_mask: Tensor | None,
     out_weights: Tensor,
     out_ids: Tensor,
 ) -> None:
     logits = hidden.to(torch.float64) @ weight.to(torch.float64).T
     scores = as_kernels_hold(sqrt_softplus(logits))
-    selection = scores if bias is None else scores + bias.to(torch.float64)
-    ids = descending(selection)[:, :k]
+    ids = descending(selection_scores(scores, bias, bias_alt, bias_alt_mask))[:, :k]
     chosen, chosen_logits = scores.gather(1, ids), logits.gather(1, ids)
     out_ids.copy_(ids)
     out_weights.copy_(weigh_chosen(chosen, chosen_logits, SQRT_SOFTPLUS_SLOPE, renormalize, scale, epsilon))
