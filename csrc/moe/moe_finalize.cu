@@ -22,6 +22,7 @@ struct Combination {
   __nv_bfloat16* out;
   int64_t row_count;
   int64_t row_stride;
+  int64_t weights_stride;
   int64_t addition_stride;
   int64_t out_stride;
   int64_t columns;
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 3) moe_finalize_kernel(Combination c
       const int64_t slot = token * c.top_k + from + i;
       const bool has_slot = from + i < c.top_k;
       row[i] = has_slot ? c.slot_to_row[slot] : -1;
-      weight[i] = has_slot && c.weights ? c.weights[slot] : 1.0f;
+      weight[i] = has_slot && c.weights ? c.weights[token * c.weights_stride + from + i] : 1.0f;
     }
     Eight loaded[kAtOnce];
 #pragma unroll
@@ -110,7 +111,7 @@ extern "C" dsv4_status dsv4_moe_finalize(const dsv4_moe_finalize_args* given, ds
   check.tensor("slot_to_row", args.slot_to_row, one_of(DSV4_INT32), {kAny, kAny});
   check.range("slot_to_row rows (tokens)", tokens, 0, INT32_MAX);
   check.range("slot_to_row columns (top_k)", top_k, 1, DSV4_MAX_TOP_K);
-  check.optional_tensor("weights", args.weights, one_of(DSV4_FLOAT32), {tokens, top_k});
+  check.optional_tensor("weights", args.weights, one_of(DSV4_FLOAT32), {tokens, top_k}, Layout::kStridedRows);
   check.optional_tensor("shared", args.shared, one_of(DSV4_BFLOAT16), {tokens, columns}, Layout::kStridedRows);
   check.tensor("out", args.out, one_of(DSV4_BFLOAT16), {tokens, columns}, Layout::kStridedRows);
   check.in_place(args.out, args.shared);
@@ -126,6 +127,7 @@ extern "C" dsv4_status dsv4_moe_finalize(const dsv4_moe_finalize_args* given, ds
   c.out = static_cast<__nv_bfloat16*>(args.out.data);
   c.row_count = extent(args.rows, 0);
   c.row_stride = args.rows.stride[0];
+  c.weights_stride = args.weights.stride[0];
   c.addition_stride = present(args.shared) ? args.shared.stride[0] : 0;
   c.out_stride = args.out.stride[0];
   c.columns = columns;

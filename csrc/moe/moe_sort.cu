@@ -5,6 +5,7 @@
 #include "core/check.h"
 #include "core/dtype.h"
 #include "core/launch.h"
+#include "device/divide.cuh"
 #include "device/reduce.cuh"
 #include "device/scan.cuh"
 #include "moe/moe_sort_policy.h"
@@ -27,6 +28,8 @@ struct Route {
   uint32_t experts;
   int32_t tile_size;
   int32_t tile_shift;         // its logarithm
+  Divisor top_k;              // slots of a token
+  int64_t gap;                // between the ids of one token and those of the next
   uint64_t first_expert;      // 0 with a map
   const int32_t* expert_map;  // local experts of ids
   int64_t mapped_ids;         // -1: there is no map
@@ -37,8 +40,9 @@ constexpr int32_t kNone = -1;
 template <typename Id>
 __device__ int32_t local_expert(const Id* ids, int32_t slot, int32_t end, const Route& route) {
   if (slot >= end) return kNone;
+  const int64_t place = route.gap ? slot + route.top_k.quotient(slot) * route.gap : slot;
   // Unsigned: an id below the first expert wraps round to a large one.
-  uint64_t expert = static_cast<uint64_t>(static_cast<int64_t>(ids[slot])) - route.first_expert;
+  uint64_t expert = static_cast<uint64_t>(static_cast<int64_t>(ids[place])) - route.first_expert;
   if (route.mapped_ids >= 0) {
     if (expert >= static_cast<uint64_t>(route.mapped_ids)) return kNone;
     expert = static_cast<uint64_t>(static_cast<int64_t>(route.expert_map[expert]));
@@ -361,7 +365,7 @@ extern "C" dsv4_status dsv4_moe_sort(const dsv4_moe_sort_args* given, dsv4_strea
   const dsv4_moe_sort_args args = check.read(given);
   const int64_t tokens = extent(args.topk_ids, 0);
   const int64_t top_k = extent(args.topk_ids, 1);
-  check.tensor("topk_ids", args.topk_ids, one_of(DSV4_INT32, DSV4_INT64), {kAny, kAny});
+  check.tensor("topk_ids", args.topk_ids, one_of(DSV4_INT32, DSV4_INT64), {kAny, kAny}, Layout::kStridedRows);
   check.range("topk_ids columns (top_k)", top_k, 1, DSV4_MAX_TOP_K);
   check.range("topk_ids elements", saturating_product(tokens, top_k), 0, kMaxSlots);
   check.range("local_experts", args.local_experts, 1, kMaxExperts);
@@ -390,6 +394,8 @@ extern "C" dsv4_status dsv4_moe_sort(const dsv4_moe_sort_args* given, dsv4_strea
   route.tiles = static_cast<int32_t>(tiles);
   route.experts = static_cast<uint32_t>(args.local_experts);
   route.tile_size = args.tile_size;
+  route.top_k = Divisor(static_cast<uint32_t>(top_k));
+  route.gap = tokens > 1 ? args.topk_ids.stride[0] - top_k : 0;
   while (1 << route.tile_shift < args.tile_size) ++route.tile_shift;
   route.first_expert = static_cast<uint64_t>(args.experts_start_idx);
   route.expert_map = static_cast<const int32_t*>(args.expert_map.data);

@@ -19,7 +19,12 @@ def paged_stash_workspace_size() -> int: ...
 
 # The ops, written by python -m tests.package.stub. False: valid arguments, but in host memory.
 def hash_router(
-    token_ids: Tensor, hash_lut: Tensor, padding_mask: Tensor | None, out_weights: Tensor, out_ids: Tensor
+    token_ids: Tensor,
+    hash_lut: Tensor,
+    padding_mask: Tensor | None,
+    int64_ids: bool,
+    out_weights: Tensor,
+    out_ids: Tensor,
 ) -> bool: ...
 def hash_router_scored(
     token_ids: Tensor,
@@ -29,6 +34,9 @@ def hash_router_scored(
     renormalize: bool,
     scale: float,
     epsilon: float,
+    bias_alt: Tensor | None,
+    bias_alt_mask: Tensor | None,
+    int64_ids: bool,
     out_weights: Tensor,
     out_ids: Tensor,
 ) -> bool: ...
@@ -41,6 +49,7 @@ def hash_router_fused(
     renormalize: bool,
     scale: float,
     epsilon: float,
+    int64_ids: bool,
     out_weights: Tensor,
     out_ids: Tensor,
 ) -> bool: ...
@@ -52,6 +61,9 @@ def dense_router_decode(
     renormalize: bool,
     scale: float,
     epsilon: float,
+    bias_alt: Tensor | None,
+    bias_alt_mask: Tensor | None,
+    int64_ids: bool,
     workspace: Tensor | None,
     out_weights: Tensor,
     out_ids: Tensor,

@@ -33,6 +33,19 @@ def test_weighted_sum(columns: int, with_shared: bool, device: str) -> None:
         assert torch.allclose(out[token].double(), exact, rtol=2**-8, atol=1e-5)
 
 
+def test_weights_that_lie_apart(device: str) -> None:
+    """The first columns of wider rows; what lies between is NaN."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(20, 24, generator=generator).to(torch.bfloat16)
+    slot_to_row = torch.randint(20, (5, 7), generator=generator, dtype=torch.int32)
+    wide = torch.full((5, 11), math.nan)
+    wide[:, 2:9] = torch.rand(5, 7, generator=generator)
+    out = moe_finalize(rows.to(device), slot_to_row.to(device), wide.to(device)[:, 2:9]).cpu()
+    for token in range(5):
+        exact = total(rows, slot_to_row[token].tolist(), wide[token, 2:9].tolist(), None)
+        assert torch.allclose(out[token].double(), exact, rtol=2**-8, atol=1e-5)
+
+
 def test_order_is_that_of_the_slots(device: str) -> None:
     """2^24 + 1 + 1 in float32 is 2^24, 1 + 1 + 2^24 is 2^24 + 2: bfloat16 rounds both alike, so take it away again."""
     rows = torch.tensor([[2.0**24], [1.0], [-(2.0**24)]]).to(torch.bfloat16).to(device)

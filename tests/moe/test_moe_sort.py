@@ -60,6 +60,23 @@ def test_adversarial_routings(tokens: int, top_k: int, routing: str, tile_size: 
     check(SortedRoutes(*(tensor.cpu() for tensor in routes)), ids, experts, tile_size)
 
 
+@pytest.mark.parametrize(("tokens", "experts", "map_size"), [(3, 8, 0), (70, 40, 0), (700, 40, 50), (1, 8, 0)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_that_lie_apart(tokens: int, experts: int, map_size: int, dtype: torch.dtype, device: str) -> None:
+    """The first columns of wider rows, as where shared experts are routed too. What lies between is not read."""
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(-1, experts + 2, (tokens, 6), generator=generator)
+    wide = torch.full((tokens, 9), 1, dtype=dtype)
+    wide[:, 1:7] = ids
+    expert_map = torch.arange(map_size, dtype=torch.int32).flip(0) if map_size else None
+    mapped = ids if expert_map is None else torch.where(ids >= 0, map_size - 1 - ids, -1)
+    options = {} if expert_map is None else {"expert_map": expert_map.to(device)}
+    routes = moe_sort(wide.to(device)[:, 1:7], experts, 16, **options)
+    check(SortedRoutes(*(tensor.cpu() for tensor in routes)), mapped.tolist(), experts, 16)
+    with pytest.raises(InvalidArgumentError, match="topk_ids: expected contiguous rows that do not overlap"):
+        moe_sort(torch.zeros(6, 3, dtype=dtype, device=device).T, experts, 16)
+
+
 @pytest.mark.parametrize("slots", [1, 2, 39, 40, 41, 55, 56, 57, 700])
 @pytest.mark.parametrize("tile_size", [16, 128])
 def test_the_bound_is_reached_and_never_passed(slots: int, tile_size: int) -> None:

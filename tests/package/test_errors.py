@@ -80,12 +80,12 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
         "hash_router: out_ids: expected shape [4, 2], got [4, 3]",
     ),
     "dtype of an output": (
-        lambda: router.hash_router(token_ids(), table(), out_ids=torch.zeros(TOKENS, K, dtype=torch.int64)),
-        "hash_router: out_ids: expected dtype int32, got int64",
+        lambda: router.hash_router(token_ids(), table(), out_ids=torch.zeros(TOKENS, K)),
+        "hash_router: out_ids: expected dtype int32 or int64, got float32",
     ),
     "stride": (
-        lambda: router.hash_router(torch.zeros(2 * TOKENS, dtype=torch.int64)[::2], table()),
-        "hash_router: token_ids: expected a contiguous tensor, got strides [2] for shape [4]; call .contiguous()",
+        lambda: router.hash_router(token_ids(), table(), padding_mask=torch.zeros(2 * TOKENS, dtype=torch.bool)[::2]),
+        "hash_router: padding_mask: expected a contiguous tensor, got strides [2] for shape [4]; call .contiguous()",
     ),
     "stride of rows": (
         lambda: router.hash_router_scored(token_ids(), table(), torch.zeros(EXPERTS, TOKENS).T),

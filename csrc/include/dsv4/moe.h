@@ -78,7 +78,7 @@ DSV4_API dsv4_status dsv4_swiglu_and_quantize_mxfp8(const dsv4_swiglu_and_quanti
  * With X slots and L experts, tiles = dsv4_moe_sort_max_tiles(X, L, T) are enough for any routing. */
 typedef struct dsv4_moe_sort_args {
   size_t struct_size;             /* sizeof(dsv4_moe_sort_args) */
-  dsv4_tensor topk_ids;           /* [tokens, top_k] int32 or int64, at most 2^30 elements; top_k <= 32 */
+  dsv4_tensor topk_ids;           /* [tokens, top_k <= 32] int32 or int64, at most 2^30 elements; rows may be strided */
   dsv4_tensor out_tile_to_expert; /* [tiles] int32: local expert, -1 for tiles that are not used, which come last */
   dsv4_tensor out_tile_rows;      /* [tiles] int32: rows of the tile that hold a slot, the first ones; 0 if unused */
   dsv4_tensor out_row_to_slot;    /* [tiles * tile_size] int32: -1 for the padding of a used tile; rows of unused tiles
@@ -229,7 +229,7 @@ typedef struct dsv4_moe_finalize_args {
   size_t struct_size;      /* sizeof(dsv4_moe_finalize_args) */
   dsv4_tensor rows;        /* [rows, columns] bfloat16, the experts' outputs; rows may be strided */
   dsv4_tensor slot_to_row; /* [tokens, top_k] int32, of dsv4_moe_sort; top_k <= 32 */
-  dsv4_tensor weights;     /* optional [tokens, top_k] float32; absent: all 1 */
+  dsv4_tensor weights;     /* optional [tokens, top_k] float32, rows may be strided; absent: all 1 */
   dsv4_tensor shared;      /* optional [tokens, columns] bfloat16, such as the shared expert's output; may be strided */
   dsv4_tensor out;         /* [tokens, columns] bfloat16; rows may be strided; may be shared itself */
 } dsv4_moe_finalize_args;

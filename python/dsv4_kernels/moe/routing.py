@@ -83,7 +83,7 @@ def moe_sort(
     not local takes no row. One launch; nothing is synchronised; a captured graph follows new ids and a new map.
 
     Args:
-        topk_ids: [tokens, top_k] int32 or int64, top_k at most 32.
+        topk_ids: [tokens, top_k] int32 or int64, top_k at most 32; rows may be strided.
         local_experts: number of experts that live here, 1 to 1024.
         tile_size: rows of a tile: 16, 32, 64 or 128.
         experts_start_idx: id of the first local expert (expert parallelism). 0 with expert_map.
@@ -167,7 +167,8 @@ def moe_finalize(
     Args:
         rows: [rows, columns] bfloat16, the experts' outputs in moe_sort's order; rows may be strided.
         slot_to_row: [tokens, top_k] int32, of moe_sort. A row that is negative or beyond the rows contributes nothing.
-        weights: [tokens, top_k] float32 routing weights; None if the experts' outputs have them already.
+        weights: [tokens, top_k] float32 routing weights, rows may be strided; None if the experts' outputs have them
+            already.
         shared: [tokens, columns] bfloat16 to add, such as the shared expert's output; rows may be strided.
         out: [tokens, columns] bfloat16 to write to; shared itself is allowed.
 
