@@ -102,7 +102,7 @@ class ExpertParallelMoE(nn.Module):
         self.max_tokens = max_tokens
         self.dispatch, self.rows, self.combine = dispatch, rows, combine
         self.register_buffer("dropped", torch.zeros(1, dtype=torch.int64, device=experts.device), persistent=False)
-        self.register_buffer("_rank_of_id", torch.empty(0, dtype=torch.int32), persistent=False)
+        self.register_buffer("_rank_of_id", torch.empty(0, dtype=torch.int32, device=experts.device), persistent=False)
         self.capacity = 0
         if max_tokens is not None and dispatch == "routed":
             routes = 1 if combine == "routes" else experts.top_k
