@@ -63,10 +63,12 @@ def collect_ptx(aot: Path, nvcc_dir: Path, out: Path, sidecars: list[Sidecar]) -
 
 ENTRY = re.compile(r"\.entry\s+(\w+)")
 WAIT = "griddepcontrol.wait"
-# What may not come before the wait: jumps, calls, and whatever touches memory, but for the kernel's own parameters and
-# its block's shared memory (sm_100a passes the address of tensor memory through that).
+# What may not come before the wait: jumps, calls, and whatever touches memory, but for the kernel's own parameters, its
+# block's shared memory (sm_100a passes the address of tensor memory through that) and prefetches into L2, which is
+# coherent.
 TOO_EARLY = re.compile(
-    r"^\s*(?:@\S+\s+)?(?:(?:bra|call|cp|prefetch)\b|(?:st|atom|red|ld)\b(?!\.param|\.shared)).*", re.MULTILINE
+    r"^\s*(?:@\S+\s+)?(?:(?:bra|call|cp|prefetch(?!\.global\.L2))\b|(?:st|atom|red|ld)\b(?!\.param|\.shared)).*",
+    re.MULTILINE,
 )
 
 

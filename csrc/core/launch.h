@@ -17,9 +17,9 @@ struct Geometry {
 
 // Every launch uses programmatic dependent launch (PDL): blocks may be scheduled while the previous kernel in the
 // stream drains, which hides about 0.5 us of launch latency. In return every kernel waits for the previous grid before
-// it touches memory; the build refuses one that does not (aot/images.py). In CUDA C++:
+// it touches memory, but for prefetches into L2; the build refuses one that does not (aot/images.py). In CUDA C++:
 #ifdef __CUDACC__
-// First statement of every kernel, by every thread: waits until the previous grid is complete and its memory visible
+// Ahead of what every kernel does, by every thread: waits until the previous grid is complete and its memory visible
 // (griddepcontrol.wait), then lets the next grid's blocks be scheduled (griddepcontrol.launch_dependents). In this
 // order at most one successor is resident.
 __device__ __forceinline__ void await_previous_grid() {

@@ -11,6 +11,18 @@ __device__ inline void copy_async(void* to_shared, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// Asks for a 128-byte line of global memory, or for none. Reads nothing and jumps nowhere, so it may come before
+// await_previous_grid().
+__device__ inline void prefetch_into_l2(const void* line, bool wanted) {
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.u32 wanted, %1, 0;\n"
+      "@wanted prefetch.global.L2 [%0];\n"
+      "}" ::"l"(line),
+      "r"(static_cast<uint32_t>(wanted)));
+}
+
 // Ends a group.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

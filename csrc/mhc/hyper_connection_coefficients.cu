@@ -1,4 +1,4 @@
-#include "mhc/seam.cuh"
+#include "mhc/launch_seam.cuh"
 
 extern "C" dsv4_status dsv4_hyper_connection_coefficients(const dsv4_hyper_connection_coefficients_args* given,
                                                           dsv4_stream stream) {
@@ -12,6 +12,7 @@ extern "C" dsv4_status dsv4_hyper_connection_coefficients(const dsv4_hyper_conne
                    args.hc_epsilon);
   check_coefficients(check, args.out_pre, args.out_post, args.out_comb, args.post_factor, args.sinkhorn_iterations,
                      tokens);
+  check_workspace(check, args.workspace, tokens, hidden);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 
@@ -20,5 +21,5 @@ extern "C" dsv4_status dsv4_hyper_connection_coefficients(const dsv4_hyper_conne
   set_streams(seam, args.streams);
   set_projection(seam, args.fn, args.base, args.scale, args.epsilon, args.hc_epsilon);
   set_coefficients(seam, args.out_pre, args.out_post, args.out_comb, args.post_factor, args.sinkhorn_iterations);
-  return launch_seam<Form::kCoefficients>(target, seam);
+  return launch_seam<Form::kCoefficients>(target, seam, args.workspace);
 }

@@ -1,4 +1,4 @@
-#include "mhc/seam.cuh"
+#include "mhc/launch_seam.cuh"
 
 extern "C" dsv4_status dsv4_hyper_connection_head(const dsv4_hyper_connection_head_args* given, dsv4_stream stream) {
   using namespace dsv4;
@@ -11,6 +11,7 @@ extern "C" dsv4_status dsv4_hyper_connection_head(const dsv4_hyper_connection_he
                    args.hc_epsilon);
   check_norm(check, args.norm_weight, args.norm_unrounded, hidden);
   check_layer_input(check, "out_hidden", args.out_hidden, tokens, hidden);
+  check_workspace(check, args.workspace, tokens, hidden);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 
@@ -19,5 +20,5 @@ extern "C" dsv4_status dsv4_hyper_connection_head(const dsv4_hyper_connection_he
   set_streams(seam, args.streams);
   set_projection(seam, args.fn, args.base, args.scale, args.epsilon, args.hc_epsilon);
   set_layer_input(seam, args.norm_weight, args.out_hidden, args.norm_unrounded);
-  return launch_seam<Form::kHead>(target, seam);
+  return launch_seam<Form::kHead>(target, seam, args.workspace);
 }

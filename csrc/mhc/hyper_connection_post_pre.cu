@@ -1,4 +1,4 @@
-#include "mhc/seam.cuh"
+#include "mhc/launch_seam.cuh"
 
 extern "C" dsv4_status dsv4_hyper_connection_post_pre(const dsv4_hyper_connection_post_pre_args* given,
                                                       dsv4_stream stream) {
@@ -18,6 +18,7 @@ extern "C" dsv4_status dsv4_hyper_connection_post_pre(const dsv4_hyper_connectio
   check_coefficients(check, args.out_pre, args.out_post, args.out_comb, args.post_factor, args.sinkhorn_iterations,
                      tokens);
   check.in_place(args.out_streams, args.streams);
+  check_workspace(check, args.workspace, tokens, hidden);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 
@@ -30,5 +31,5 @@ extern "C" dsv4_status dsv4_hyper_connection_post_pre(const dsv4_hyper_connectio
   seam.pre_in = static_cast<const float4*>(args.pre_in.data);
   set_layer_input(seam, args.norm_weight, args.out_layer_input, args.norm_unrounded);
   set_coefficients(seam, args.out_pre, args.out_post, args.out_comb, args.post_factor, args.sinkhorn_iterations);
-  return launch_seam<Form::kPostPre>(target, seam);
+  return launch_seam<Form::kPostPre>(target, seam, args.workspace);
 }

@@ -1,4 +1,9 @@
-#include "mhc/seam.cuh"
+#include "mhc/launch_seam.cuh"
+
+extern "C" size_t dsv4_hyper_connection_workspace_size(int64_t tokens, int64_t hidden) {
+  if (tokens <= 0 || hidden <= 0 || tokens > INT32_MAX || hidden > dsv4::kMaxHidden) return 0;
+  return static_cast<size_t>(dsv4::seam_workspace_bytes(tokens, hidden));
+}
 
 extern "C" dsv4_status dsv4_hyper_connection_pre(const dsv4_hyper_connection_pre_args* given, dsv4_stream stream) {
   using namespace dsv4;
@@ -14,6 +19,7 @@ extern "C" dsv4_status dsv4_hyper_connection_pre(const dsv4_hyper_connection_pre
   check_layer_input(check, "out_layer_input", args.out_layer_input, tokens, hidden);
   check_coefficients(check, args.out_pre, args.out_post, args.out_comb, args.post_factor, args.sinkhorn_iterations,
                      tokens);
+  check_workspace(check, args.workspace, tokens, hidden);
   LaunchTarget target;
   if (dsv4_status status = check.open(stream, &target)) return status;
 
@@ -24,5 +30,5 @@ extern "C" dsv4_status dsv4_hyper_connection_pre(const dsv4_hyper_connection_pre
   seam.pre_in = static_cast<const float4*>(args.pre_in.data);
   set_layer_input(seam, args.norm_weight, args.out_layer_input, args.norm_unrounded);
   set_coefficients(seam, args.out_pre, args.out_post, args.out_comb, args.post_factor, args.sinkhorn_iterations);
-  return launch_seam<Form::kPre>(target, seam);
+  return launch_seam<Form::kPre>(target, seam, args.workspace);
 }

@@ -9,6 +9,7 @@ def workspace_usage(device: int) -> tuple[int, int, int, int]: ...
 def mark_written(tensors: tuple[Any, ...]) -> None: ...
 def use_torch_functions(use: bool) -> bool: ...
 def dense_router_decode_workspace_size(tokens: int, experts: int) -> int: ...
+def hyper_connection_workspace_size(tokens: int, hidden: int) -> int: ...
 def quantize_nvfp4_gpu_fused_workspace_size(experts: int) -> int: ...
 def hash_router_fused_max_bytes() -> int: ...
 def moe_tile_max_slots_per_expert(tile_size: int) -> int: ...
@@ -86,6 +87,25 @@ def activation_topk(
 def topk_select(
     scores: Tensor, k: int, lengths: Tensor | None, sorted: bool, with_values: bool, out_values: Tensor, out_ids: Tensor
 ) -> bool: ...
+def append(
+    kv: Tensor,
+    z: Tensor,
+    request_slots: Tensor,
+    positions: Tensor,
+    tail_ka: Tensor,
+    tail_za: Tensor,
+    tail_len: Tensor,
+    slot_positions: Tensor,
+    m: int,
+    next_kb: Tensor | None,
+    next_zb: Tensor | None,
+    token_offsets: Tensor | None,
+    indexer_kv: Tensor | None,
+    indexer_z: Tensor | None,
+    ape: Tensor | None,
+    indexer_ape: Tensor | None,
+    round: int,
+) -> bool: ...
 def csa_compress_tail(
     tail_ka: Tensor,
     tail_za: Tensor,
@@ -107,25 +127,6 @@ def hca_compress_tail(
     m: int,
     out_entry: Tensor,
     out_valid_mask: Tensor,
-) -> bool: ...
-def append(
-    kv: Tensor,
-    z: Tensor,
-    request_slots: Tensor,
-    positions: Tensor,
-    tail_ka: Tensor,
-    tail_za: Tensor,
-    tail_len: Tensor,
-    slot_positions: Tensor,
-    m: int,
-    next_kb: Tensor | None,
-    next_zb: Tensor | None,
-    token_offsets: Tensor | None,
-    indexer_kv: Tensor | None,
-    indexer_z: Tensor | None,
-    ape: Tensor | None,
-    indexer_ape: Tensor | None,
-    round: int,
 ) -> bool: ...
 def flush_write_csa(
     entry: Tensor,
@@ -203,6 +204,11 @@ def unpack_entries(
     rope: Tensor | None,
     out: Tensor,
 ) -> bool: ...
+def blackwell_swizzle_32_4_4(scales: Tensor, out: Tensor) -> bool: ...
+def blackwell_unswizzle_32_4_4(swizzled: Tensor, rows: int, columns: int, out: Tensor) -> bool: ...
+def assemble_scales_2d_side(
+    scales: Tensor, expert_offsets: Tensor, padded_offsets: Tensor, padded_rows: int, out: Tensor
+) -> bool: ...
 def padded_squared_relu(x: Tensor, permutation_map: Tensor, n_used: Tensor, out: Tensor) -> bool: ...
 def padded_swiglu(x: Tensor, permutation_map: Tensor, n_used: Tensor, limit: float, out: Tensor) -> bool: ...
 def squared_relu_and_quantize_mxfp8(
@@ -210,80 +216,6 @@ def squared_relu_and_quantize_mxfp8(
 ) -> bool: ...
 def swiglu_and_quantize_mxfp8(
     x: Tensor, permutation_map: Tensor, n_used: Tensor, limit: float, out_data: Tensor, out_scale: Tensor
-) -> bool: ...
-def moe_sort(
-    topk_ids: Tensor,
-    local_experts: int,
-    tile_size: int,
-    experts_start_idx: int,
-    expert_map: Tensor | None,
-    out_tile_to_expert: Tensor,
-    out_tile_rows: Tensor,
-    out_row_to_slot: Tensor,
-    out_slot_to_row: Tensor,
-    out_counts: Tensor,
-) -> bool: ...
-def moe_tiles_from_counts(
-    counts: Tensor, max_rows: int, tile_size: int, out_tile_to_expert: Tensor, out_row_to_slot: Tensor
-) -> bool: ...
-def moe_dispatch_places(
-    topk_ids: Tensor,
-    rank_of_id: Tensor,
-    dropped: Tensor,
-    ranks: int,
-    capacity: int,
-    one_per_rank: bool,
-    out_slot_to_place: Tensor,
-    out_place_to_slot: Tensor,
-) -> bool: ...
-def moe_dispatch_rows(
-    x: Tensor,
-    scale: Tensor | None,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    rank_of_id: Tensor,
-    place_to_slot: Tensor,
-    capacity: int,
-    routes: int,
-    out: Tensor,
-) -> bool: ...
-def moe_finalize(
-    rows: Tensor, slot_to_row: Tensor, weights: Tensor | None, shared: Tensor | None, out: Tensor
-) -> bool: ...
-def moe_grouped_gemm(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    tile_to_expert: Tensor,
-    row_to_slot: Tensor,
-    x_scale: Tensor | None,
-    alpha: Tensor | None,
-    slot_weights: Tensor | None,
-    top_k: int,
-    swiglu: bool,
-    limit: float,
-    out: Tensor,
-) -> bool: ...
-def moe_grouped_gemm_quantized(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    tile_to_expert: Tensor,
-    row_to_slot: Tensor,
-    x_scale: Tensor,
-    global_scale: Tensor | None,
-    alpha: Tensor | None,
-    slot_weights: Tensor | None,
-    top_k: int,
-    limit: float,
-    swizzle: bool,
-    out: Tensor,
-    out_scale: Tensor,
-) -> bool: ...
-def blackwell_swizzle_32_4_4(scales: Tensor, out: Tensor) -> bool: ...
-def blackwell_unswizzle_32_4_4(swizzled: Tensor, rows: int, columns: int, out: Tensor) -> bool: ...
-def assemble_scales_2d_side(
-    scales: Tensor, expert_offsets: Tensor, padded_offsets: Tensor, padded_rows: int, out: Tensor
 ) -> bool: ...
 def quantize_nvfp4(
     x: Tensor,
@@ -349,6 +281,75 @@ def dequantize_blocks(
     dtype: int,
     out: Tensor,
 ) -> bool: ...
+def moe_dispatch_places(
+    topk_ids: Tensor,
+    rank_of_id: Tensor,
+    dropped: Tensor,
+    ranks: int,
+    capacity: int,
+    one_per_rank: bool,
+    out_slot_to_place: Tensor,
+    out_place_to_slot: Tensor,
+) -> bool: ...
+def moe_dispatch_rows(
+    x: Tensor,
+    scale: Tensor | None,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    rank_of_id: Tensor,
+    place_to_slot: Tensor,
+    capacity: int,
+    routes: int,
+    out: Tensor,
+) -> bool: ...
+def moe_grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    tile_to_expert: Tensor,
+    row_to_slot: Tensor,
+    x_scale: Tensor | None,
+    alpha: Tensor | None,
+    slot_weights: Tensor | None,
+    top_k: int,
+    swiglu: bool,
+    limit: float,
+    out: Tensor,
+) -> bool: ...
+def moe_grouped_gemm_quantized(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    tile_to_expert: Tensor,
+    row_to_slot: Tensor,
+    x_scale: Tensor,
+    global_scale: Tensor | None,
+    alpha: Tensor | None,
+    slot_weights: Tensor | None,
+    top_k: int,
+    limit: float,
+    swizzle: bool,
+    out: Tensor,
+    out_scale: Tensor,
+) -> bool: ...
+def moe_sort(
+    topk_ids: Tensor,
+    local_experts: int,
+    tile_size: int,
+    experts_start_idx: int,
+    expert_map: Tensor | None,
+    out_tile_to_expert: Tensor,
+    out_tile_rows: Tensor,
+    out_row_to_slot: Tensor,
+    out_slot_to_row: Tensor,
+    out_counts: Tensor,
+) -> bool: ...
+def moe_tiles_from_counts(
+    counts: Tensor, max_rows: int, tile_size: int, out_tile_to_expert: Tensor, out_row_to_slot: Tensor
+) -> bool: ...
+def moe_finalize(
+    rows: Tensor, slot_to_row: Tensor, weights: Tensor | None, shared: Tensor | None, out: Tensor
+) -> bool: ...
 def paged_stash_copy(
     src: Tensor,
     cuda_dst: Tensor,
@@ -395,6 +396,7 @@ def hyper_connection_pre(
     post_factor: float,
     sinkhorn_iterations: int,
     norm_unrounded: bool,
+    workspace: Tensor | None,
     out_layer_input: Tensor,
     out_pre: Tensor,
     out_post: Tensor,
@@ -416,6 +418,7 @@ def hyper_connection_post_pre(
     post_factor: float,
     sinkhorn_iterations: int,
     norm_unrounded: bool,
+    workspace: Tensor | None,
     out_streams: Tensor,
     out_layer_input: Tensor,
     out_pre: Tensor,
@@ -431,6 +434,7 @@ def hyper_connection_coefficients(
     hc_epsilon: float,
     post_factor: float,
     sinkhorn_iterations: int,
+    workspace: Tensor | None,
     out_pre: Tensor,
     out_post: Tensor,
     out_comb: Tensor,
@@ -452,5 +456,6 @@ def hyper_connection_head(
     epsilon: float,
     hc_epsilon: float,
     norm_unrounded: bool,
+    workspace: Tensor | None,
     out_hidden: Tensor,
 ) -> bool: ...

@@ -30,7 +30,9 @@ class Workspace:
 
     Args:
         device: of the tensors of the calls.
-        size: bytes. The default is enough for every call but quantize_nvfp4_gpu_fused with over half a million experts.
+        size: bytes. The default is enough for every call but quantize_nvfp4_gpu_fused with over half a million experts
+            and hyper-connections, which need up to 8 MiB (hyper_connection_workspace_size); a call that needs more
+            than there is makes it grow.
 
     Raises:
         InvalidArgumentError: while a CUDA graph is being captured, whose memory it would be.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dsv4_kernels import InvalidArgumentError
+from dsv4_kernels import InvalidArgumentError, Workspace
 from dsv4_kernels.cases import is_poison, poison, same_bits
 from dsv4_kernels.cases.mhc import definitions
 from dsv4_kernels.cases.mhc.functions import random_projection, random_streams, random_update, random_weight
@@ -18,6 +18,7 @@ from dsv4_kernels.mhc import (
     hyper_connection_post,
     hyper_connection_post_pre,
     hyper_connection_pre,
+    hyper_connection_workspace_size,
     mean_head,
 )
 
@@ -234,18 +235,40 @@ def test_no_tokens(device_of_each_kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tokens", "multiprocessors"),
-    [("sm_90a", 3, 132), ("sm_90a", 12, 8), ("sm_90a", 21, 8), ("sm_90a", 29, 8), ("sm_100a", 29, 8)],
+    ("architecture", "tokens", "hidden"),
+    [
+        ("sm_90a", 3, 40),
+        ("sm_90a", 29, 40),
+        ("sm_90a", 2059, 8),  # two pairs of launches
+        ("sm_90a", 139, 1064),  # slices of two units, of which the last has a quarter of one
+        pytest.param("sm_100a", 139, 1064, marks=pytest.mark.thorough),
+        pytest.param("sm_120a", 139, 1064, marks=pytest.mark.thorough),
+    ],
 )
-def test_same_bits_in_every_batch(architecture: str, tokens: int, multiprocessors: int) -> None:
-    """A cluster takes 8 to 32 tokens, by the batch and the device: 1, 2, 3 and 4 groups of 8."""
-    inputs = seam_inputs(tokens, 40)
-    weight = random_weight(generator(13), 40)
-    with emulated(architecture, multiprocessors=multiprocessors):
-        batch = hyper_connection_post_pre(*inputs, norm_weight=weight)
+def test_same_bits_in_every_batch(architecture: str, tokens: int, hidden: int) -> None:
+    """The schedules for up to 128 tokens and for more, against a call with one token."""
+    inputs = seam_inputs(tokens, hidden)
+    weight = random_weight(generator(13), hidden)
     with emulated(architecture):
+        batch = hyper_connection_post_pre(*inputs, norm_weight=weight)
         alone = hyper_connection_post_pre(*(t[-2:-1] for t in inputs[:4]), *inputs[4:], norm_weight=weight)
     assert all(same_bits(a[-2:-1], b) for a, b in zip(batch, alone, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [3, 130])
+def test_workspace_is_zero_again(tokens: int, device_of_each_kind: str) -> None:
+    """Also behind a token whose sums are NaN."""
+    size = hyper_connection_workspace_size(tokens, 40)
+    assert size == tokens * 2 * 128  # a row of 32 floats per token and 32 columns
+    workspace = Workspace(device_of_each_kind, size)
+    inputs = on(device_of_each_kind, *seam_inputs(tokens, 40))
+    inputs[1][1] = math.nan
+    streams, fn, base, scale = inputs[1], *inputs[4:]
+    hyper_connection_post_pre(*inputs, workspace=workspace)
+    hyper_connection_pre(streams, fn, base, scale, workspace=workspace)
+    hyper_connection_coefficients(streams, fn, base, scale, workspace=workspace)
+    hyper_connection_head(streams, fn[:4].contiguous(), base[:4], scale[:1], workspace=workspace)
+    assert not workspace.tensor.any()
 
 
 @pytest.mark.gpu
@@ -352,21 +375,28 @@ def test_refuses_what_is_outside_its_range(change: dict[str, Any], text: str) ->
 
 
 @pytest.mark.parametrize(
-    ("tokens", "hidden", "clusters", "warps"),
+    ("tokens", "hidden", "projection", "finish", "pairs"),
     [
-        (1, 4096, 1, 9),
-        (128, 4096, 16, 9),
-        (129, 4096, 9, 9),
-        (8192, 4096, 256, 9),
-        (1, 7168, 1, 15),
-        (8192, 7168, 342, 15),  # three groups of 8 tokens: four do not fit in shared memory
-        (8192, 5120, 256, 11),
+        (1, 4096, ((128, 1), 128), (1, 544), 1),
+        (64, 4096, ((128, 4), 64), (64, 544), 1),  # two sets of warps: more blocks
+        (64, 7168, ((224, 2), 128), (64, 480), 1),
+        (129, 4096, ((32, 4), 512), (33, 288), 1),
+        (8192, 4096, ((32, 4), 512), (512, 288), 4),
+        (8192, 7168, ((32, 4), 448), (512, 480), 4),
     ],
 )
-def test_clusters(tokens: int, hidden: int, clusters: int, warps: int) -> None:
-    """8 tokens per cluster while the device has clusters enough, then more, so that fn is read less often."""
+def test_schedule(
+    tokens: int,
+    hidden: int,
+    projection: tuple[tuple[int, int], int],
+    finish: tuple[int, int],
+    pairs: int,
+) -> None:
+    """Grid and threads of both kernels: few tokens spread fn over the device, many share what a block holds of it."""
     streams = torch.empty(tokens, 4, hidden, dtype=torch.bfloat16)
     with observed("sm_90a", multiprocessors=132) as launches:
-        hyper_connection_coefficients(streams, torch.zeros(24, 4 * hidden), torch.zeros(24), torch.zeros(3))
-    assert [launch.grid for launch in launches] == [(8 * clusters, 1, 1)]
-    assert [launch.block for launch in launches] == [(32 * warps, 1, 1)]
+        hyper_connection_pre(streams, torch.zeros(24, 4 * hidden), torch.zeros(24), torch.zeros(3))
+    (columns, ranges), project_threads = projection
+    blocks, finish_threads = finish
+    expected = [((columns, ranges, 1), project_threads), ((blocks, 1, 1), finish_threads)] * pairs
+    assert [(launch.grid, launch.block[0]) for launch in launches] == expected

@@ -244,7 +244,7 @@ def stash_cases() -> Iterator[Case]:
 
 
 def seam_cases() -> Iterator[Case]:
-    """Hyper-connections: the ops whose tokens per cluster are a policy."""
+    """Hyper-connections: the ops whose schedule is a policy."""
     for sizes in mhc.HYPER_CONNECTIONS.values():
         hidden = sizes.hidden_size
         for tokens in TOKENS:

@@ -280,6 +280,8 @@ WAITING = """
 """
 OWN_MEMORY = WAITING.replace("    mov.u32 %r1, %tid.x;", "    ld.shared.b32 %r1, [global_smem];")
 EARLY_LOAD = WAITING.replace("    mov.u32 %r1, %tid.x;", "    @%p1 ld.global.b32 %r3, [%rd1];")
+EARLY_PREFETCH = WAITING.replace("    mov.u32 %r1, %tid.x;", "    @%p1 prefetch.global.L2 [%rd1];")
+EARLY_L1_PREFETCH = EARLY_PREFETCH.replace("L2", "L1")
 NO_WAIT = WAITING.replace("    griddepcontrol.wait;\n", "")
 
 
@@ -288,10 +290,12 @@ NO_WAIT = WAITING.replace("    griddepcontrol.wait;\n", "")
     [
         (WAITING, None),
         (OWN_MEMORY, None),
+        (EARLY_PREFETCH, None),
+        (EARLY_L1_PREFETCH, "aot: kernel one .*griddepcontrol.wait comes after `@%p1 prefetch.global.L1 .%rd1.;`"),
         (WAITING + NO_WAIT.replace("one", "two"), "aot: kernel two .*griddepcontrol.wait is missing"),
         (EARLY_LOAD, "aot: kernel one .*griddepcontrol.wait comes after `@%p1 ld.global.b32 %r3, .%rd1.;`"),
     ],
-    ids=["waits", "own memory", "missing", "early load"],
+    ids=["waits", "own memory", "prefetch", "prefetch into L1", "missing", "early load"],
 )
 def test_kernel_that_does_not_wait_for_the_one_before_it(
     ptx: str, text: str | None, tmp_path: Path, root: Path, build_python: Path

@@ -26,6 +26,11 @@
 extern "C" {
 #endif
 
+/* Bytes of workspace for hyper_connection_pre, _post_pre, _coefficients and _head, which put partial sums there; at most
+ * 8 MiB. It must be zeroed once before its first use; every call leaves it zeroed for the next one on the same stream.
+ * Calls that may run at the same time need separate workspaces. */
+DSV4_API size_t dsv4_hyper_connection_workspace_size(int64_t tokens, int64_t hidden);
+
 /* Ahead of a sublayer: coefficients of these streams, collapse, norm. With pre_in the streams are collapsed with that
  * in place of their own pre, which is an output in any case: the delayed form of DeepSeek-V4.1, where a sublayer's
  * input is collapsed with the pre of the sublayer before it. */
@@ -37,6 +42,7 @@ typedef struct dsv4_hyper_connection_pre_args {
   dsv4_tensor scale;           /* [3] float32 */
   dsv4_tensor pre_in;          /* [tokens, 4] float32; may be absent */
   dsv4_tensor norm_weight;     /* [hidden] float32 or bfloat16; absent: no norm, out_layer_input is u */
+  dsv4_tensor workspace;       /* [>= dsv4_hyper_connection_workspace_size] uint8, zeroed once */
   dsv4_tensor out_layer_input; /* [tokens, hidden] bfloat16 */
   dsv4_tensor out_pre;         /* [tokens, 4] float32 */
   dsv4_tensor out_post;        /* [tokens, 4] float32 */
@@ -62,7 +68,7 @@ typedef struct dsv4_hyper_connection_post_args {
 
 DSV4_API dsv4_status dsv4_hyper_connection_post(const dsv4_hyper_connection_post_args* args, dsv4_stream stream);
 
-/* Between two sublayers, in one pass over the streams: the update with the first one's output, then what
+/* Between two sublayers, reading the streams once: the update with the first one's output, then what
  * hyper_connection_pre does with the new streams as they are rounded. */
 typedef struct dsv4_hyper_connection_post_pre_args {
   size_t struct_size;          /* sizeof(dsv4_hyper_connection_post_pre_args) */
@@ -75,6 +81,7 @@ typedef struct dsv4_hyper_connection_post_pre_args {
   dsv4_tensor scale;           /* [3] float32 */
   dsv4_tensor pre_in;          /* [tokens, 4] float32; may be absent */
   dsv4_tensor norm_weight;     /* [hidden] float32 or bfloat16; absent: no norm, out_layer_input is u */
+  dsv4_tensor workspace;       /* [>= dsv4_hyper_connection_workspace_size] uint8, zeroed once */
   dsv4_tensor out_streams;     /* [tokens, 4, hidden] bfloat16; may be streams itself; may be strided */
   dsv4_tensor out_layer_input; /* [tokens, hidden] bfloat16 */
   dsv4_tensor out_pre;         /* [tokens, 4] float32 */
@@ -98,6 +105,7 @@ typedef struct dsv4_hyper_connection_coefficients_args {
   dsv4_tensor fn;       /* [24, 4 * hidden] float32 */
   dsv4_tensor base;     /* [24] float32 */
   dsv4_tensor scale;    /* [3] float32 */
+  dsv4_tensor workspace;/* [>= dsv4_hyper_connection_workspace_size] uint8, zeroed once */
   dsv4_tensor out_pre;  /* [tokens, 4] float32 */
   dsv4_tensor out_post; /* [tokens, 4] float32 */
   dsv4_tensor out_comb; /* [tokens, 4, 4] float32 */
@@ -134,6 +142,7 @@ typedef struct dsv4_hyper_connection_head_args {
   dsv4_tensor base;        /* [4] float32 */
   dsv4_tensor scale;       /* [1] float32 */
   dsv4_tensor norm_weight; /* [hidden] float32 or bfloat16; absent: no norm */
+  dsv4_tensor workspace;   /* [>= dsv4_hyper_connection_workspace_size] uint8, zeroed once */
   dsv4_tensor out_hidden;  /* [tokens, hidden] bfloat16 */
   float epsilon;           /* as in dsv4_hyper_connection_pre_args */
   float hc_epsilon;

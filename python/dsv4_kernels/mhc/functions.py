@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dsv4_kernels import _native
 from dsv4_kernels.op import op, output
+from dsv4_kernels.workspace import Workspace
 
 __all__ = [
     "hyper_connection_coefficients",
@@ -36,6 +37,7 @@ __all__ = [
     "hyper_connection_post",
     "hyper_connection_post_pre",
     "hyper_connection_pre",
+    "hyper_connection_workspace_size",
     "mean_head",
 ]
 
@@ -57,7 +59,16 @@ def _coefficients(
     )
 
 
-@op(_native.hyper_connection_pre)
+def _workspace_size(streams: Tensor) -> int:
+    return _native.hyper_connection_workspace_size(streams.shape[0], streams.shape[2])
+
+
+def hyper_connection_workspace_size(tokens: int, hidden: int) -> int:
+    """Bytes of workspace that hyper_connection_pre, _post_pre, _coefficients and _head need: at most 8 MiB."""
+    return _native.hyper_connection_workspace_size(tokens, hidden)
+
+
+@op(_native.hyper_connection_pre, workspace_size=_workspace_size)
 def hyper_connection_pre(
     streams: Tensor,
     fn: Tensor,
@@ -71,12 +82,15 @@ def hyper_connection_pre(
     post_factor: float = 2.0,
     sinkhorn_iterations: int = 20,
     norm_unrounded: bool = False,
+    workspace: Workspace | Tensor | None = None,
     out_layer_input: Tensor | None = None,
     out_pre: Tensor | None = None,
     out_post: Tensor | None = None,
     out_comb: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ahead of a sublayer: its input, and the coefficients of the update behind it. One launch.
+    """Ahead of a sublayer: its input, and the coefficients of the update behind it.
+
+    Two launches; of more than 2048 tokens, two per 2048 tokens.
 
     Args:
         streams: [tokens, 4, hidden] bfloat16.
@@ -91,6 +105,8 @@ def hyper_connection_pre(
         post_factor: of post.
         sinkhorn_iterations: 1 to 1000.
         norm_unrounded: take the norm's mean square from u before its rounding, as some engines do for V4.
+        workspace: a Workspace, or a uint8 tensor of at least `hyper_connection_workspace_size(tokens, hidden)` bytes,
+            aligned to 64, zeroed once. None: the library's own.
         out_layer_input: [tokens, hidden] bfloat16 to write to.
         out_pre: [tokens, 4] float32 to write to.
         out_post: [tokens, 4] float32 to write to.
@@ -122,7 +138,7 @@ def hyper_connection_post(
     return output(out_streams, x, streams.shape, torch.bfloat16)
 
 
-@op(_native.hyper_connection_post_pre)
+@op(_native.hyper_connection_post_pre, workspace_size=_workspace_size)
 def hyper_connection_post_pre(
     x: Tensor,
     streams: Tensor,
@@ -139,6 +155,7 @@ def hyper_connection_post_pre(
     post_factor: float = 2.0,
     sinkhorn_iterations: int = 20,
     norm_unrounded: bool = False,
+    workspace: Workspace | Tensor | None = None,
     out_streams: Tensor | None = None,
     out_layer_input: Tensor | None = None,
     out_pre: Tensor | None = None,
@@ -146,7 +163,7 @@ def hyper_connection_post_pre(
     out_comb: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Between two sublayers: hyper_connection_post with what the first returned, then hyper_connection_pre of the
-    second, with the same bits, in one launch and one pass over the streams.
+    second, with the same bits: the streams are read once. Launches as for hyper_connection_pre.
 
     Args:
         x: [tokens, hidden] bfloat16: what the first sublayer returned; rows may be strided.
@@ -163,6 +180,8 @@ def hyper_connection_post_pre(
         post_factor: of post.
         sinkhorn_iterations: 1 to 1000.
         norm_unrounded: take the norm's mean square from u before its rounding.
+        workspace: a Workspace, or a uint8 tensor of at least `hyper_connection_workspace_size(tokens, hidden)` bytes,
+            aligned to 64, zeroed once. None: the library's own.
         out_streams: [tokens, 4, hidden] bfloat16 to write to; may be streams itself.
         out_layer_input: [tokens, hidden] bfloat16 to write to.
         out_pre: [tokens, 4] float32 to write to.
@@ -179,7 +198,7 @@ def hyper_connection_post_pre(
     )
 
 
-@op(_native.hyper_connection_coefficients)
+@op(_native.hyper_connection_coefficients, workspace_size=_workspace_size)
 def hyper_connection_coefficients(
     streams: Tensor,
     fn: Tensor,
@@ -190,6 +209,7 @@ def hyper_connection_coefficients(
     hc_epsilon: float = 1e-6,
     post_factor: float = 2.0,
     sinkhorn_iterations: int = 20,
+    workspace: Workspace | Tensor | None = None,
     out_pre: Tensor | None = None,
     out_post: Tensor | None = None,
     out_comb: Tensor | None = None,
@@ -206,6 +226,8 @@ def hyper_connection_coefficients(
         hc_epsilon: in pre and in the Sinkhorn iterations; above 0.
         post_factor: of post.
         sinkhorn_iterations: 1 to 1000.
+        workspace: a Workspace, or a uint8 tensor of at least `hyper_connection_workspace_size(tokens, hidden)` bytes,
+            aligned to 64, zeroed once. None: the library's own.
         out_pre: [tokens, 4] float32 to write to.
         out_post: [tokens, 4] float32 to write to.
         out_comb: [tokens, 4, 4] float32 to write to.
@@ -243,7 +265,7 @@ def hyper_connection_collapse(
     return _hidden(streams, out_hidden)
 
 
-@op(_native.hyper_connection_head)
+@op(_native.hyper_connection_head, workspace_size=_workspace_size)
 def hyper_connection_head(
     streams: Tensor,
     fn: Tensor,
@@ -254,6 +276,7 @@ def hyper_connection_head(
     epsilon: float = 1e-6,
     hc_epsilon: float = 1e-6,
     norm_unrounded: bool = False,
+    workspace: Workspace | Tensor | None = None,
     out_hidden: Tensor | None = None,
 ) -> Tensor:
     """Behind the last layer of DeepSeek-V4, and of its blocks of multi-token prediction: collapse and norm with
@@ -269,6 +292,8 @@ def hyper_connection_head(
         epsilon: of both root mean squares.
         hc_epsilon: added to pre; above 0.
         norm_unrounded: take the norm's mean square from u before its rounding.
+        workspace: a Workspace, or a uint8 tensor of at least `hyper_connection_workspace_size(tokens, hidden)` bytes,
+            aligned to 64, zeroed once. None: the library's own.
         out_hidden: [tokens, hidden] bfloat16 to write to.
 
     Returns:

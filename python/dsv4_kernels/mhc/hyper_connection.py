@@ -68,7 +68,7 @@ class HyperConnection(FixedDtypes):
         state, layer_input = connection.pre(streams)
         streams = connection.post(attention(layer_input), state)
 
-    and, with the update of one sublayer and the start of the next in one launch:
+    and, with the update of one sublayer and the start of the next in one call:
 
         state, layer_input = attention_connection.pre(streams)
         state, layer_input = ffn_connection.post_pre(attention(layer_input), state)
@@ -217,7 +217,7 @@ class HyperConnection(FixedDtypes):
         return hyper_connection_post(x, state.streams, state.post, state.comb, out_streams=out)
 
     def post_pre(self, x: Tensor, state: SeamState, *, in_place: bool = False) -> tuple[SeamState, Tensor]:
-        """Behind the sublayer before, and ahead of this one: that one's post() and this one's pre() in one launch.
+        """Behind the sublayer before, and ahead of this one: that one's post() and this one's pre() in one call.
 
         Args:
             x: [tokens, hidden_size] bfloat16: what the sublayer before returned.
