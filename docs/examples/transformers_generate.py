@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import json
 import platform
 import time
@@ -161,9 +162,7 @@ def build(config: Any, device: str, dtype: torch.dtype, fp4: bool, step: Callabl
         if fp4:
             for layer in model.model.layers:
                 layer.mlp.experts = fp4_experts(config)
-    # transformers 5.17 has float32 norms, and refuses what they give.
-    newer = "cache" in modeling.DeepseekV4Model.forward.__wrapped__.__code__.co_varnames
-    kept = model._keep_in_fp32_modules_strict if fp4 or newer else []
+    kept = model._keep_in_fp32_modules_strict if fp4 or runs_with_float32_norms() else []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -213,15 +212,21 @@ def put(owner: Any, leaf: str, value: Tensor) -> None:
         owner._buffers[leaf] = value
 
 
-def load(folder: str, layers: int | None, device: str, dtype: torch.dtype) -> Any:
-    """A checkpoint's model with dequantised weights."""
+def runs_with_float32_norms() -> bool:
+    """Whether transformers' own bfloat16 model does; 5.17 passes their float32 results on, which its layers refuse."""
+    return "cache" in inspect.signature(modeling.DeepseekV4Model.forward).parameters
+
+
+def load(folder: str, layers: int | None, device: str, dtype: torch.dtype, plain: bool) -> Any:
+    """A checkpoint's model with dequantised weights. plain: for transformers' own modules in bfloat16."""
     options: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
     config = transformers.AutoConfig.from_pretrained(folder, **options)
     if getattr(config, "quantization_config", None):
         options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
     if device != "cpu":
         options["device_map"] = device
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", **options).eval()
+    return model.to(dtype) if plain and not runs_with_float32_norms() else model
 
 
 def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -306,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     def model(dtype: torch.dtype, fp4: bool, experts: str | None) -> Any:
         if not random:
-            return load(options.checkpoint, layers, options.device, dtype)
+            return load(options.checkpoint, layers, options.device, dtype, plain=experts is None)
         fresh = make_config(options.size, layers)
         if experts:
             fresh._experts_implementation = experts
