@@ -26,4 +26,5 @@ printf '%s\n' "$root/build/engines/vllm" "$root/build/engines/sglang" "$(of .ven
 ln -sfn "$(of .venv-build)/triton" "$site/triton"
 
 # JUNIT: the file to write a report to, if any.
-exec "$python" -m pytest -p no:cacheprovider ${JUNIT:+--junitxml="$JUNIT"} tests/engines "$@"
+# SGLang warns at import that there is no GPU.
+exec "$python" -m pytest -p no:cacheprovider -W "ignore:Only CUDA:UserWarning" ${JUNIT:+--junitxml="$JUNIT"} tests/engines "$@"

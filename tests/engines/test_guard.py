@@ -14,7 +14,7 @@ from dsv4_kernels.integrations.seams import Engine, EngineVersionError, Seam, ch
 
 MODULES = {
     "vllm": ("moe_backend", "mhc", "router"),
-    "sglang": ("mhc", "router"),
+    "sglang": ("moe_method", "mhc", "router"),
 }
 
 
@@ -125,7 +125,7 @@ def test_sglang_finds_the_plugins_by_their_entry_points(monkeypatch: pytest.Monk
     monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
     found = sglang.srt.plugins.load_plugins_by_group("sglang.srt.plugins")
     ours = {name: function for name, (function, _) in found.items() if name.startswith("dsv4_kernels")}
-    assert ours == {f"dsv4_kernels_{part}": getattr(plugin, f"plugin_{part}") for part in ("mhc", "router")}
+    assert ours == {f"dsv4_kernels_{part}": getattr(plugin, f"plugin_{part}") for part in ("moe", "mhc", "router")}
 
 
 def test_replacing_reaches_modules_that_have_imported_the_function(monkeypatch: pytest.MonkeyPatch) -> None:

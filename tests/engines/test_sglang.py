@@ -34,8 +34,8 @@ TARGETS = (
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered() -> None:
-    plugin.register()
-    plugin.register()  # SGLang loads plugins in every process; a second time adds nothing
+    plugin.register(moe=False)
+    plugin.register(moe=False)  # SGLang loads plugins in every process; a second time adds nothing
     assert set(TARGETS) <= HookRegistry._patched
     assert all(len(HookRegistry._hooks[target]) == 1 for target in TARGETS)
 
