@@ -18,9 +18,9 @@ SIZES = (7, 5, 3, 2, 6)
 # The arguments whose first extent is the number of tokens (requests, rows, slots), or a multiple of it.
 TOKENS: dict[str, tuple[str, ...]] = {
     "hash_router": ("token_ids", "padding_mask"),
-    "hash_router_scored": ("token_ids", "logits", "padding_mask"),
+    "hash_router_scored": ("token_ids", "logits", "padding_mask", "bias_alt_mask"),
     "hash_router_fused": ("token_ids", "hidden", "padding_mask"),
-    "dense_router_decode": ("hidden",),
+    "dense_router_decode": ("hidden", "bias_alt_mask"),
     "activation_topk": ("logits", "padding_mask", "bias_alt_mask"),
     "topk_select": ("scores", "lengths"),
     "csa_compress_tail": ("request_slots",),

@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_exporting
 
 from dsv4_kernels import _native
 from dsv4_kernels.errors import InvalidArgumentError
@@ -165,7 +164,8 @@ class Nvfp4MoE(ExpertWeights):
 
         One size for all batches if the layer is batch-invariant, and in exported programs, which serve all sizes.
         """
-        if self.batch_invariant or is_exporting():
+        # torch.compiler.is_exporting() itself is true in every trace of torch before 2.12.
+        if self.batch_invariant or torch.compiler._is_exporting_flag:
             return 128 if self.activations == "mxfp8" else 64
         shared = self.num_fused_shared_experts
         rows = tokens * (self.top_k - shared) / (self.total_experts - shared)

@@ -85,6 +85,6 @@ def check_operand(op: str, name: str, tensor: Tensor, columns: int | None) -> No
         need = " or ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
         got = str(tensor.dtype).removeprefix("torch.")
         raise InvalidArgumentError(f"{op}: {name}: expected dtype {need}, got {got}")
-    if tensor.dim() != 2 or columns not in (None, tensor.shape[1]):
+    if tensor.dim() != 2 or (columns is not None and tensor.shape[1] != columns):
         width = "any" if columns is None else columns
         raise InvalidArgumentError(f"{op}: {name}: expected shape [any, {width}], got {list(tensor.shape)}")
