@@ -133,6 +133,10 @@ def test_public_function_has_every_argument(op: str) -> None:
         assert f"{name}:" in function.__doc__ or len(OPS[op].results) == 0, f"{name} is not documented"
 
 
+# Ops that launch another op's kernel: scores of a table's experts with a second bias are chosen from as all are.
+ALSO_LAUNCHES = {"hash_router_scored": ("activation_topk",)}
+
+
 @pytest.mark.parametrize("architecture", ["sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_launches_known_images(case: Case, architecture: str) -> None:
@@ -147,7 +151,7 @@ def test_launches_known_images(case: Case, architecture: str) -> None:
         known = [i for i in images.read_images() if i["symbol"] == launch.symbol and i["architecture"] == architecture]
         assert len(known) == 1
         (image,) = known
-        assert image["op"] == case.op
+        assert image["op"] in (case.op, *ALSO_LAUNCHES.get(case.op, ()))
         assert [size for _, size in image["parameters"]] == [len(value) for value in launch.parameters]
         assert launch.dynamic_shared == image["dynamic_shared"] or image["language"] == "cuda"
         threads = launch.block[0] * launch.block[1] * launch.block[2]

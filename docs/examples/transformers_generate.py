@@ -18,16 +18,15 @@ import argparse
 import gc
 import inspect
 import json
-import platform
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import dsv4_kernels
 import torch
 import transformers
+from dsv4_kernels.cli.machine import describe
 from dsv4_kernels.integrations.transformers import swap_in
 from dsv4_kernels.presets import PRESETS
 from rich.console import Console
@@ -345,10 +344,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     exact = next(iter(found.values()))
     rows = {name: compared(run, exact, options.prompt) for name, run in found.items()}
     result = {
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor() or "cpu",
-        "torch": torch.__version__,
+        "machine": describe(options.device),
         "transformers": transformers.__version__,
-        "dsv4_kernels": dsv4_kernels.__version__,
         "weights": options.checkpoint or f"random, {options.size}",
         "layers": layers if random else config.num_hidden_layers if layers is None else layers,
         "batch": options.batch,
@@ -358,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "speedup": rows["dsv4_kernels"]["tokens_per_second"] / rows["transformers"]["tokens_per_second"],
         "prefill_speedup": rows["transformers"]["prefill_ms"] / rows["dsv4_kernels"]["prefill_ms"],
     }
-    table = Table(title=f"{result['weights']}, {result['layers']} layers, {result['device']}")
+    table = Table(title=f"{result['weights']}, {result['layers']} layers, {result['machine']['device']}")
     for column in ("", "tokens equal", "best token equal", "logits' error", "prompt, ms", "tokens per second"):
         table.add_column(column, justify="right")
     for name, row in rows.items():

@@ -37,10 +37,13 @@ def problems() -> dict[str, tuple[str, tuple[Any, ...]]]:
     mask = integers(2, 37).to(torch.bool)
     weighing = (True, 1.5, 0.0)
     found: dict[str, tuple[str, tuple[Any, ...]]] = {
-        "hash_router": ("hash_router", (token_ids, table, mask)),
-        "hash_router_scored": ("hash_router_scored", (token_ids, table, logits, mask, *weighing)),
-        "hash_router_fused": ("hash_router_fused", (token_ids[:9], table % 42, hidden, gate, None, *weighing)),
-        "dense_router_decode": ("dense_router_decode", (hidden, gate, normal(40, scale=0.2), 6, *weighing)),
+        "hash_router": ("hash_router", (token_ids, table, mask, False)),
+        "hash_router_scored": ("hash_router_scored", (token_ids, table, logits, mask, *weighing, None, None, False)),
+        "hash_router_fused": ("hash_router_fused", (token_ids[:9], table % 42, hidden, gate, None, *weighing, False)),
+        "dense_router_decode": (
+            "dense_router_decode",
+            (hidden, gate, normal(40, scale=0.2), 6, *weighing, None, None, False),
+        ),
         "padded_squared_relu": (
             "padded_squared_relu",
             (normal(9, 48).to(torch.bfloat16), integers(9, 9, low=-2), torch.tensor(7, dtype=torch.int32)),

@@ -13,6 +13,7 @@ from dsv4_kernels.mhc.presets import HYPER_CONNECTIONS, HyperConnectionPreset
 
 # Coefficients are a few float32 operations behind a float32 sum of up to 32,768 products. TF32 would cost 4e-4.
 COEFFICIENT_LIMIT = 1e-5
+TOKENS_OF_TWO_LAUNCHES = 2048  # kPartTokens of csrc/mhc/seam_policy.h
 
 
 def worst(*parts: Verdict) -> Verdict:
@@ -285,6 +286,7 @@ def case(
         make,
         BASELINES[op],
         benched=benched,
+        launches=1 if short in ("post", "collapse") else 2 * -(-tokens // TOKENS_OF_TWO_LAUNCHES),
         large=tokens * hidden > 8 * 8192,
         labels={"preset": preset.name, "tokens": tokens} if preset else {"hidden": hidden, "tokens": tokens},
     )
