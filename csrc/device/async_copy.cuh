@@ -11,7 +11,7 @@ __device__ inline void copy_async(void* to_shared, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// Asks for a 128-byte line of global memory, or for none. Reads nothing and jumps nowhere, so it may come before
+// Prefetches a 128-byte line of global memory, or nothing. Reads nothing and jumps nowhere, so it may come before
 // await_previous_grid().
 __device__ inline void prefetch_into_l2(const void* line, bool wanted) {
   asm volatile(

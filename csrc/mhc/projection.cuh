@@ -12,7 +12,7 @@
 namespace dsv4 {
 
 constexpr int kTerms = 3;
-constexpr int kMostLinesOfThread = 3;  // of fn, 128 bytes each, that a thread asks for
+constexpr int kMostLinesOfThread = 3;  // of fn, 128 bytes each, that a thread prefetches
 
 // Four neighbouring values of a row of fn as three rows of bfloat16 pairs, whose sum they are.
 struct SplitValues {

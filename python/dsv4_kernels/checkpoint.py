@@ -60,7 +60,7 @@ GATE_NAMES = {
 EXPERT_MATRICES = {"ffn": ("w1", "w3", "w2"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # what is not generated costs no time at import
 class ExpertNames:
     """The names of the tensors of an expert's matrix.
 

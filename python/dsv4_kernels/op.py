@@ -95,7 +95,7 @@ class Parameter(NamedTuple):
     default_value: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # what is not generated costs no time at import
 class Op:
     """One op, as @op declares it. All else follows from its name: dsv4_<name> in C, _native.<name>, <name> in the
     module of dsv4_kernels.cpu that has the name of the declaring one, torch.ops.dsv4.<name>.

@@ -100,16 +100,16 @@ DSV4_API dsv4_status dsv4_hyper_connection_post_pre(const dsv4_hyper_connection_
 /* The coefficients alone. The delayed form needs them at the end of a sublayer only, so they may be computed beside it,
  * on a stream of their own. */
 typedef struct dsv4_hyper_connection_coefficients_args {
-  size_t struct_size;   /* sizeof(dsv4_hyper_connection_coefficients_args) */
-  dsv4_tensor streams;  /* [tokens, 4, hidden] bfloat16; tokens and streams may be strided */
-  dsv4_tensor fn;       /* [24, 4 * hidden] float32 */
-  dsv4_tensor base;     /* [24] float32 */
-  dsv4_tensor scale;    /* [3] float32 */
-  dsv4_tensor workspace;/* [>= dsv4_hyper_connection_workspace_size] uint8, zeroed once */
-  dsv4_tensor out_pre;  /* [tokens, 4] float32 */
-  dsv4_tensor out_post; /* [tokens, 4] float32 */
-  dsv4_tensor out_comb; /* [tokens, 4, 4] float32 */
-  float epsilon;        /* as in dsv4_hyper_connection_pre_args */
+  size_t struct_size;    /* sizeof(dsv4_hyper_connection_coefficients_args) */
+  dsv4_tensor streams;   /* [tokens, 4, hidden] bfloat16; tokens and streams may be strided */
+  dsv4_tensor fn;        /* [24, 4 * hidden] float32 */
+  dsv4_tensor base;      /* [24] float32 */
+  dsv4_tensor scale;     /* [3] float32 */
+  dsv4_tensor workspace; /* [>= dsv4_hyper_connection_workspace_size] uint8, zeroed once */
+  dsv4_tensor out_pre;   /* [tokens, 4] float32 */
+  dsv4_tensor out_post;  /* [tokens, 4] float32 */
+  dsv4_tensor out_comb;  /* [tokens, 4, 4] float32 */
+  float epsilon;         /* as in dsv4_hyper_connection_pre_args */
   float hc_epsilon;
   float post_factor;
   int32_t sinkhorn_iterations;
