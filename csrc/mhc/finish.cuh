@@ -193,17 +193,32 @@ __global__ void __launch_bounds__(kMostFinishThreads)
     for (int t = warp; t < kTokens; t += warps) {
       if (token0 + t >= end_token) break;
       float4* const place = rows(token0 + t);
-      float4 of[kSumsOfToken / 4];
+      float4 sum;
+      if (seam.sum_slices == 1) {
+        float4 of[kSumsOfToken / 4];
 #pragma unroll
-      for (int s = 0; s < kSumsOfToken / 4; ++s) {
-        of[s] = {};
-        if (const int slice = s * 4 + own_sum % 4; slice < seam.slices) of[s] = place[slice * kQuads];
+        for (int s = 0; s < kSumsOfToken / 4; ++s) {
+          of[s] = {};
+          if (const int slice = s * 4 + own_sum % 4; slice < seam.slices) of[s] = place[slice * kQuads];
+        }
+        sum = of[0];
+#pragma unroll
+        for (int s = 1; s < kSumsOfToken / 4; ++s) sum += of[s];
+      } else {  // one row after the other: no registers for the rows of all sums
+#pragma unroll 1
+        for (int s = own_sum % 4; s < kSumsOfToken; s += 4) {
+          float4 one = {};
+#pragma unroll 1
+          for (int slice = s * seam.sum_slices; slice < min(seam.slices, (s + 1) * seam.sum_slices); ++slice)
+            one += place[slice * kQuads];
+          if (s < 4)
+            sum = one;
+          else
+            sum += one;
+        }
       }
-      float4 sum = of[0];
-#pragma unroll
-      for (int s = 1; s < kSumsOfToken / 4; ++s) sum += of[s];
       reinterpret_cast<float4*>(totals[t])[quad] = add_four(sum);
-      __syncwarp();  // of the head's rows, several lanes read each
+      __syncwarp();  // other lanes have read them
       for (int slice = own_sum; slice < seam.slices; slice += kLaneSums) place[slice * kQuads] = {};
     }
     __syncthreads();
